@@ -1,0 +1,49 @@
+"""What every command line of the project shares: one-line errors and the nearest name to a wrong one."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """`unknown NAME`, with the nearest of the `known` names where one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in the help, `--both_spellings` of a name, and a suggestion for an unknown one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def add_option(self, name: str, **kwargs: Any) -> None:
+        """Add `--some_name`, which `--some-name` spells as well."""
+        self.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **kwargs)
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error("; ".join(unknown_name(word, self._option_string_actions) for word in rest))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command's `main`: a `UserError` ends it with one line and exit code 2, Ctrl-C with exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""Cross entropy of a linear head, without the logits of all tokens ever being in memory at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+CHUNK_TOKENS = 1024
+VOCAB_MULTIPLE = 128  # tensor cores want aligned rows: 50257 becomes 50304, for the length of one call
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross entropy of `softmax(hidden @ weight.T)` against `labels`, `CHUNK_TOKENS` tokens at a time.
+
+    The gradient of a cross entropy is known as soon as its logits are. So each chunk leaves its share of the gradients
+    in the forward pass and its logits are freed: one chunk of logits in memory instead of all, and nothing computed
+    twice (Liger Kernel, arXiv:2410.10989, section 3.2).
+
+    Args:
+        hidden: `[N, C]`; under autocast the product is computed in autocast's precision.
+        weight: `[V, C]`, the head. Padding of V to a multiple of 128 exists within this call only, with probability 0.
+        labels: `[N]`, int64, `IGNORE_INDEX` where there is nothing to predict.
+        num_items: divides the summed loss; None for the number of labels that are not ignored.
+
+    Returns:
+        The loss in nats, a float32 scalar; NaN if every label is ignored, as in `F.cross_entropy`.
+    """
+    if num_items is None:
+        num_items = (labels != IGNORE_INDEX).sum()
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _SummedLinearCrossEntropy.apply(hidden, weight, labels, needs_grad) / num_items
+
+
+class _SummedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        vocab_size = len(weight)
+        head = F.pad(weight.detach().to(dtype), (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight) if needs_grad else None
+
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            chunk = hidden[rows].to(dtype)
+            logits = F.linear(chunk, head).float()
+            logits[:, vocab_size:] = float("-inf")
+            log_probs = logits.log_softmax(dim=-1)
+            loss += F.nll_loss(log_probs, labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+            if needs_grad:
+                grad_logits = _grad_logits(log_probs, labels[rows]).to(dtype)
+                grad_hidden[rows] = grad_logits @ head
+                grad_weight += (grad_logits.T @ chunk)[:vocab_size]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
+
+
+def _grad_logits(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """`softmax - one_hot`, zero where the label is ignored; overwrites `log_probs` `[n, V]` to save memory."""
+    valid = (labels != IGNORE_INDEX).unsqueeze(1)
+    grad = log_probs.exp_()
+    grad.scatter_add_(1, labels.clamp(min=0).unsqueeze(1), torch.full_like(valid, -1.0, dtype=grad.dtype))
+    return grad.mul_(valid)

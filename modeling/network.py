@@ -1,0 +1,282 @@
+"""GPT-2, written out. Radford et al. 2019, section 2.3; Brown et al. 2020, section 2.1, without sparse attention.
+
+Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / H channels, V = vocab_size.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from modeling.configuration import GPTConfig
+from modeling.conversion import to_disk_layout
+from modeling.loss import IGNORE_INDEX, linear_cross_entropy
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention that keeps its weights: `[B, H, T, D]` in, `[B, T, H, D]` and weights `[B, H, T, S]` out."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class GPTAttention(nn.Module):
+    """Causal multi-head self-attention, by whichever kernel `attn_implementation` names."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True  # read by the attention kernels
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self, x: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[B, T, C]` in; `[B, T, C]` and, from the eager kernel, the weights `[B, H, T, S]` out."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(x.shape[-1], dim=-1))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        y, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        y = self.c_proj(y.reshape(*x.shape).contiguous())
+        return self.resid_dropout(y), weights
+
+
+class GPTMLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class GPTBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block; under activation checkpointing only its input is kept."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPTMLP(config)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        x = x + self.attn(self.ln_1(x), **kwargs)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    config_class = GPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": GPTBlock,
+        "attentions": OutputRecorder(GPTAttention, layer_name=".attn", index=1),
+    }
+    # Causal masks that old GPT-2 checkpoints carry as buffers.
+    _keys_to_ignore_on_load_unexpected = ["attn.bias", "attn.masked_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, 0.02); projections onto the residual stream scaled by 1/sqrt(2 n_layer), the number of its
+        additions (GPT-2, section 2.3)."""
+        super()._init_weights(module)
+        if isinstance(module, (GPTAttention, GPTMLP)):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+
+
+class GPTBackbone(GPTPreTrainedModel):
+    """Embeddings, blocks and the final norm: everything but the head."""
+
+    _input_embed_layer = "wte"
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(GPTBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As `GPTModel.forward`; the last hidden states are `[B, T, C]`, after the final norm."""
+        for name in ("output_attentions", "output_hidden_states"):  # acted upon by `capture_outputs`
+            kwargs.pop(name, None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids)
+        length = inputs_embeds.shape[1]
+        if length > self.config.n_positions:
+            raise ValueError(f"{length} tokens exceed n_positions={self.config.n_positions}; truncate the input.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        positions = position_ids
+        if positions is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        x = inputs_embeds + self.wpe(positions)
+        if token_type_ids is not None:
+            x = x + self.wte(token_type_ids)
+        x = self.drop(x)
+
+        # Given position ids may restart within a row (packed sequences), which the mask then honours.
+        mask = create_causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values=past_key_values, position_ids=position_ids
+        )
+        for block in self.h:
+            x = block(x, attention_mask=mask, past_key_values=past_key_values, position_ids=positions, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class GPTModel(GPTPreTrainedModel, GenerationMixin):
+    """GPT-2/GPT-3 with its language-modelling head: in memory plain `nn.Linear`, on disk exactly HF GPT-2."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPTBackbone(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; a `state_dict` given here is one of `GPTModel.state_dict()`, not a file's."""
+        if state_dict is not None:
+            state_dict = to_disk_layout(state_dict)
+        return super().from_pretrained(*args, state_dict=state_dict, **kwargs)
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = True, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`: an ordinary HF GPT-2 folder.
+
+        Raises:
+            ValueError: for `save_original_format=False`, whose transposed matrices would be read back as GPT-2's.
+        """
+        if not save_original_format:
+            raise ValueError("save_original_format=False is refused: GPTModel has one format on disk, HF GPT-2's.")
+        super().save_pretrained(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token and, given labels, the mean cross entropy.
+
+        Args:
+            input_ids: `[B, T]`, or `inputs_embeds` `[B, T, C]` in its place; T at most `n_positions`.
+            attention_mask: `[B, S]`, 0 on padding (left padding for generation), S counting cached tokens.
+            position_ids: `[B, T]`; 0, 1, 2, ... if None.
+            labels: `[B, T]`, usually `input_ids` itself: shifted here. -100 is ignored.
+            shift_labels: `[B, T]`, already shifted: position t holds the token that follows `input_ids[:, t]`.
+            num_items_in_batch: divides the summed loss in place of the number of labels (gradient accumulation).
+            logits_to_keep: compute only the last so many logits (0: all), or those at the given indices.
+            skip_logits: leave the logits out where the loss is what is wanted; by default, when training with labels.
+
+        Returns:
+            `loss`, a float32 scalar in nats per token, and `logits` `[B, T, V]`, each None where not computed.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+        loss = None
+        if shift_labels is not None:
+            targets = shift_labels.reshape(-1).to(hidden.device)
+            loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch)
+        if skip_logits is None:
+            skip_logits = self.training and loss is not None
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=None if skip_logits else self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
