@@ -1,0 +1,131 @@
+"""Validation loss and bits per byte of a model, on a data folder or a text file.
+
+python -m eval.loss runs/quickstart/checkpoints/step_00000300 --data data/quickstart
+python -m eval.loss gpt2 --data some.txt
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.cli import ArgumentParser, UserError, run
+from modeling import GPTModel
+from modeling.loss import IGNORE_INDEX
+
+
+@torch.no_grad()
+def summed_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """The summed cross entropy in nats, and the number of labels, over `(input_ids, shift_labels)` of `[B, T]` each.
+
+    Labels of -100 are not counted. The model is evaluated without dropout and left in the mode it was in.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for input_ids, shift_labels in batches:
+        outputs = model(
+            input_ids=input_ids, shift_labels=shift_labels, num_items_in_batch=1, use_cache=False, skip_logits=True
+        )
+        total += outputs.loss.item()
+        count += int((shift_labels != IGNORE_INDEX).sum())
+    model.train(was_training)
+    return total, count
+
+
+def bytes_of_tokens(tokenizer: Any) -> Tensor:
+    """How many bytes of text each token of a byte-level BPE stands for, `[V]` int64; 0 for special tokens."""
+    special = set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return torch.tensor([0 if i in special else len(name) for i, name in enumerate(names)], dtype=torch.int64)
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Cross entropy for each byte of text: comparable between tokenizers, as nats per token are not."""
+    return nats / math.log(2) / text_bytes if text_bytes else math.nan
+
+
+def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
+    """A model in evaluation mode and its tokenizer, from a folder or the Hub.
+
+    Raises:
+        UserError: where there is none, or one that is not GPT-2's.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
+
+
+def read_tokens(data: Path, tokenizer: Any, model_name: str) -> Tensor:
+    """The validation tokens of a data folder, or those of a text file, `[N]` int64; the end of text comes first.
+
+    Raises:
+        UserError: for data that cannot be read, or was written with another tokenizer than the model's.
+    """
+    import numpy as np
+
+    from data_prep.manifest import Manifest
+    from data_prep.shards import open_shard
+    from data_prep.tokenizer import tokenizer_hash
+
+    if data.is_dir():
+        manifest = Manifest.read(data)
+        own = Path(model_name) / "tokenizer.json"
+        if own.exists() and tokenizer_hash(own.parent) != manifest.tokenizer["sha256"]:
+            raise UserError(
+                f"{data} was written with another tokenizer ({manifest.tokenizer['name']}) than {model_name}'s"
+            )
+        shards = [open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"]
+        return torch.from_numpy(np.concatenate(shards).astype(np.int64))
+    try:
+        text = data.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{data}: not a readable text file ({error})") from error
+    ids = tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+    return torch.tensor([tokenizer.eos_token_id, *ids])
+
+
+def windows(tokens: Tensor, length: int, batch_size: int, device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
+    """All of `tokens` `[N]` as labels once, in consecutive windows of `length`; the last batch may be shorter."""
+    count = (len(tokens) - 1) // length
+    for first in range(0, count, batch_size):
+        rows = min(batch_size, count - first)
+        chunk = tokens[first * length : (first + rows) * length + 1].to(device)
+        yield chunk[:-1].view(rows, length), chunk[1:].view(rows, length)
+    rest = tokens[count * length :].to(device)
+    if len(rest) > 1:
+        yield rest[None, :-1], rest[None, 1:]
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m eval.loss", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
+    parser.add_option("data", type=Path, required=True, help="data folder (its validation split) or text file")
+    parser.add_option("length", type=int, help="tokens in a window; the model's n_positions by default")
+    parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    length = args.length or model.config.n_positions
+    if not 1 <= length <= model.config.n_positions:
+        raise UserError(f"length={length}: a window has between 1 and n_positions={model.config.n_positions} tokens")
+    tokens = read_tokens(args.data, tokenizer, args.model)
+    if len(tokens) < 2:
+        raise UserError(f"{args.data}: no text in it")
+    nats, count = summed_loss(model, windows(tokens, length, args.batch_size, model.device))
+    text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:]].sum())
+    print(
+        f"loss {nats / count:.4f} nats per token, perplexity {math.exp(nats / count):.2f}, "
+        f"{bits_per_byte(nats, text_bytes):.4f} bits per byte ({count:,} tokens, windows of {length})"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

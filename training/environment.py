@@ -1,0 +1,58 @@
+"""What a run was made with: `config.yaml` and `environment.json`."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+
+from training.config import TrainingConfig
+from training.topology import describe_device
+
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")
+
+
+def write_environment(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Write the resolved settings, and the versions, revision and hardware, into the run's folder."""
+    environment = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_revision": _git_revision(),
+        "device": describe_device(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    _write(config.run_folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    _write(config.run_folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of this project, with "+" where files differ from it; None outside of a clone."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,124 @@
+"""What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`, and the progress bar."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 tensor-core peaks of the vendors' data sheets, in FLOP/s. A device that is not here has no known peak.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device_name: str, mixed_precision: str) -> float | None:
+    """The device's peak at bf16 or fp16, in FLOP/s; None for an unknown device or precision, never a guess."""
+    if mixed_precision not in ("bf16", "fp16"):
+        return None
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has had, in bytes: allocated on a CUDA device, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class RunLog:
+    """The files and the screen of a run; does nothing on processes other than the main one."""
+
+    def __init__(self, folder: Path, from_step: int, max_steps: int, log_every: int, enabled: bool) -> None:
+        """Open the logs in `folder`, cut back to the steps before `from_step`."""
+        self.folder, self.log_every, self.enabled = folder, log_every, enabled
+        self.pending: dict[str, Any] = {}  # a validation, until the step that follows it is recorded with it
+        if not enabled:
+            return
+        self.text = _open_from(folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
+        self.metrics = _open_from(folder / "metrics.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        self.samples = _open_from(folder / "samples.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        from tqdm import tqdm
+
+        # disable=None: no bar where there is no terminal; plain lines stand in for it there.
+        self.bar = tqdm(total=max_steps, initial=from_step, unit="step", disable=None, dynamic_ncols=True)
+        self.started, self.first_step, self.max_steps = time.perf_counter(), from_step, max_steps
+
+    def print(self, text: str) -> None:
+        """Show a line without disturbing the bar."""
+        if self.enabled:
+            self.bar.write(text)
+            sys.stdout.flush()
+
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        """Record one step: `values` go to metrics.jsonl, the loss to log.txt, the gist to the screen."""
+        if not self.enabled:
+            return
+        self.text.write(f"{step} train {values['loss']:.6f}\n")
+        self._write_metrics({"step": step, **self.pending, **values})
+        gist = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(gist, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step + 1) % self.log_every == 0:
+            pace = (time.perf_counter() - self.started) / (step + 1 - self.first_step)
+            left = pace * (self.max_steps - step - 1)
+            self.print(f"step {step + 1:>6}/{self.max_steps}  {gist}, {left:,.0f} s left")
+
+    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """Record a validation, in nats per token and bits per byte of text."""
+        if not self.enabled:
+            return
+        self.text.write(f"{step} val {loss:.4f}\n")
+        self.pending = {"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte}
+        self.print(f"step {step:>6}  validation loss {loss:.4f}, {bits_per_byte:.3f} bits per byte")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record and show one continued prompt."""
+        if not self.enabled:
+            return
+        self.samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        lines = "".join(f"    | {line}\n" for line in (prompt + text).splitlines())
+        self.print(f"step {step:>6}  sample\n{lines}".rstrip())
+
+    def flush(self) -> None:
+        """Bring all that was recorded to the files."""
+        for file in (self.text, self.metrics, self.samples) if self.enabled else ():
+            file.flush()
+
+    def close(self) -> None:
+        """End the bar and the files; a validation that no step followed is written as it is."""
+        if not self.enabled:
+            return
+        self.bar.close()
+        if self.pending:
+            self._write_metrics(self.pending)
+        for file in (self.text, self.metrics, self.samples):
+            file.close()
+
+    def _write_metrics(self, values: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(values) + "\n")
+        self.pending = {}
+
+
+def _open_from(path: Path, keep: Callable[[str], bool]) -> Any:
+    """Open a log to append to, without the lines that `keep` does not hold for and what was cut off in writing."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and keep(line)]
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.rename(path)
+    return open(path, "a", encoding="utf-8")

@@ -1,0 +1,253 @@
+"""Bring up a run: data, model, optimizer, what it resumes from, and the header that says so."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from data_prep.cli import UserError
+from data_prep.manifest import Manifest
+from data_prep.prepare import Recipe, prepare
+from data_prep.sources import BUILTIN, Source
+from eval.loss import bytes_of_tokens
+from modeling import GPTConfig, GPTModel, flops_per_token
+from training.batches import Batches, TokenStream
+from training.checkpoint import RunState, complete_checkpoints, load_state, load_training_state
+from training.config import QUICKSTART_DATA, TrainingConfig, processes_launched
+from training.environment import write_environment
+from training.metrics import RunLog, peak_flops
+from training.optimizer import make_optimizer
+from training.topology import describe_device, make_accelerator
+
+
+@dataclass
+class Run:
+    """What the training loop works with.
+
+    Attributes:
+        model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
+        val_sequences: sequences of a validation, always the first ones of the validation split.
+        val_bytes: bytes of text that their labels stand for.
+    """
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    tokenizer: Any
+    train_data: Batches
+    val_data: Batches
+    val_sequences: int
+    val_bytes: int
+    state: RunState
+    log: RunLog
+
+    @property
+    def checkpoints(self) -> Path:
+        return checkpoints_folder(self.config)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return Path(self.config.data.data) / "tokenizer"
+
+    @property
+    def bare_model(self) -> GPTModel:
+        """The model without wrappers, for what needs no gradients."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def flops_utilisation(self, tokens_per_second: float) -> float | None:
+        """The share of all devices' peak that training's arithmetic takes (MFU); None where the peak is not known."""
+        peak = peak_flops(describe_device(self.accelerator.device), self.accelerator.mixed_precision)
+        if peak is None:
+            return None
+        flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
+        return flops * tokens_per_second / (peak * self.accelerator.num_processes)
+
+    def sum_over_processes(self, *values: float) -> list[float]:
+        """Each of `values` summed over all processes, in float64 where the device has it."""
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        return self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.accelerator.device)).tolist()
+
+
+def setup(config: TrainingConfig) -> Run:
+    """Bring up all that the loop needs, the cheap checks first.
+
+    Raises:
+        UserError: for whatever the user can mend.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    checkpoint = find_checkpoint(config)
+    accelerator = make_accelerator(config, processes_launched())
+    folder = Path(config.data.data)
+    with accelerator.main_process_first():
+        manifest = prepare_data(folder)
+    check_data(config, manifest)
+    state = RunState(data=data_identity(config, manifest))
+    if checkpoint is not None:
+        state = resumed_state(config, checkpoint, state.data)
+
+    model = make_model(config, manifest, checkpoint)
+    parameters = model.num_parameters()
+    optimizer = make_optimizer(model, config.optimizer)
+    torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between processes
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if checkpoint is not None:
+        load_training_state(accelerator, model, optimizer, state, checkpoint)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    train_data, val_data = (
+        Batches(
+            TokenStream(folder, manifest, split, order, config.run.seed), config.sequence_length, accelerator.device
+        )
+        for split, order in (("train", config.data.order), ("val", "sequential"))
+    )
+    val_sequences = min(config.run.val_tokens, val_data.stream.tokens_per_epoch - 1) // config.sequence_length
+    val_labels = val_data.sequences(0, val_sequences)[1].cpu()
+
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        write_environment(config, accelerator)
+        print(header(config, accelerator, manifest, parameters, state))
+    if config.run.report_to != "none":
+        accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
+    log = RunLog(
+        config.run_folder, state.step, config.optimizer.max_steps, config.run.log_every, accelerator.is_main_process
+    )
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        val_data=val_data,
+        val_sequences=val_sequences,
+        val_bytes=int(bytes_of_tokens(tokenizer)[val_labels].sum()),
+        state=state,
+        log=log,
+    )
+
+
+def checkpoints_folder(config: TrainingConfig) -> Path:
+    return config.run_folder / "checkpoints"
+
+
+def find_checkpoint(config: TrainingConfig) -> Path | None:
+    """The checkpoint to resume from, None to start anew; a run that is there is never overwritten unasked."""
+    complete = complete_checkpoints(checkpoints_folder(config))
+    if config.run.resume:
+        if not complete:
+            raise UserError(f"{config.run_folder} has no complete checkpoint to resume from; start without --resume")
+        return complete[-1]
+    if complete:
+        raise UserError(
+            f"{config.run_folder} holds a run already (its last checkpoint is {complete[-1].name}); go on with it by "
+            f"--resume, choose another --run_name, or remove that folder"
+        )
+    return None
+
+
+def prepare_data(folder: Path) -> Manifest:
+    """The manifest of the data folder; the quickstart's is made if it is not there."""
+    if folder == Path(QUICKSTART_DATA) and not folder.exists():
+        print(f"preparing {folder} from the Python standard library's sources ...", flush=True)
+        return prepare(Recipe(Source(BUILTIN), tokenizer="bpe"), folder)
+    return Manifest.read(folder)
+
+
+def check_data(config: TrainingConfig, manifest: Manifest) -> None:
+    """Refuse data that does not fill one sequence."""
+    for split in ("train", "val"):
+        if manifest.tokens(split) <= config.sequence_length:
+            raise UserError(
+                f"{config.data.data}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
+                f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
+            )
+
+
+def data_identity(config: TrainingConfig, manifest: Manifest) -> dict[str, Any]:
+    """All that the order of training data depends on."""
+    return {
+        "tokenizer": manifest.tokenizer["sha256"],
+        "shards": [shard.sha256 for shard in manifest.shards],
+        "order": config.data.order,
+        "seed": config.run.seed,
+        "sequence_length": config.sequence_length,
+    }
+
+
+def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]) -> RunState:
+    """The state saved in `checkpoint`, refused where the run would go on with other data than it began with."""
+    state = load_state(checkpoint)
+    if different := [name for name in data if data[name] != state.data.get(name)]:
+        raise UserError(
+            f"{checkpoint} was trained on other data: {', '.join(different)} differ(s); resume with the data and the "
+            f"settings in {config.run_folder / 'config.yaml'}"
+        )
+    if state.step >= config.optimizer.max_steps:
+        raise UserError(f"{checkpoint} is at step {state.step} of max_steps={config.optimizer.max_steps}; raise it")
+    return state
+
+
+def make_model(config: TrainingConfig, manifest: Manifest, checkpoint: Path | None) -> GPTModel:
+    """A model with the data's vocabulary: new, its weights drawn from the run's seed, or that of a checkpoint."""
+    settings = config.model
+    model_config = GPTConfig(
+        vocab_size=manifest.tokenizer["vocab_size"],
+        n_layer=settings.n_layer,
+        n_embd=settings.n_embd,
+        n_head=settings.n_head,
+        n_positions=settings.n_positions,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        resid_pdrop=settings.dropout,
+        bos_token_id=manifest.tokenizer["eos_token_id"],
+        eos_token_id=manifest.tokenizer["eos_token_id"],
+    )
+    try:
+        if checkpoint is None:
+            torch.manual_seed(config.run.seed)
+            model = GPTModel._from_config(model_config, attn_implementation=settings.attn_implementation)
+        else:
+            model = GPTModel.from_pretrained(
+                checkpoint, config=model_config, dtype=torch.float32, attn_implementation=settings.attn_implementation
+            )
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot make the model: {' '.join(str(error).split())}") from error
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available()):
+        for block in model.transformer.h:  # in place, so that no wrapper's name gets into the weights
+            block.compile()
+    return model.train()
+
+
+def header(
+    config: TrainingConfig, accelerator: Accelerator, manifest: Manifest, parameters: int, state: RunState
+) -> str:
+    """What is about to happen, in a few lines."""
+    settings, optimizer, processes = config.model, config.optimizer, accelerator.num_processes
+    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    begin = f"from step {state.step}" if state.step else "from random weights"
+    epochs = optimizer.max_steps * optimizer.batch_tokens / manifest.tokens("train")
+    return "\n".join(
+        [
+            f"model   {parameters:,} parameters: {settings.n_layer} layers, width {settings.n_embd}, "
+            f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {manifest.tokenizer['vocab_size']}",
+            f"data    {config.data.data}: {manifest.tokens('train'):,} training tokens, "
+            f"{manifest.tokens('val'):,} for validation",
+            f"batch   {optimizer.batch_tokens:,} tokens = {processes} processes x "
+            f"{accelerator.gradient_accumulation_steps} accumulated x {optimizer.micro_batch} sequences x "
+            f"{config.sequence_length}",
+            f"steps   {optimizer.max_steps} {begin}: {optimizer.max_steps * optimizer.batch_tokens:,} tokens, "
+            f"{epochs:.2f} epochs",
+            f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
+            f"run     {config.run_folder}",
+        ]
+    )

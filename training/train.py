@@ -1,0 +1,153 @@
+"""Train a GPT.
+
+    accelerate launch training/train.py [CONFIG.yaml] [--name value ...]
+
+Without arguments: a small model of Python source text, in a few minutes on a laptop.
+"""
+
+import os
+import sys
+import time
+
+from data_prep import cli
+from data_prep.cli import UserError
+from eval.generate import generate
+from eval.loss import bits_per_byte, summed_loss
+from training.checkpoint import prune_checkpoints, save_checkpoint
+from training.config import check_config, parse_config, processes_launched
+from training.metrics import peak_memory
+from training.schedule import cosine_with_warmup
+from training.setup import Run, setup
+from training.step import training_step
+
+
+def main() -> None:
+    try:
+        config = parse_config(sys.argv[1:])
+        check_config(config, processes_launched())
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)  # the first process says it for all
+        raise
+    run = setup(config)
+    try:
+        fit(run)
+    except KeyboardInterrupt:
+        run.log.print(f"\ninterrupted in step {run.state.step}; to go on from the last checkpoint: --resume")
+        raise
+    finally:
+        run.log.close()
+    finish(run)
+
+
+def fit(run: Run) -> None:
+    """The life of a run. Whenever the top of the loop is reached, `state.step` optimizer steps are done."""
+    settings, state = run.config.run, run.state
+    first = state.step
+    while True:
+        last = state.step == run.config.optimizer.max_steps
+        saving = last or (state.step > 0 and state.step % settings.save_every == 0)
+        if saving and state.step > first:
+            save(run)
+        if last or state.step % settings.val_every == 0:
+            validate(run, saved=saving)
+        if settings.sample_every and (last or (state.step > 0 and state.step % settings.sample_every == 0)):
+            sample(run)
+        if saving and run.accelerator.is_main_process:
+            prune_checkpoints(run.checkpoints, settings.keep_last, state.best_step)
+        if last:
+            break
+        train(run)
+
+
+def train(run: Run) -> None:
+    """One optimizer step, from the data to the metrics."""
+    started = time.perf_counter()
+    accelerator, state, settings = run.accelerator, run.state, run.config.optimizer
+    learning_rate = cosine_with_warmup(
+        state.step,
+        peak=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        max_steps=settings.max_steps,
+        min_ratio=settings.min_lr_ratio,
+    )
+    micro_batches = run.train_data.micro_batches(
+        state.position,
+        micro_batch=settings.micro_batch,
+        accumulation_steps=accelerator.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    results = training_step(accelerator, run.model, run.optimizer, micro_batches, learning_rate, settings.max_grad_norm)
+    loss, grad_norm = results["loss"].item(), results["grad_norm"].item()
+    tokens_per_second = settings.batch_tokens / (time.perf_counter() - started)
+    metrics = {
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens": (state.step + 1) * settings.batch_tokens,
+        "tokens_per_second": tokens_per_second,
+        "mfu": run.flops_utilisation(tokens_per_second),
+        "memory_bytes": peak_memory(accelerator.device),
+    }
+    run.log.train(state.step, metrics)
+    accelerator.log(metrics, step=state.step)
+    state.step += 1
+    state.position += settings.batch_tokens // run.config.sequence_length
+
+
+def validate(run: Run, saved: bool) -> None:
+    """The loss of the whole validation set of this run, each process taking its share of it."""
+    accelerator, state = run.accelerator, run.state
+    batches = run.val_data.shared_out(
+        run.val_sequences, run.config.optimizer.micro_batch, accelerator.process_index, accelerator.num_processes
+    )
+    nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches))
+    loss = nats / tokens
+    run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes))
+    accelerator.log({"val_loss": loss}, step=state.step)
+    if saved and (state.best_val_loss is None or loss < state.best_val_loss):
+        state.best_val_loss, state.best_step = loss, state.step
+
+
+def sample(run: Run) -> None:
+    """Continue each prompt, with random numbers that training does not share."""
+    settings = run.config.run
+    for number, prompt in enumerate(settings.sample_prompts):
+        text = generate(
+            run.bare_model, run.tokenizer, prompt, max_new_tokens=settings.sample_tokens, seed=settings.seed + number
+        )
+        run.log.sample(run.state.step, prompt, text)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the step that has just been done."""
+    run.log.flush()
+    folder = save_checkpoint(
+        run.accelerator, run.model, run.optimizer, run.state, run.tokenizer_folder, run.checkpoints
+    )
+    run.log.print(f"step {run.state.step:>6}  saved {folder}")
+
+
+def finish(run: Run) -> None:
+    """Plot the run, and say what can be done with it."""
+    run.accelerator.end_training()
+    if not run.accelerator.is_main_process:
+        return
+    from eval.plot import plot_losses
+
+    folder, last = run.config.run_folder, run.checkpoints / f"step_{run.state.step:08d}"
+    best = run.checkpoints / f"step_{run.state.best_step:08d}"
+    print(
+        f"\nplot             {plot_losses(folder)}\n"
+        f"last checkpoint  {last}\n"
+        f"best checkpoint  {best} (validation loss {run.state.best_val_loss:.4f})\n"
+        f"\nNow try\n"
+        f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
+        f"  python -m eval.loss {last} --data {run.config.data.data}\n"
+        f"  accelerate launch training/train.py --run_name longer --max_steps {2 * run.config.optimizer.max_steps}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
