@@ -142,9 +142,9 @@ class Source:
 
 
 def _standard_library() -> list[Path]:
-    """The sources of the running interpreter's standard library, without its tests and without installed packages."""
+    """The sources of the running interpreter's standard library, without tests, tables and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
     files = sorted(p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts))
     if not files:
         raise UserError(f"the built-in corpus is empty: no Python sources in {root}; give another --source")

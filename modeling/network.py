@@ -59,6 +59,7 @@ class GPTAttention(nn.Module):
             self.scaling /= layer_idx + 1
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj.adds_to_residual = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -81,8 +82,10 @@ class GPTMLP(nn.Module):
         super().__init__()
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, inner)
-        self.act = ACT2FN[config.activation_function]
+        # GPT-2 calls the tanh approximation gelu_new; torch has the same function in one kernel.
+        self.act = ACT2FN[config.activation_function.replace("gelu_new", "gelu_pytorch_tanh")]
         self.c_proj = nn.Linear(inner, config.n_embd)
+        self.c_proj.adds_to_residual = True
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,9 +130,9 @@ class GPTPreTrainedModel(PreTrainedModel):
         """Normal(0, 0.02); projections onto the residual stream scaled by 1/sqrt(2 n_layer), the number of its
         additions (GPT-2, section 2.3)."""
         super()._init_weights(module)
-        if isinstance(module, (GPTAttention, GPTMLP)):
+        if getattr(module, "adds_to_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class GPTBackbone(GPTPreTrainedModel):

@@ -1,6 +1,11 @@
-"""The order of the training data: an endless stream of tokens, a pure function of seed, epoch and position."""
+"""The order of the training data: a pure function of the seed and of one number, the count of sequences consumed.
+
+The documents of an epoch, in that epoch's order, are one stretch of an endless stream of tokens; sequence i of T tokens
+begins at its token `i * T`. Nothing is dropped where a shard or an epoch ends: a sequence reaches over.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,11 +18,21 @@ from data_prep.shards import open_shard
 from modeling.loss import IGNORE_INDEX
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Where a shard lies in the stream in some epoch: from token `start` to token `stop`."""
+
+    epoch: int
+    shard: int
+    start: int
+    stop: int
+
+
 class TokenStream:
     """All tokens of a split, epoch after epoch, each exactly once an epoch.
 
     `shuffled` permutes the shards and the documents within a shard anew each epoch; `sequential` leaves them as they
-    lie on disk, in build-nanogpt's order (which drops what does not fill a batch at a shard's end; this does not).
+    lie on disk, which is build-nanogpt's order (but that drops what does not fill a batch at a shard's end).
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, order: str, seed: int) -> None:
@@ -28,75 +43,96 @@ class TokenStream:
         self.paths = [folder / shard.file for shard in shards]
         self.lengths = np.array([shard.tokens for shard in shards], dtype=np.int64)
         self.tokens_per_epoch = int(self.lengths.sum())
-        self._shard = lru_cache(maxsize=4)(self._load_shard)
+        self._shard_order = lru_cache(maxsize=2)(self._permuted_shards)
+        self._documents = lru_cache(maxsize=4)(self._permuted_documents)
+
+    def stretch(self, token: int) -> _Stretch:
+        """The shard that token `token` of the stream lies in."""
+        epoch, offset = divmod(token, self.tokens_per_epoch)
+        order, starts = self._shard_order(epoch)
+        i = int(np.searchsorted(starts, offset, side="right")) - 1
+        start = epoch * self.tokens_per_epoch + int(starts[i])
+        return _Stretch(epoch, int(order[i]), start, start + int(self.lengths[order[i]]))
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start` to `start + count` of the endless stream, `[count]` int64."""
+        """Tokens `start` to `start + count` of the stream, `[count]` int64."""
         pieces = []
         while count > 0:
-            epoch, offset = divmod(start, self.tokens_per_epoch)
-            for shard in self._shard_order(epoch):
-                length = int(self.lengths[shard])
-                if offset < length:
-                    piece = self._shard(epoch if self.shuffled else 0, int(shard)).read(offset, count)
-                    break
-                offset -= length
+            stretch = self.stretch(start)
+            documents = self._documents(stretch.epoch, stretch.shard)
+            piece = documents.read(start - stretch.start, min(count, stretch.stop - start))
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int64)
 
-    def _shard_order(self, epoch: int) -> np.ndarray:
+    def permutation(self, what: str, count: int, epoch: int, shard: int = 0) -> np.ndarray:
+        """A permutation of `count` things, from the seed and the arguments alone; as they lie if `sequential`."""
         if not self.shuffled:
-            return np.arange(len(self.paths))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
+            return np.arange(count)
+        kind = ("shards", "documents", "sequences").index(what)
+        return np.random.default_rng([self.seed, kind, epoch, shard]).permutation(count)
 
-    def _load_shard(self, epoch: int, shard: int) -> "_Shard":
+    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = self.permutation("shards", len(self.paths), epoch)
+        return order, np.cumsum(self.lengths[order]) - self.lengths[order]
+
+    def _permuted_documents(self, epoch: int, shard: int) -> "_Documents":
         tokens = open_shard(self.paths[shard])
         starts = np.flatnonzero(tokens == self.eos_token_id)
         if not len(starts) or starts[0] != 0:  # a shard may begin within a document
             starts = np.concatenate([[0], starts])
-        order = np.arange(len(starts))
-        if self.shuffled:
-            order = np.random.default_rng([self.seed, epoch, shard]).permutation(len(starts))
-        lengths = np.diff(starts, append=len(tokens))[order]
-        return _Shard(tokens, starts[order], np.concatenate([[0], np.cumsum(lengths)]))
+        lengths = np.diff(starts, append=len(tokens))
+        order = self.permutation("documents", len(starts), epoch, shard)
+        return _Documents(tokens, starts[order], np.concatenate([[0], np.cumsum(lengths[order])]))
 
 
-class _Shard:
-    """One shard in the order of an epoch: document i lies at `starts[i]` on disk and at `offsets[i]` in that order."""
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of a shard in some order: number i is at `starts[i]` on disk and at `offsets[i]` in that order."""
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> None:
-        self.tokens, self.starts, self.offsets = tokens, starts, offsets
+    tokens: np.ndarray
+    starts: np.ndarray
+    offsets: np.ndarray
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """At most `count` tokens from `start` on; fewer where the shard ends."""
-        stop = min(start + count, int(self.offsets[-1]))
+        """Tokens `start` to `start + count` in that order."""
+        stop = start + count
         pieces = []
-        document = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        i = int(np.searchsorted(self.offsets, start, side="right")) - 1
         while start < stop:
-            begin = int(self.starts[document]) + start - int(self.offsets[document])
-            length = min(stop, int(self.offsets[document + 1])) - start
+            begin = int(self.starts[i]) + start - int(self.offsets[i])
+            length = min(stop, int(self.offsets[i + 1])) - start
             pieces.append(self.tokens[begin : begin + length])
-            start, document = start + length, document + 1
+            start, i = start + length, i + 1
         return np.concatenate(pieces)
 
 
 class Batches:
-    """The sequences of a stream: sequence i is tokens `i * T` to `i * T + T`, its labels those one further on.
+    """Sequences of T tokens with their labels, by position.
 
-    The position in the data is the number of sequences consumed, whatever the number of processes.
+    In a shuffled stream the sequences that begin in the same shard are permuted as well: a batch of consecutive ones
+    would be a few long documents rather than a sample of many.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, device: torch.device) -> None:
         self.stream = stream
         self.sequence_length = sequence_length
         self.device = device
+        self._permutation = lru_cache(maxsize=4)(self._permuted_sequences)
 
-    def sequences(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `shift_labels`, each `[count, T]` int64, of sequences `first` to `first + count`."""
+    def sequences(self, position: int, count: int) -> tuple[Tensor, Tensor]:
+        """`input_ids` and `shift_labels`, `[count, T]` int64 each, of the sequences from `position` on."""
         length = self.sequence_length
-        tokens = torch.from_numpy(self.stream.read(first * length, count * length + 1)).to(self.device)
-        return tokens[:-1].view(count, length), tokens[1:].view(count, length)
+        rows = [self.stream.read(self._index(p) * length, length + 1) for p in range(position, position + count)]
+        tokens = torch.from_numpy(np.stack(rows)).to(self.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def micro_batches(
+        self, position: int, micro_batch: int, accumulation_steps: int, rank: int, num_processes: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the global batch that begins at `position`."""
+        for step in range(accumulation_steps):
+            yield self.sequences(position + (step * num_processes + rank) * micro_batch, micro_batch)
 
     def shared_out(self, count: int, batch_size: int, rank: int, num_processes: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the first `count` sequences, in batches of `batch_size`.
@@ -111,9 +147,12 @@ class Batches:
             input_ids, labels = self.sequences(start, min(batch_size, count - start))
             yield input_ids, labels if mine < len(starts) else torch.full_like(labels, IGNORE_INDEX)
 
-    def micro_batches(
-        self, position: int, micro_batch: int, accumulation_steps: int, rank: int, num_processes: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the global batch that begins at sequence `position`."""
-        for step in range(accumulation_steps):
-            yield self.sequences(position + (step * num_processes + rank) * micro_batch, micro_batch)
+    def _index(self, position: int) -> int:
+        """Which sequence of the stream stands at `position`."""
+        stretch = self.stream.stretch(position * self.sequence_length)
+        first, permutation = self._permutation(stretch)
+        return first + int(permutation[position - first])
+
+    def _permuted_sequences(self, stretch: _Stretch) -> tuple[int, np.ndarray]:
+        first, stop = (-(-token // self.sequence_length) for token in (stretch.start, stretch.stop))
+        return first, self.stream.permutation("sequences", stop - first, stretch.epoch, stretch.shard)

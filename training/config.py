@@ -16,8 +16,6 @@ QUICKSTART_DATA = "data/quickstart"
 
 
 def _field(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -79,7 +77,9 @@ class RunSettings:
     val_every: int = _field(50, "steps between two validations")
     val_tokens: int = _field(65536, "tokens in a validation, the same ones each time")
     sample_every: int = _field(100, "steps between two rounds of samples; 0 for none")
-    sample_prompts: list[str] = _field(["def ", "import ", "class "], "texts to continue")
+    sample_prompts: list[str] = dataclasses.field(
+        default_factory=lambda: ["def ", "import ", "class "], metadata={"help": "texts to continue"}
+    )
     sample_tokens: int = _field(64, "tokens to continue each of them by")
     save_every: int = _field(100, "steps between two checkpoints; the last step always has one")
     keep_last: int = _field(2, "checkpoints to keep beside the one with the best validation loss")

@@ -1,4 +1,4 @@
-"""What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`, and the progress bar."""
+"""What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`; and the progress."""
 
 import json
 import resource

@@ -101,13 +101,14 @@ def setup(config: TrainingConfig) -> Run:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    length = config.sequence_length
     train_data, val_data = (
         Batches(
             TokenStream(folder, manifest, split, order, config.run.seed), config.sequence_length, accelerator.device
         )
         for split, order in (("train", config.data.order), ("val", "sequential"))
     )
-    val_sequences = min(config.run.val_tokens, val_data.stream.tokens_per_epoch - 1) // config.sequence_length
+    val_sequences = min(config.run.val_tokens, val_data.stream.tokens_per_epoch - 1) // length
     val_labels = val_data.sequences(0, val_sequences)[1].cpu()
 
     config.run_folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +222,8 @@ def make_model(config: TrainingConfig, manifest: Manifest, checkpoint: Path | No
     except (ImportError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot make the model: {' '.join(str(error).split())}") from error
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Renamed between the versions of transformers that this runs with.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available()):
         for block in model.transformer.h:  # in place, so that no wrapper's name gets into the weights
             block.compile()

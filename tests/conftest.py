@@ -1,0 +1,117 @@
+"""Data and runs that several tests look at."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+# A vocabulary that is no multiple of 128, as GPT-2's 50257 is none.
+VOCAB_SIZE = 601
+TINY_MODEL = ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--n_positions", "32"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data beside the repository; tests that need it skip where it is not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the files of {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory) -> Path:
+    """A folder of real text: some modules of the standard library, as .txt files."""
+    import email
+    import json as json_package
+
+    folder = tmp_path_factory.mktemp("text")
+    for package in (json_package, email):
+        for path in sorted(Path(package.__file__).parent.glob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            (folder / f"{package.__name__}_{path.stem}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory, text_files) -> Path:
+    """Some 150,000 tokens in shards of 20,011, so that no batch ends where a shard does."""
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.sources import Source
+
+    folder = tmp_path_factory.mktemp("data") / "small"
+    prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=VOCAB_SIZE, shard_tokens=20_011), folder)
+    return folder
+
+
+@dataclass
+class Finished:
+    """A run that a process of its own has made."""
+
+    folder: Path
+    stdout: str
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").iterdir())
+
+    def metrics(self) -> dict[int, dict]:
+        """The lines of metrics.jsonl by step; a step that stands twice is an error."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        by_step = {line["step"]: line for line in lines}
+        assert len(by_step) == len(lines)
+        return by_step
+
+    def losses(self) -> list[float]:
+        """The training losses of all steps, in order."""
+        metrics = self.metrics()
+        steps = sorted(step for step, line in metrics.items() if "loss" in line)
+        assert steps == list(range(len(steps)))
+        return [metrics[step]["loss"] for step in steps]
+
+
+def run_command(*words: str, cwd: Path, expect: int | None = 0) -> subprocess.CompletedProcess:
+    """Run a command in a process of its own, and check how it ended; None for any failure."""
+    done = subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True)
+    ended_well = done.returncode == expect if expect is not None else done.returncode != 0
+    assert ended_well, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def launch(*flags: str, cwd: Path, launch_file: str = "cpu", options: tuple[str, ...] = (), expect: int | None = 0):
+    """`accelerate launch --config_file accelerate_configs/LAUNCH_FILE.yaml training/train.py FLAGS`, from `cwd`."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    files = ["--config_file", ROOT / "accelerate_configs" / f"{launch_file}.yaml", *options]
+    return run_command(*launcher, *files, ROOT / "training" / "train.py", *flags, cwd=cwd, expect=expect)
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory, data_folder):
+    """Train the tiny model on the small data in real processes: float32, sequential, 512 tokens a step."""
+    folder = tmp_path_factory.mktemp("runs")
+    fixed = ["--data", data_folder, "--mixed_precision", "no", "--order", "sequential", "--sample_every", "0"]
+    fixed += ["--batch_tokens", "512", "--learning_rate", "1e-2", "--val_tokens", "4096", "--warmup_steps", "3"]
+
+    def start(name: str, *flags: str, **launch_options) -> Finished:
+        done = launch("--run_name", name, *fixed, *TINY_MODEL, *flags, cwd=folder, **launch_options)
+        return Finished(folder / "runs" / name, done.stdout)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def tiny_run(train) -> Finished:
+    """20 steps, two micro-batches each, validated every 5 steps."""
+    return train("tiny", "--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5")
+
+
+def pytest_configure() -> None:
+    # One thread per process: tests run beside each other, and threads of several processes only wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,89 @@
+"""The chunked loss against `F.cross_entropy` on whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import modeling.loss
+from modeling import GPTConfig, GPTModel
+from modeling.loss import linear_cross_entropy
+
+
+def problem(vocab_size=201, count=50, width=16):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, width, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab_size, width, generator=generator, requires_grad=True)
+    labels = torch.randint(vocab_size, (count,), generator=generator)
+    labels[::7] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("vocab_size", [201, 256])
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+@pytest.mark.parametrize("num_items", [None, 13, torch.tensor(13)])
+def test_value_and_gradients_in_float32(monkeypatch, vocab_size, chunk, num_items):
+    monkeypatch.setattr(modeling.loss, "CHUNK_TOKENS", chunk)
+    hidden, weight, labels = problem(vocab_size)
+    loss = linear_cross_entropy(hidden, weight, labels, num_items)
+    (3 * loss).backward()
+    gradients = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum") / (num_items or (labels != -100).sum())
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, (hidden.grad, weight.grad))
+
+
+def test_bfloat16_is_as_close_as_bfloat16_logits_allow():
+    hidden, weight, labels = problem(vocab_size=1000, count=400, width=64)
+    hidden.data *= 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    exact = F.cross_entropy(hidden @ weight.T, labels)
+    exact_hidden, exact_weight = torch.autograd.grad(exact, (hidden, weight))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, atol=5e-3, rtol=0)
+    for gradient, expected in ((hidden.grad, exact_hidden), (weight.grad, exact_weight)):
+        assert (gradient - expected).norm() < 0.01 * expected.norm()
+
+
+def test_evaluation_keeps_no_gradients():
+    hidden, weight, labels = problem()
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_the_logits_of_all_tokens_are_never_held():
+    """The largest tensor that a training step makes is a chunk of logits, not all of them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    vocab_size, tokens = 1500, 3 * modeling.loss.CHUNK_TOKENS
+    config = GPTConfig(vocab_size=vocab_size, n_positions=tokens, n_embd=8, n_layer=1, n_head=1)
+    model = GPTModel(config).train()
+    ids = torch.randint(vocab_size, (1, tokens))
+    with Largest() as mode:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    padded = -(-vocab_size // 128) * 128
+    assert mode.elements == modeling.loss.CHUNK_TOKENS * padded
+
+
+def test_labels_are_shifted_and_shift_labels_are_not():
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    text = torch.randint(64, (2, 13))
+    shifted = model(text[:, :-1], shift_labels=text[:, 1:]).loss
+    # `labels` predict 12 tokens from 12 positions of 13; the last position has no label.
+    torch.testing.assert_close(model(text, labels=text).loss, shifted)
+    logits = model(text[:, :-1]).logits
+    torch.testing.assert_close(shifted, F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
