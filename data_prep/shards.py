@@ -33,6 +33,7 @@ def write_shards(
     dropped = 0
     for tokens in documents:
         validating = not writer.shards
+        writer.documents += 1
         while len(tokens):
             tokens = writer.add(tokens)
             if validating and writer.shards:
@@ -47,7 +48,6 @@ class _Writer:
         self.folder, self.name = folder, name
         self.buffer = np.empty(shard_tokens, dtype=dtype)
         self.filled = self.documents = 0
-        self.at_document_start = True
         self.shards: list[Shard] = []
 
     def add(self, tokens: np.ndarray) -> np.ndarray:
@@ -57,12 +57,9 @@ class _Writer:
             raise UserError(f"token id {int(taken.max())} does not fit into {self.buffer.dtype}; use dtype uint32")
         self.buffer[self.filled : self.filled + len(taken)] = taken
         self.filled += len(taken)
-        self.documents += self.at_document_start
-        rest = tokens[len(taken) :]
-        self.at_document_start = len(rest) == 0
         if self.filled == len(self.buffer):
             self.flush()
-        return rest
+        return tokens[len(taken) :]
 
     def flush(self) -> None:
         if not self.filled:

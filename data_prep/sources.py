@@ -1,6 +1,7 @@
 """Where documents come from: the built-in corpus, local files, data sets of the Hub."""
 
 import glob
+import io
 import json
 import random
 import sysconfig
@@ -89,7 +90,7 @@ class Source:
     def _read_jsonl(self, path: Path) -> Iterator[str]:
         import pyarrow
 
-        with pyarrow.input_stream(str(path), compression="detect") as lines:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)
