@@ -143,9 +143,9 @@ class Source:
 
 
 def _standard_library() -> list[Path]:
-    """The sources of the running interpreter's standard library, without tests, tables and installed packages."""
+    """The sources of the running interpreter's standard library, without its tables of characters."""
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    skipped = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
     files = sorted(p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts))
     if not files:
         raise UserError(f"the built-in corpus is empty: no Python sources in {root}; give another --source")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 VOCAB_MULTIPLE = 128  # tensor cores want aligned rows: 50257 becomes 50304, for the length of one call
 
 
@@ -46,15 +46,19 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, len(hidden), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            chunk = hidden[rows].to(dtype)
-            logits = F.linear(chunk, head).float()
+            chunk, valid = hidden[rows].to(dtype), (labels[rows] != IGNORE_INDEX).unsqueeze(1)
+            targets = labels[rows].unsqueeze(1).where(valid, 0)
+            logits = F.linear(chunk, head)
             logits[:, vocab_size:] = float("-inf")
-            log_probs = logits.log_softmax(dim=-1)
-            loss += F.nll_loss(log_probs, labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+            probs = logits.softmax(dim=-1, dtype=torch.float32)
+            # The largest probability is at least 1/V: its logarithm is safe where that of a target's may underflow.
+            log_normalizer = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
+            loss += ((log_normalizer - logits.gather(1, targets).float()) * valid).sum()
             if needs_grad:
-                grad_logits = _grad_logits(log_probs, labels[rows]).to(dtype)
-                grad_hidden[rows] = grad_logits @ head
-                grad_weight += (grad_logits.T @ chunk)[:vocab_size]
+                # d loss / d logits = softmax - one_hot
+                grad_logits = probs.scatter_add_(1, targets, -torch.ones_like(targets, dtype=probs.dtype)).to(dtype)
+                grad_hidden[rows] = (grad_logits @ head) * valid
+                grad_weight += (grad_logits.T @ (chunk * valid))[:vocab_size]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -62,11 +66,3 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
-
-
-def _grad_logits(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """`softmax - one_hot`, zero where the label is ignored; overwrites `log_probs` `[n, V]` to save memory."""
-    valid = (labels != IGNORE_INDEX).unsqueeze(1)
-    grad = log_probs.exp_()
-    grad.scatter_add_(1, labels.clamp(min=0).unsqueeze(1), torch.full_like(valid, -1.0, dtype=grad.dtype))
-    return grad.mul_(valid)

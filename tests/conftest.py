@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -83,11 +84,29 @@ def run_command(*words: str, cwd: Path, expect: int | None = 0) -> subprocess.Co
     return done
 
 
-def launch(*flags: str, cwd: Path, launch_file: str = "cpu", options: tuple[str, ...] = (), expect: int | None = 0):
-    """`accelerate launch --config_file accelerate_configs/LAUNCH_FILE.yaml training/train.py FLAGS`, from `cwd`."""
+def launch(
+    *flags: str,
+    cwd: Path,
+    launch_file: str = "cpu",
+    options: tuple[str, ...] = (),
+    expect: int | None = 0,
+    kill_after: str | None = None,
+) -> subprocess.CompletedProcess:
+    """`accelerate launch --config_file accelerate_configs/LAUNCH_FILE.yaml training/train.py FLAGS`, from `cwd`.
+
+    With `kill_after`, all its processes are killed once it has printed a line that ends in that.
+    """
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     files = ["--config_file", ROOT / "accelerate_configs" / f"{launch_file}.yaml", *options]
-    return run_command(*launcher, *files, ROOT / "training" / "train.py", *flags, cwd=cwd, expect=expect)
+    words = [*launcher, *files, ROOT / "training" / "train.py", *flags]
+    if kill_after is None:
+        return run_command(*words, cwd=cwd, expect=expect)
+    words = list(map(str, words))
+    with subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        seen = next((line for line in process.stdout if line.rstrip().endswith(kill_after)), None)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert seen is not None, f"no line ended in {kill_after!r}"
+    return subprocess.CompletedProcess(words, process.returncode, stdout=seen)
 
 
 @pytest.fixture(scope="session")
@@ -97,8 +116,8 @@ def train(tmp_path_factory, data_folder):
     fixed = ["--data", data_folder, "--mixed_precision", "no", "--order", "sequential", "--sample_every", "0"]
     fixed += ["--batch_tokens", "512", "--learning_rate", "1e-2", "--val_tokens", "4096", "--warmup_steps", "3"]
 
-    def start(name: str, *flags: str, **launch_options) -> Finished:
-        done = launch("--run_name", name, *fixed, *TINY_MODEL, *flags, cwd=folder, **launch_options)
+    def start(name: str, *flags: str, **options) -> Finished:
+        done = launch("--run_name", name, *fixed, *TINY_MODEL, *flags, cwd=folder, **options)
         return Finished(folder / "runs" / name, done.stdout)
 
     return start

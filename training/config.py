@@ -152,6 +152,8 @@ def parse_config(argv: list[str]) -> TrainingConfig:
         except UserError as error:
             problems.append(str(error))
             continue
+        if option[0] in unknown:
+            unknown = option[:1]
         problems += [unknown_name(word, parser._option_string_actions) for word in unknown]
         good.append(option)
     presets = [option[1] for option in good if option[0] == "--preset" and len(option) == 2]

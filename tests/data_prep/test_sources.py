@@ -1,11 +1,16 @@
 """Documents from every kind of source, and what a bad one says."""
 
 import gzip
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow
 import pytest
 from pyarrow import parquet
+from standin_hub import serve_dataset
 
 from data_prep.cli import UserError
 from data_prep.sources import MAX_TEXT_DOCUMENT, Source
@@ -112,3 +117,25 @@ def test_bad_text_and_missing_files(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"a\.csv: not one of the formats"):
         list(Source(str(tmp_path / "a.csv")).documents())
+
+
+def parquet_bytes(**columns) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def test_hub_data_sets_are_streamed(tmp_path):
+    """`datasets` reads them from a stand-in Hub on 127.0.0.1."""
+    files = {f"data/train-0000{i}-of-00002.parquet": parquet_bytes(text=[f"{i} {t}" for t in TEXTS]) for i in (0, 1)}
+    program = "import json, sys; from data_prep.sources import Source; "
+    program += "print(json.dumps([list(Source(name).documents()) for name in sys.argv[1:]]))"
+    with serve_dataset("user/corpus", files) as (endpoint, requests):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done, missing = (
+            subprocess.run([sys.executable, "-c", program, name], env=environment, capture_output=True, text=True)
+            for name in ("user/corpus", "user/none")
+        )
+    assert json.loads(done.stdout) == [[f"{i} {text}" for i in (0, 1) for text in TEXTS]]
+    assert any("resolve" in request and request.endswith(".parquet") for request in requests)
+    assert "UserError: source 'user/none' is no local file" in missing.stderr

@@ -1,0 +1,131 @@
+"""Settings: who overrides whom, and every problem at once."""
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from data_prep.cli import UserError
+from modeling import PRESETS
+from training.config import check_config, parse_config
+from training.topology import _precision
+
+from conftest import ROOT  # isort: skip
+
+
+def test_flags_over_file_over_preset_over_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "preset: gpt2-124m\nlearning_rate: 6e-4\nn_layer: 6\nsample_prompts: [one two, three]\nresume: true\n"
+    )
+    config = parse_config([str(file), "--n_layer", "3", "--val-every", "7"])
+    assert config.model.n_layer == 3  # flag
+    assert config.optimizer.learning_rate == 6e-4 and config.run.resume is True  # file
+    assert config.run.sample_prompts == ["one two", "three"]
+    assert config.model.n_embd == PRESETS["gpt2-124m"].n_embd  # preset
+    assert config.optimizer.weight_decay == 0.1  # default
+    assert config.run.val_every == 7
+    assert parse_config([str(file), "--preset", "gpt2-350m"]).model.n_embd == 1024
+    assert parse_config(["--preset=gpt2-350m"]).model.n_embd == 1024
+
+
+def test_written_settings_give_the_same_run_again(tmp_path):
+    config = parse_config(["--preset", "gpt3-125m", "--learning_rate", "1e-5", "--sample_prompts", "a b", "c"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    assert parse_config([str(file)]) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_we_ship(file, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    config = parse_config([str(file), "--data", str(tmp_path)])
+    for processes in (1, 2, 4, 8):
+        check_config(config, processes)
+    written = config.to_dict()
+    assert {name: written[name] for name in settings if name != "data"} == {
+        name: value for name, value in settings.items() if name != "data"
+    }
+
+
+def problems(*flags: str, processes: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        check_config(parse_config(list(flags)), processes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--n_layers", "2"], "unknown '--n_layers'; did you mean '--n_layer'?"),
+        (["--n_layer", "many"], "argument --n_layer: invalid int value: 'many'"),
+        (["--order", "random"], "argument --order: invalid choice: 'random'"),
+        (["--preset", "gpt2-125m"], "unknown 'gpt2-125m'; did you mean 'gpt2-124m'?"),
+        (["--n_embd", "30"], "n_embd=30 is not a multiple of n_head=4"),
+        (["--sequence_length", "512"], "sequence_length=512 is longer than n_positions=256"),
+        (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
+        (["--max_steps", "0"], "max_steps=0 must be at least 1"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 must be greater than 0"),
+        (["--dropout", "1.5"], "dropout=1.5 must be at least 0 and less than 1"),
+        (["--min_lr_ratio", "2"], "min_lr_ratio=2.0 must lie between 0 and 1"),
+        (["--data", "no/such"], "data='no/such': no such folder"),
+        (["--run_name", "a/b"], "run_name='a/b' is not the name of a folder"),
+        (["no.yaml"], "no.yaml: not a readable YAML file"),
+    ],
+)
+def test_one_problem(flags, expected):
+    assert problems(*flags).startswith(expected) or expected in problems(*flags)
+    assert "\n" not in problems(*flags)
+
+
+def test_all_problems_at_once():
+    text = problems("--n_embd", "30", "--sequence_length", "512", "--data", "no/such", "--batch_tokens", "100")
+    assert text.startswith("4 problems") and text.count("\n  - ") == 4
+    text = problems("--n_layers", "2", "--n_head", "x", "--max_stepz", "3")
+    assert text.startswith("3 problems") and "--n_layer'?" in text and "invalid int" in text and "--max_steps'?" in text
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
+    flags = ["--batch_tokens", "10000", "--micro_batch", "4", "--n_positions", "256"]
+    assert "4 x 256 x 3 = 3072; the nearest sizes that are: 9216 or 12288" in problems(*flags, processes=3)
+    assert "the nearest sizes that are: 16384" in problems("--batch_tokens", "1000", "--micro_batch", "64")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("n_layers: 2\n", "unknown '--n_layers'; did you mean '--n_layer'?"),
+        ("n_layer: 2.5\n", "argument --n_layer: invalid int value: '2.5'"),
+        ("- a\n- b\n", "expected lines of `name: value`, found list"),
+        ("n_layer: [1\n", "not a readable YAML file"),
+    ],
+)
+def test_bad_files(tmp_path, text, expected):
+    (tmp_path / "a.yaml").write_text(text)
+    assert expected in problems(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_files_hold_topology_and_precision_only(file):
+    config = load_config_from_file(str(file))
+    assert config.compute_environment == "LOCAL_MACHINE"
+    kinds = {"cpu": "NO", "cpu_ddp": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU"}
+    kinds |= {"fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "mps": "NO"}
+    assert config.distributed_type == kinds[file.stem]
+    assert config.use_cpu == (file.stem == "cpu")
+    assert (config.num_processes > 1) == (kinds[file.stem] != "NO")
+    if file.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "GPTBlock"
+
+
+def test_every_launch_file_is_there():
+    names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert names == {"cpu", "cpu_ddp", "single_gpu", "ddp", "multi_node", "fsdp2", "deepspeed_zero2", "mps"}
+
+
+def test_precision_of_flag_over_launch_file(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert _precision(parse_config([])) is None  # Accelerate reads the launch file
+    assert _precision(parse_config(["--mixed_precision", "no"])) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert _precision(parse_config(["--mixed_precision", "bf16"])) == "bf16"

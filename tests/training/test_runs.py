@@ -1,0 +1,265 @@
+"""Whole runs, each in processes of its own, against independent re-statements and against each other."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import VOCAB_SIZE, Finished, launch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.manifest import Manifest
+from modeling import GPTConfig, GPTModel
+from training.checkpoint import RunState, complete_checkpoints, load_state, prune_checkpoints
+
+
+def initial_model(data_folder, folder):
+    """The weights that a run with the default seed begins from, as a stock GPT-2."""
+    torch.manual_seed(1337)
+    eos = VOCAB_SIZE - 1
+    sizes = {"vocab_size": VOCAB_SIZE, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPTModel(GPTConfig(**sizes, bos_token_id=eos, eos_token_id=eos)).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_losses_are_those_of_build_nanogpts_loop(tiny_run, data_folder, tmp_path):
+    """The loop of "Let's reproduce GPT-2 (124M)", restated around stock GPT-2."""
+    batch, length, accumulation, max_steps, warmup, max_lr = 8, 32, 2, 20, 3, 1e-2
+    model = initial_model(data_folder, tmp_path).train()
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=max_lr, betas=(0.9, 0.95), eps=1e-8)
+
+    shards = sorted(path for path in data_folder.iterdir() if "train" in path.name)
+    tokens, position = torch.tensor(np.load(shards[0]).astype(np.int32), dtype=torch.long), 0
+    losses, norms = [], []
+    for step in range(max_steps):
+        optimizer.zero_grad()
+        mean = 0.0
+        for _ in range(accumulation):
+            buffer = tokens[position : position + batch * length + 1]
+            position += batch * length
+            x, y = buffer[:-1].view(batch, length), buffer[1:].view(batch, length)
+            loss = F.cross_entropy(model(x).logits.view(-1, VOCAB_SIZE), y.view(-1)) / accumulation
+            mean += loss.item()
+            loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        progress = (step - warmup) / (max_steps - warmup)
+        cosine = max_lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = max_lr * (step + 1) / warmup if step < warmup else cosine
+        optimizer.step()
+        losses.append(mean)
+
+    assert max(norms) > 1.0  # clipping took part
+    assert losses[-1] < 0.75 * losses[0]
+    np.testing.assert_allclose(tiny_run.losses(), losses, atol=1e-4, rtol=0)
+    metrics = tiny_run.metrics()
+    np.testing.assert_allclose([metrics[step]["grad_norm"] for step in range(max_steps)], norms, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batch", "launch_file"),
+    [("one_batch", 16, "cpu"), ("four_batches", 4, "cpu"), ("two_processes", 8, "cpu_ddp")],
+)
+def test_accumulation_and_processes_do_not_change_the_losses(tiny_run, train, name, micro_batch, launch_file):
+    flags = ["--max_steps", "20", "--micro_batch", str(micro_batch), "--val_every", "5"]
+    other = train(name, *flags, launch_file=launch_file)
+    environment = json.loads((other.folder / "environment.json").read_text())
+    assert environment["num_processes"] == (2 if launch_file == "cpu_ddp" else 1)
+    difference = np.array(other.losses()) - np.array(tiny_run.losses())
+    assert np.abs(difference).max() < 1e-4 and abs(difference.mean()) < 2e-5
+    for step in (0, 5, 10, 15, 20):
+        assert other.metrics()[step]["val_loss"] == pytest.approx(tiny_run.metrics()[step]["val_loss"], abs=1e-4)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(first: Finished, second: Finished) -> None:
+    """Bitwise the same losses, weights and optimizer state."""
+    assert first.losses() == second.losses()
+    validations = ([run.metrics()[s].get("val_loss") for s in sorted(run.metrics())] for run in (first, second))
+    assert len(set(map(tuple, validations))) == 1
+    assert (first.folder / "log.txt").read_text() == (second.folder / "log.txt").read_text()
+    for file in ("model.safetensors", "training_state/optimizer.safetensors", "training_state/rng_0.safetensors"):
+        left, right = (load_file(run.checkpoints[-1] / file) for run in (first, second))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left), file
+
+
+def test_five_steps_and_resume_and_five_are_ten(train):
+    """Shuffled and with dropout: all that the position and the random numbers decide. Killed, as machines are."""
+    flags = ["--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--order", "shuffled", "--dropout", "0.1"]
+    flags += ["--max_steps", "10"]
+    whole = train("whole", *flags)
+    train("halved", *flags, kill_after="step_00000005")
+    resumed = train("halved", *flags, "--resume")
+    assert "from step 5" in resumed.stdout
+    assert_same_run(whole, resumed)
+
+
+def test_what_is_evaluated_does_not_change_the_losses(train, tiny_run):
+    evaluated = ["--val_every", "1", "--sample_every", "2", "--sample_tokens", "4", "--save_every", "4"]
+    busy = train("busy", "--max_steps", "20", "--micro_batch", "8", *evaluated)
+    assert busy.losses() == tiny_run.losses()
+    samples = [json.loads(line) for line in (busy.folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [step for step in range(2, 21, 2) for _ in range(3)]
+
+
+def test_validation_loss_is_what_stock_transformers_computes(tiny_run, data_folder):
+    """On the saved checkpoint and the same tokens, with a vocabulary that is no multiple of 128."""
+    assert VOCAB_SIZE % 128
+    tokens = torch.tensor(np.load(next(data_folder.glob("*_val_*.npy"))).astype(np.int64))[: 4096 + 1]
+    x, y = tokens[:-1].view(-1, 32), tokens[1:].view(-1, 32)
+    for folder in tiny_run.checkpoints:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            loss = F.cross_entropy(model(x).logits.flatten(0, 1).double(), y.flatten()).item()
+        reported = tiny_run.metrics()[load_state(folder).step]
+        assert reported["val_loss"] == pytest.approx(loss, abs=1e-5)
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text_bytes = sum(len(tokenizer.decode([i], skip_special_tokens=True).encode()) for i in y.flatten() if i < 256)
+        text_bytes += sum(
+            len(tokenizer.convert_ids_to_tokens(int(i))) for i in y.flatten() if 256 <= i < VOCAB_SIZE - 1
+        )
+        bits = loss * y.numel() / math.log(2) / text_bytes
+        # Bytes that are no characters of their own decode to more than one byte; there are few in source text.
+        assert reported["val_bits_per_byte"] == pytest.approx(bits, rel=0.01)
+
+
+def test_a_checkpoint_is_an_ordinary_model_folder(tiny_run, data_folder):
+    last = tiny_run.checkpoints[-1]
+    names = {path.name for path in last.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "COMPLETE"} <= names
+    tokenizer = AutoTokenizer.from_pretrained(last)
+    model = AutoModelForCausalLM.from_pretrained(last)
+    assert type(model).__module__.startswith("transformers.models.gpt2")
+    assert model.config.vocab_size == len(tokenizer) == VOCAB_SIZE
+    assert model.config.eos_token_id == tokenizer.eos_token_id == VOCAB_SIZE - 1
+    hashes = json.loads((last / "COMPLETE").read_text())
+    files = {str(path.relative_to(last)) for path in last.rglob("*") if path.is_file()}
+    assert set(hashes) == files - {"COMPLETE"}
+
+
+def test_what_a_run_writes(tiny_run):
+    names = {path.name for path in tiny_run.folder.iterdir()}
+    written = {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "samples.jsonl", "checkpoints", "report"}
+    assert names == written
+    assert (tiny_run.folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    log = (tiny_run.folder / "log.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in log)
+    assert len(log) == 20 + 5
+    step = tiny_run.metrics()[7]
+    assert step["tokens"] == 8 * 512 and step["tokens_per_second"] > 0 and step["mfu"] is None
+    assert 10**7 < step["memory_bytes"] < 10**11
+    assert yaml.safe_load((tiny_run.folder / "config.yaml").read_text())["batch_tokens"] == 512
+    assert json.loads((tiny_run.folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        if step != 50:  # the last one was not written to its end
+            (folder / "COMPLETE").write_text("{}")
+    prune_checkpoints(tmp_path, keep_last=2, best_step=10)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (10, 30, 40)]
+    assert (tmp_path / "step_00000050").is_dir() and not (tmp_path / "step_00000020").exists()
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tiny_run):
+    metrics = tiny_run.metrics()
+    best = min((5, 10, 15, 20), key=lambda step: metrics[step]["val_loss"])
+    assert f"best checkpoint  runs/tiny/checkpoints/step_{best:08d}" in tiny_run.stdout
+    assert {load_state(folder).step for folder in tiny_run.checkpoints} == {15, 20, best}
+
+
+def test_state_holds_nothing_but_what_json_can(tiny_run):
+    state = load_state(tiny_run.checkpoints[-1])
+    assert isinstance(state, RunState) and state.step == 20 and state.position == 20 * 512 // 32
+
+
+REFUSALS = [
+    (["--run_name", "tiny"], "runs/tiny holds a run already (its last checkpoint is step_00000020)"),
+    (["--run_name", "none", "--resume"], "runs/none has no complete checkpoint to resume from"),
+    (["--run_name", "tiny", "--resume"], "is at step 20 of max_steps=20; raise it"),
+    (["--run_name", "tiny", "--resume", "--max_steps", "30", "--seed", "3"], "trained on other data: seed differ"),
+    (["--run_name", "long", "--n_positions", "30000", "--batch_tokens", "30000", "--micro_batch", "1"], "do not fill"),
+    (["--run_name", "x", "--attn_implementation", "flesh"], "cannot make the model: "),
+    (["--run_name", "x", "--n_layerz", "2"], "unknown '--n_layerz'; did you mean '--n_layer'?"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSALS, ids=[message[:20] for _, message in REFUSALS])
+def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, monkeypatch, capsys):
+    """In this process, for speed: one line, no traceback, and nothing made."""
+    from data_prep.cli import run
+    from training.train import main
+
+    root = tiny_run.folder.parents[1]
+    monkeypatch.chdir(root)
+    given = ["--data", str(data_folder), "--order", "sequential", "--n_positions", "32", "--batch_tokens", "512"]
+    given += ["--max_steps", "20", "--micro_batch", "8", "--warmup_steps", "3", "--mixed_precision", "no"]
+    monkeypatch.setattr("sys.argv", ["train.py", *given, *flags])
+    before = sorted(root.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert sorted(root.rglob("*")) == before
+
+
+def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_files, tmp_path, monkeypatch):
+    from data_prep.cli import UserError
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.sources import Source
+    from training.config import parse_config
+    from training.setup import data_identity, resumed_state
+
+    prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), tmp_path / "other")
+    config = parse_config(["--max_steps", "30", "--order", "sequential", "--n_positions", "32"])
+    identity = data_identity(config, Manifest.read(tmp_path / "other"))
+    with pytest.raises(UserError, match="trained on other data: tokenizer, shards"):
+        resumed_state(config, tiny_run.checkpoints[-1], identity)
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_run, tmp_path):
+    import shutil
+
+    from data_prep.cli import UserError
+
+    folder = shutil.copytree(tiny_run.checkpoints[-1], tmp_path / "copy")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-100] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged \(model.safetensors\)"):
+        load_state(folder)
+    (folder / "COMPLETE").unlink()
+    with pytest.raises(UserError, match="not a checkpoint to resume from"):
+        load_state(folder)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="refused only where there is no accelerator")
+@pytest.mark.parametrize(
+    ("launch_file", "options", "message"),
+    [
+        ("ddp", ("--num_processes", "2"), "the launch asked for 2 processes on GPUs, and torch sees none"),
+        ("fsdp2", ("--num_processes", "2"), "the launch asked for 2 processes on GPUs, and torch sees none"),
+        ("cpu", ("--num_processes", "2"), "the launch asked for several processes and got one"),
+    ],
+)
+def test_a_launch_that_cannot_be_had_is_refused(data_folder, tmp_path, launch_file, options, message):
+    flags = ["--data", data_folder, "--n_positions", "32", "--batch_tokens", "1024", "--micro_batch", "8"]
+    done = launch(*flags, cwd=tmp_path, launch_file=launch_file, options=options, expect=None)
+    assert f"error: {message}" in done.stderr
+    assert not list(tmp_path.iterdir())
