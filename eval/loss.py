@@ -55,7 +55,9 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
         UserError: where there is none, or one that is not GPT-2's.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -150,7 +150,7 @@ def parse_config(argv: list[str]) -> TrainingConfig:
         try:
             *_, unknown = parser.parse_args_into_dataclasses(option, True, look_for_args_file=False)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(f"{option[0]}: {str(error).partition(': ')[2]}")  # argparse names both its spellings
             continue
         if option[0] in unknown:
             unknown = option[:1]

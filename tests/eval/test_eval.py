@@ -1,5 +1,6 @@
 """The commands of eval on a checkpoint, against stock transformers."""
 
+import importlib
 import math
 import sys
 
@@ -9,7 +10,7 @@ from conftest import run_command
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, run
 from eval.generate import generate
 from eval.loss import load_model, read_tokens
 from eval.plot import plot_losses, read_log
@@ -108,12 +109,10 @@ def test_log_lines_are_read_and_plotted(tmp_path):
     ],
 )
 def test_bad_input_gets_one_line(checkpoint, tmp_path, words, message, monkeypatch, capsys):
-    import runpy
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(checkpoint) if word == "CHECKPOINT" else word for word in words])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(words[0], run_name="__main__")
+        run(importlib.import_module(words[0]).main)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error

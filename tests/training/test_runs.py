@@ -58,7 +58,7 @@ def test_losses_are_those_of_build_nanogpts_loop(tiny_run, data_folder, tmp_path
         losses.append(mean)
 
     assert max(norms) > 1.0  # clipping took part
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < losses[0] - 0.5  # and it learned
     np.testing.assert_allclose(tiny_run.losses(), losses, atol=1e-4, rtol=0)
     metrics = tiny_run.metrics()
     np.testing.assert_allclose([metrics[step]["grad_norm"] for step in range(max_steps)], norms, rtol=1e-3)

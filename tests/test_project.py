@@ -1,0 +1,56 @@
+"""The shape of the project: which part imports which, and what starting up costs."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = ("modeling", "data_prep", "eval", "training")
+MAY_IMPORT = {
+    "modeling": {"modeling"},
+    "data_prep": {"data_prep"},
+    "eval": {"eval", "modeling", "data_prep"},
+    "training": {"training", "eval", "modeling", "data_prep"},
+}
+LIBRARIES = {"modeling": {"torch", "transformers"}}
+
+
+def imports(path) -> set[str]:
+    """Top-level names of all modules that a file imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package):
+    for path in (ROOT / package).rglob("*.py"):
+        names = imports(path)
+        assert names & {*PACKAGES, "tests"} <= MAY_IMPORT[package], path
+        if package == "data_prep":
+            assert not names & {"torch", "transformers", "accelerate"}, path
+        if package in LIBRARIES:
+            assert names - sys.stdlib_module_names - set(PACKAGES) <= LIBRARIES[package], path
+
+
+def test_no_module_of_training_hides_another():
+    """`accelerate launch training/train.py` puts training/ first on sys.path."""
+    from importlib.metadata import packages_distributions
+
+    known = set(sys.stdlib_module_names) | set(packages_distributions()) - set(PACKAGES)
+    assert not {path.stem for path in (ROOT / "training").glob("*.py")} & known
+
+
+def test_training_starts_without_what_it_may_not_need():
+    program = "import sys, training.train, training.setup; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"torch", "accelerate", "training"} <= loaded
+    assert not loaded & {"datasets", "evaluate", "matplotlib", "lm_eval", "pyarrow", "pandas"}
