@@ -17,13 +17,17 @@ from data_prep.manifest import Manifest
 from data_prep.shards import open_shard
 from modeling.loss import IGNORE_INDEX
 
+# Sequences are permuted within windows of whole shards, about so many tokens: enough to mix documents well, few enough
+# to read from a handful of files.
+_WINDOW_TOKENS = 100_000_000
+
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Where a shard lies in the stream in some epoch: from token `start` to token `stop`."""
+    """From token `start` to token `stop` of the stream, within an epoch, lies the shard or the window `number`."""
 
     epoch: int
-    shard: int
+    number: int
     start: int
     stop: int
 
@@ -43,38 +47,50 @@ class TokenStream:
         self.paths = [folder / shard.file for shard in shards]
         self.lengths = np.array([shard.tokens for shard in shards], dtype=np.int64)
         self.tokens_per_epoch = int(self.lengths.sum())
+        self.shards_per_window = max(1, _WINDOW_TOKENS // int(self.lengths.max()))
         self._shard_order = lru_cache(maxsize=2)(self._permuted_shards)
-        self._documents = lru_cache(maxsize=4)(self._permuted_documents)
+        self._documents = lru_cache(maxsize=2 + self.shards_per_window)(self._permuted_documents)
 
-    def stretch(self, token: int) -> _Stretch:
+    def shard(self, token: int) -> _Stretch:
         """The shard that token `token` of the stream lies in."""
-        epoch, offset = divmod(token, self.tokens_per_epoch)
-        order, starts = self._shard_order(epoch)
-        i = int(np.searchsorted(starts, offset, side="right")) - 1
-        start = epoch * self.tokens_per_epoch + int(starts[i])
-        return _Stretch(epoch, int(order[i]), start, start + int(self.lengths[order[i]]))
+        epoch, i = self._locate(token)
+        order, bounds = self._shard_order(epoch)
+        return _Stretch(epoch, int(order[i]), int(bounds[i]), int(bounds[i + 1]))
+
+    def window(self, token: int) -> _Stretch:
+        """The window of consecutive shards, in the epoch's order of them, that token `token` of the stream lies in."""
+        epoch, i = self._locate(token)
+        number, bounds = i // self.shards_per_window, self._shard_order(epoch)[1]
+        first, last = (min(n * self.shards_per_window, len(self.paths)) for n in (number, number + 1))
+        return _Stretch(epoch, number, int(bounds[first]), int(bounds[last]))
+
+    def _locate(self, token: int) -> tuple[int, int]:
+        """The epoch of a token, and the place of its shard in that epoch's order."""
+        epoch = token // self.tokens_per_epoch
+        return epoch, int(np.searchsorted(self._shard_order(epoch)[1], token, side="right")) - 1
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start` to `start + count` of the stream, `[count]` int64."""
         pieces = []
         while count > 0:
-            stretch = self.stretch(start)
-            documents = self._documents(stretch.epoch, stretch.shard)
-            piece = documents.read(start - stretch.start, min(count, stretch.stop - start))
+            shard = self.shard(start)
+            documents = self._documents(shard.epoch, shard.number)
+            piece = documents.read(start - shard.start, min(count, shard.stop - start))
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int64)
 
-    def permutation(self, what: str, count: int, epoch: int, shard: int = 0) -> np.ndarray:
+    def permutation(self, what: str, count: int, epoch: int, number: int = 0) -> np.ndarray:
         """A permutation of `count` things, from the seed and the arguments alone; as they lie if `sequential`."""
         if not self.shuffled:
             return np.arange(count)
         kind = ("shards", "documents", "sequences").index(what)
-        return np.random.default_rng([self.seed, kind, epoch, shard]).permutation(count)
+        return np.random.default_rng([self.seed, kind, epoch, number]).permutation(count)
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of `epoch`, and the tokens of the stream that they begin at, the epoch's end last."""
         order = self.permutation("shards", len(self.paths), epoch)
-        return order, np.cumsum(self.lengths[order]) - self.lengths[order]
+        return order, epoch * self.tokens_per_epoch + np.concatenate([[0], np.cumsum(self.lengths[order])])
 
     def _permuted_documents(self, epoch: int, shard: int) -> "_Documents":
         tokens = open_shard(self.paths[shard])
@@ -110,8 +126,8 @@ class _Documents:
 class Batches:
     """Sequences of T tokens with their labels, by position.
 
-    In a shuffled stream the sequences that begin in the same shard are permuted as well: a batch of consecutive ones
-    would be a few long documents rather than a sample of many.
+    In a shuffled stream the sequences of a window are permuted as well: a batch of consecutive ones would be a few long
+    documents rather than a sample of many, and a small shard's documents would be learned and forgotten together.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, device: torch.device) -> None:
@@ -149,10 +165,11 @@ class Batches:
 
     def _index(self, position: int) -> int:
         """Which sequence of the stream stands at `position`."""
-        stretch = self.stream.stretch(position * self.sequence_length)
-        first, permutation = self._permutation(stretch)
+        window = self.stream.window(position * self.sequence_length)
+        first, permutation = self._permutation(window)
         return first + int(permutation[position - first])
 
-    def _permuted_sequences(self, stretch: _Stretch) -> tuple[int, np.ndarray]:
-        first, stop = (-(-token // self.sequence_length) for token in (stretch.start, stretch.stop))
-        return first, self.stream.permutation("sequences", stop - first, stretch.epoch, stretch.shard)
+    def _permuted_sequences(self, window: _Stretch) -> tuple[int, np.ndarray]:
+        """The first sequence that begins in `window`, and the order of those that do."""
+        first, stop = (-(-token // self.sequence_length) for token in (window.start, window.stop))
+        return first, self.stream.permutation("sequences", stop - first, window.epoch, window.number)

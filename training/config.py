@@ -24,9 +24,9 @@ class ModelSettings:
     _argument_group_name = "model"
 
     preset: str | None = _field(None, "published size that the settings below start from: " + ", ".join(PRESETS))
-    n_layer: int = _field(4, "transformer blocks")
-    n_embd: int = _field(256, "width of the residual stream, in channels")
-    n_head: int = _field(4, "attention heads")
+    n_layer: int = _field(3, "transformer blocks")
+    n_embd: int = _field(192, "width of the residual stream, in channels")
+    n_head: int = _field(3, "attention heads")
     n_positions: int = _field(256, "longest context of the model, in tokens")
     dropout: float = _field(0.0, "dropout of embeddings, attention and residual branches; 0 for pre-training")
     attn_implementation: str = _field("sdpa", "attention kernel: sdpa, flash_attention_2, flex_attention, eager, ...")
@@ -48,12 +48,12 @@ class DataSettings:
 class OptimizerSettings:
     _argument_group_name = "optimization"
 
-    max_steps: int = _field(300, "optimizer steps in the whole run")
-    batch_tokens: int = _field(8192, "tokens in a step, over all processes and micro-batches")
-    micro_batch: int = _field(16, "sequences in one forward pass of one process")
-    learning_rate: float = _field(4e-3, "peak learning rate")
+    max_steps: int = _field(800, "optimizer steps in the whole run")
+    batch_tokens: int = _field(2048, "tokens in a step, over all processes and micro-batches")
+    micro_batch: int = _field(8, "sequences in one forward pass of one process")
+    learning_rate: float = _field(3e-3, "peak learning rate")
     min_lr_ratio: float = _field(0.1, "learning rate at the end of the cosine, as a fraction of the peak")
-    warmup_steps: int = _field(20, "steps of linear warmup")
+    warmup_steps: int = _field(40, "steps of linear warmup")
     weight_decay: float = _field(0.1, "AdamW's weight decay, on matrices and embeddings only")
     adam_beta1: float = _field(0.9, "AdamW's beta1")
     adam_beta2: float = _field(0.95, "AdamW's beta2")
@@ -73,15 +73,15 @@ class RunSettings:
         "auto", "auto: the launch file's, else bf16 where the hardware is good at it"
     )
     compile: Literal["auto", "on", "off"] = _field("auto", "torch.compile each block; auto: on CUDA")
-    log_every: int = _field(10, "steps between two lines of progress where there is no terminal")
-    val_every: int = _field(50, "steps between two validations")
+    log_every: int = _field(20, "steps between two lines of progress where there is no terminal")
+    val_every: int = _field(200, "steps between two validations")
     val_tokens: int = _field(65536, "tokens in a validation, the same ones each time")
-    sample_every: int = _field(100, "steps between two rounds of samples; 0 for none")
+    sample_every: int = _field(400, "steps between two rounds of samples; 0 for none")
     sample_prompts: list[str] = dataclasses.field(
-        default_factory=lambda: ["def ", "import ", "class "], metadata={"help": "texts to continue"}
+        default_factory=lambda: ["def", "import", "class"], metadata={"help": "texts to continue"}
     )
     sample_tokens: int = _field(64, "tokens to continue each of them by")
-    save_every: int = _field(100, "steps between two checkpoints; the last step always has one")
+    save_every: int = _field(400, "steps between two checkpoints; the last step always has one")
     keep_last: int = _field(2, "checkpoints to keep beside the one with the best validation loss")
     report_to: str = _field("none", "tracker: none, tensorboard, wandb, trackio, all, ...")
 

@@ -236,6 +236,7 @@ def header(
     """What is about to happen, in a few lines."""
     settings, optimizer, processes = config.model, config.optimizer, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    counted = f"{processes} process{'es' if processes > 1 else ''}"
     begin = f"from step {state.step}" if state.step else "from random weights"
     epochs = optimizer.max_steps * optimizer.batch_tokens / manifest.tokens("train")
     return "\n".join(
@@ -244,7 +245,7 @@ def header(
             f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {manifest.tokenizer['vocab_size']}",
             f"data    {config.data.data}: {manifest.tokens('train'):,} training tokens, "
             f"{manifest.tokens('val'):,} for validation",
-            f"batch   {optimizer.batch_tokens:,} tokens = {processes} processes x "
+            f"batch   {optimizer.batch_tokens:,} tokens = {counted} x "
             f"{accelerator.gradient_accumulation_steps} accumulated x {optimizer.micro_batch} sequences x "
             f"{config.sequence_length}",
             f"steps   {optimizer.max_steps} {begin}: {optimizer.max_steps * optimizer.batch_tokens:,} tokens, "

@@ -74,11 +74,30 @@ def test_order_depends_on_seed_and_epoch_alone(data_folder):
         assert torch.equal(far.sequences(position, 4)[0], near.sequences(position, 4)[0])
 
 
-def test_a_batch_is_a_sample_of_many_documents(data_folder):
-    """Consecutive sequences of a long document do not follow one another."""
+def test_a_batch_is_a_sample_of_the_whole_of_a_small_corpus(data_folder):
     ordered = batches(data_folder)
+    per_epoch = ordered.stream.tokens_per_epoch // T
+    for position in range(0, per_epoch - 64, 64):
+        places = sorted(ordered._index(p) for p in range(position, position + 64))
+        assert max(np.diff([0, *places, per_epoch])) < per_epoch / 5
     follows = [ordered._index(p + 1) == ordered._index(p) + 1 for p in range(1000)]
     assert sum(follows) < 50
+
+
+def test_windows_of_a_large_corpus_hold_whole_shards(data_folder, monkeypatch):
+    """Permuted within them alone, and still every sequence once."""
+    monkeypatch.setattr("training.batches._WINDOW_TOKENS", 45_000)
+    ordered = batches(data_folder)
+    assert ordered.stream.shards_per_window == 2
+    for epoch in (0, 1):
+        token = epoch * ordered.stream.tokens_per_epoch
+        while token < (epoch + 1) * ordered.stream.tokens_per_epoch:
+            window = ordered.stream.window(token)
+            assert window.start == token and window.epoch == epoch
+            inside = range(-(-window.start // T), -(-window.stop // T))
+            assert sorted(map(ordered._index, inside)) == list(inside)
+            token = window.stop
+        assert token == (epoch + 1) * ordered.stream.tokens_per_epoch
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

@@ -60,8 +60,8 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--n_layer", "many"], "--n_layer: invalid int value: 'many'"),
         (["--order", "random"], "--order: invalid choice: 'random'"),
         (["--preset", "gpt2-123m"], "--preset: unknown 'gpt2-123m'; did you mean 'gpt2-124m'?"),
-        (["--n_embd", "30"], "n_embd=30 is not a multiple of n_head=4"),
-        (["--sequence_length", "512"], "sequence_length=512 is longer than n_positions=256"),
+        (["--n_embd", "30", "--n_head", "4"], "n_embd=30 is not a multiple of n_head=4"),
+        (["--sequence_length", "512", "--batch_tokens", "4096"], "sequence_length=512 is longer than n_positions=256"),
         (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
         (["--max_steps", "0"], "max_steps=0 must be at least 1"),
         (["--learning_rate", "-1"], "learning_rate=-1.0 must be greater than 0"),
@@ -78,7 +78,7 @@ def test_one_problem(flags, expected):
 
 
 def test_all_problems_at_once():
-    text = problems("--n_embd", "30", "--sequence_length", "512", "--data", "no/such", "--batch_tokens", "100")
+    text = problems("--n_embd", "31", "--sequence_length", "512", "--data", "no/such", "--batch_tokens", "100")
     assert text.startswith("4 problems") and text.count("\n  - ") == 4
     text = problems("--n_layers", "2", "--n_head", "x", "--max_stepz", "3")
     assert text.startswith("3 problems") and "--n_layer'?" in text and "invalid int" in text and "--max_steps'?" in text
