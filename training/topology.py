@@ -15,14 +15,18 @@ def make_accelerator(config: TrainingConfig, num_processes: int) -> Accelerator:
     Raises:
         UserError: where the launch file asks for something that this machine silently does not give.
     """
-    asked_precision = _precision(config)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise UserError(
+            "the launch file asks for DeepSpeed, whose optimizer state our checkpoints cannot hold yet; "
+            "use accelerate_configs/fsdp2.yaml, which shards the same"
+        )
     cpu_only = not torch.accelerator.is_available()
     _check_launch(cpu_only, num_processes)
     if cpu_only:
         torch.set_num_threads(_threads())
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     accelerator = Accelerator(
-        mixed_precision=asked_precision,
+        mixed_precision=_precision(config),
         # Without an accelerator, several processes join through gloo only if the script says that it means the CPU.
         cpu=cpu_only,
         gradient_accumulation_steps=config.accumulation_steps(num_processes),
@@ -83,9 +87,8 @@ def _check_launch(cpu_only: bool, num_processes: int) -> None:
 
 
 def _check_strategy(accelerator: Accelerator) -> None:
-    for variable, strategy in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if os.environ.get(variable, "false") == "true" and accelerator.distributed_type != strategy:
-            raise UserError(
-                f"the launch file asks for {strategy}, Accelerate gives {accelerator.distributed_type.value} on "
-                f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
-            )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
+        raise UserError(
+            f"the launch file asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
+        )

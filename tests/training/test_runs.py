@@ -255,6 +255,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_run, tmp_path):
     [
         ("ddp", ("--num_processes", "2"), "the launch asked for 2 processes on GPUs, and torch sees none"),
         ("fsdp2", ("--num_processes", "2"), "the launch asked for 2 processes on GPUs, and torch sees none"),
+        ("fsdp2", ("--num_processes", "2", "--gpu_ids=-1,-1"), "the launch file asks for FSDP, Accelerate gives"),
         ("cpu", ("--num_processes", "2"), "the launch asked for several processes and got one"),
     ],
 )
