@@ -66,6 +66,16 @@ class Run:
         flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
+    def close(self) -> None:
+        """End the logs, the trackers and the process group.
+
+        The wrapped model goes first: as the last owner of the process group it would wait for the group's threads while
+        holding the interpreter's lock, which they may be waiting for.
+        """
+        self.log.close()
+        self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
+        self.accelerator.end_training()
+
     def sum_over_processes(self, *values: float) -> list[float]:
         """Each of `values` summed over all processes, in float64 where the device has it."""
         dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64

@@ -36,7 +36,7 @@ def main() -> None:
         run.log.print(f"\ninterrupted in step {run.state.step}; to go on from the last checkpoint: --resume")
         raise
     finally:
-        run.log.close()
+        run.close()
     finish(run)
 
 
@@ -131,7 +131,6 @@ def save(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Plot the run, and say what can be done with it."""
-    run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return
     from eval.plot import plot_losses
