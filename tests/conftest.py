@@ -76,9 +76,11 @@ class Finished:
         return [metrics[step]["loss"] for step in steps]
 
 
-def run_command(*words: str, cwd: Path, expect: int | None = 0) -> subprocess.CompletedProcess:
+def run_command(
+    *words: str, cwd: Path, expect: int | None = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Run a command in a process of its own, and check how it ended; None for any failure."""
-    done = subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     ended_well = done.returncode == expect if expect is not None else done.returncode != 0
     assert ended_well, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

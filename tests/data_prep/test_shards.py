@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -161,3 +163,62 @@ def test_damaged_folders_are_refused(own_copy):
     path.unlink()
     with pytest.raises(UserError, match="not a data folder"):
         Manifest.read(own_copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (b"", {}, "yields no text"),
+        (b" \n\n \t", {}, "yields no text"),
+        (b"some words\n" * 20, {"shard_tokens": 10_000}, "leaves none for training after a validation shard of 10000"),
+        (b"some words\n" * 20, {"shard_tokens": -1}, "shard_tokens=-1"),
+        (b"\xff\xfe", {}, "can't decode byte 0xff"),
+        (None, {}, "no such file or folder"),
+    ],
+)
+def test_what_cannot_be_prepared_leaves_nothing(tmp_path, text, options, message, monkeypatch):
+    """With a tokenizer of its own text, so that the corpus is what fails."""
+    if text is not None:
+        (tmp_path / "a.txt").write_bytes(text)
+    from data_prep.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["some words"], 257)
+    monkeypatch.setattr("data_prep.prepare.gpt2_tokenizer", lambda: tokenizer)
+    with pytest.raises(UserError, match=message):
+        prepare(Recipe(Source(str(tmp_path / "a.txt")), **options), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.txt"}
+
+
+def test_a_vocabulary_too_large_for_the_dtype_is_refused(text_files, tmp_path, monkeypatch):
+    import tiktoken
+
+    from data_prep.tokenizer import SPLIT_PATTERN, Tokenizer
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"%05d" % i: i for i in range(256, 70_000)}
+    large = Tokenizer(
+        "large",
+        tiktoken.Encoding(
+            "large", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000}
+        ),
+    )
+    monkeypatch.setattr("data_prep.prepare.gpt2_tokenizer", lambda: large)
+    with pytest.raises(UserError, match="the tokenizer has 70001 ids, uint16 holds 65536; use dtype uint32"):
+        prepare(Recipe(Source(str(text_files)), dtype="uint16"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_say_it_in_one_line(tmp_path):
+    """In processes of their own, GPT-2's vocabulary neither cached nor reachable among them."""
+    from conftest import run_command
+
+    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    (tmp_path / "a.txt").write_text("some words\n" * 1000)
+    for words, message in (
+        (["out", "--source", "a.txt"], "error: GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR: "),
+        (["out", "--sourc", "a.txt"], "python -m data_prep.prepare: error: "),
+        (["out", "--source", "a.txt", "--tokenizr", "bpe"], "unknown '--tokenizr'; did you mean '--tokenizer'?"),
+    ):
+        command = [sys.executable, "-m", "data_prep.prepare", *words]
+        done = run_command(*command, cwd=tmp_path, expect=2, env=environment)
+        assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "out").exists()
