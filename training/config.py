@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,9 @@ class RunSettings:
     sample_tokens: int = _field(64, "tokens to continue each of them by")
     save_every: int = _field(400, "steps between two checkpoints; the last step always has one")
     keep_last: int = _field(2, "checkpoints to keep beside the one with the best validation loss")
-    report_to: str = _field("none", "tracker: none, tensorboard, wandb, trackio, all, ...")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _field(
+        "none", "tracker to report to as well; all: those that are installed"
+    )
 
 
 @dataclass
@@ -216,6 +219,8 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
             )
         if config.data.data != QUICKSTART_DATA and not Path(config.data.data).is_dir():
             problems.append(f"data={config.data.data!r}: no such folder; prepare one with python -m data_prep.prepare")
+    if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
+        problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
     if Path(run.run_name).name != run.run_name:
         problems.append(f"run_name={run.run_name!r} is not the name of a folder; use runs_dir for the place")
     _raise(problems)

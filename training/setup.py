@@ -198,7 +198,7 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]
     state = load_state(checkpoint)
     if different := [name for name in data if data[name] != state.data.get(name)]:
         raise UserError(
-            f"{checkpoint} was trained on other data: {', '.join(different)} differ(s); resume with the data and the "
+            f"{checkpoint} was trained on other data ({', '.join(different)}); resume with the data and the "
             f"settings in {config.run_folder / 'config.yaml'}"
         )
     if state.step >= config.optimizer.max_steps:

@@ -67,7 +67,8 @@ def _threads() -> int:
     is what `accelerate launch` sets where nobody chose."""
     chosen = int(os.environ.get("OMP_NUM_THREADS", "1"))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return chosen if chosen > 1 else max(1, len(os.sched_getaffinity(0)) // local_processes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return chosen if chosen > 1 else max(1, cores // local_processes)
 
 
 def _check_launch(cpu_only: bool, num_processes: int) -> None:

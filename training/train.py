@@ -13,7 +13,7 @@ from data_prep import cli
 from data_prep.cli import UserError
 from eval.generate import generate
 from eval.loss import bits_per_byte, summed_loss
-from training.checkpoint import prune_checkpoints, save_checkpoint
+from training.checkpoint import complete_checkpoints, prune_checkpoints, save_checkpoint
 from training.config import check_config, parse_config, processes_launched
 from training.metrics import peak_memory
 from training.schedule import cosine_with_warmup
@@ -33,7 +33,8 @@ def main() -> None:
     try:
         fit(run)
     except KeyboardInterrupt:
-        run.log.print(f"\ninterrupted in step {run.state.step}; to go on from the last checkpoint: --resume")
+        if complete_checkpoints(run.checkpoints):
+            run.log.print(f"\nstopped in step {run.state.step}; --resume goes on from the last checkpoint")
         raise
     finally:
         run.close()

@@ -68,6 +68,7 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--dropout", "1.5"], "dropout=1.5 must be at least 0 and less than 1"),
         (["--min_lr_ratio", "2"], "min_lr_ratio=2.0 must lie between 0 and 1"),
         (["--data", "no/such"], "data='no/such': no such folder"),
+        (["--report_to", "nosuch"], "--report_to: invalid choice: 'nosuch'"),
         (["--run_name", "a/b"], "run_name='a/b' is not the name of a folder"),
         (["no.yaml"], "no.yaml: not a readable YAML file"),
     ],
@@ -129,3 +130,8 @@ def test_precision_of_flag_over_launch_file(monkeypatch):
     assert _precision(parse_config(["--mixed_precision", "no"])) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert _precision(parse_config(["--mixed_precision", "bf16"])) == "bf16"
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("training.config.find_spec", lambda name: None)
+    assert problems("--report_to", "wandb") == "report_to='wandb' is not installed; pip install wandb"
