@@ -212,6 +212,10 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
                 f"sequence_length={config.sequence_length} is longer than n_positions={model.n_positions}; "
                 f"lower the one or raise the other"
             )
+        if run.val_tokens < config.sequence_length:
+            problems.append(
+                f"val_tokens={run.val_tokens} is less than one sequence of {config.sequence_length}; raise it"
+            )
         problems += _batch_problems(config, num_processes)
         if optimizer.warmup_steps > optimizer.max_steps:
             problems.append(

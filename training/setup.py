@@ -113,9 +113,7 @@ def setup(config: TrainingConfig) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     length = config.sequence_length
     train_data, val_data = (
-        Batches(
-            TokenStream(folder, manifest, split, order, config.run.seed), config.sequence_length, accelerator.device
-        )
+        Batches(TokenStream(folder, manifest, split, order, config.run.seed), length, accelerator.device)
         for split, order in (("train", config.data.order), ("val", "sequential"))
     )
     val_sequences = min(config.run.val_tokens, val_data.stream.tokens_per_epoch - 1) // length

@@ -62,6 +62,7 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--preset", "gpt2-123m"], "--preset: unknown 'gpt2-123m'; did you mean 'gpt2-124m'?"),
         (["--n_embd", "30", "--n_head", "4"], "n_embd=30 is not a multiple of n_head=4"),
         (["--sequence_length", "512", "--batch_tokens", "4096"], "sequence_length=512 is longer than n_positions=256"),
+        (["--val_tokens", "255"], "val_tokens=255 is less than one sequence of 256"),
         (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
         (["--max_steps", "0"], "max_steps=0 must be at least 1"),
         (["--learning_rate", "-1"], "learning_rate=-1.0 must be greater than 0"),
