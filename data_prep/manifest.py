@@ -62,10 +62,12 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read `manifest.json` and check it against the files beside it, by name and size (not by hash).
+        """Read `manifest.json` and check it against the files beside it, by name and size, and by hash
+        for the tokenizer.
 
         Raises:
-            UserError: for a folder without one, a format that is not ours, or shards that are missing or cut short.
+            UserError: for a folder without one, a format that is not ours, shards that are missing or
+                cut short, and another tokenizer than the one that wrote them.
         """
         path = Path(folder) / FILE_NAME
         try:
@@ -85,7 +87,13 @@ class Manifest:
 
     def _check_files(self, folder: Path) -> None:
         from data_prep.shards import open_shard
+        from data_prep.tokenizer import tokenizer_hash
 
+        try:
+            if tokenizer_hash(folder / "tokenizer") != self.tokenizer["sha256"]:
+                raise UserError(f"{folder / 'tokenizer'} is not the tokenizer that wrote the shards beside it")
+        except OSError as error:
+            raise UserError(f"{folder / 'tokenizer'}: not readable ({error}); prepare the folder again") from error
         for shard in self.shards:
             if Path(shard.file).name != shard.file:
                 raise UserError(f"{folder / FILE_NAME}: shard {shard.file!r} lies outside of the folder")

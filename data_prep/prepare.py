@@ -51,7 +51,7 @@ def prepare(recipe: Recipe, folder: Path) -> Manifest:
     """
     if folder.exists():
         return _matching(recipe, folder)
-    shard_tokens = recipe.shard_tokens or _shard_tokens(recipe.source)
+    shard_tokens = _shard_tokens(recipe.source) if recipe.shard_tokens is None else recipe.shard_tokens
     if shard_tokens < 1:
         raise UserError(f"shard_tokens={shard_tokens}: a shard holds at least one token")
     tokenizer = _tokenizer(recipe)

@@ -51,7 +51,11 @@ class Source:
             found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
         elif any(c in self.source for c in "*?["):
             found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        elif self.source.count("/") == 1 and not self.source.startswith(("/", ".", "~")) and not path.suffix:
+        elif (
+            self.source.count("/") == 1
+            and not self.source.startswith(("/", ".", "~"))
+            and not path.name.endswith(SUFFIXES)
+        ):
             return []
         else:
             raise UserError(f"source {self.source!r}: no such file or folder")
@@ -139,6 +143,10 @@ class Source:
         text = record[self.text_column]
         if not isinstance(text, str):
             raise UserError(f"{where}: field {self.text_column!r} is not text but {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: field {self.text_column!r} is not text ({error})") from error
         return text
 
 

@@ -1,6 +1,6 @@
 """Continue a text with a trained model.
 
-python -m eval.generate runs/quickstart/checkpoints/step_00000300 --prompt "def main("
+python -m eval.generate runs/quickstart/checkpoints/step_00000800 --prompt "def main("
 """
 
 from collections.abc import Iterator
@@ -37,14 +37,16 @@ def generate(
 ) -> str:
     """The continuation of `prompt` (not the prompt itself), sampled with a generator of its own.
 
-    The prompt stands at the start of a document; what does not fit into the context is cut from its left. Temperature
-    0 takes the likeliest token each time.
+    The prompt stands at the start of a document. A long one is cut from its left until `max_new_tokens`, or half of the
+    context, fit in behind it; the continuation ends where the context does. Temperature 0 takes the likeliest token.
     """
     was_training = model.training
     model.eval()
     ids = [tokenizer.eos_token_id, *tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]]
-    max_new_tokens = min(max_new_tokens, model.config.n_positions - 1)
-    input_ids = torch.tensor([ids[-(model.config.n_positions - max_new_tokens) :]], device=model.device)
+    context = model.config.n_positions
+    ids = ids[-(context - min(max_new_tokens, context // 2)) :]
+    max_new_tokens = min(max_new_tokens, context - len(ids))
+    input_ids = torch.tensor([ids], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     with isolated_random_state(seed, model.device):
         output = model.generate(

@@ -1,6 +1,6 @@
 """Validation loss and bits per byte of a model, on a data folder or a text file.
 
-python -m eval.loss runs/quickstart/checkpoints/step_00000300 --data data/quickstart
+python -m eval.loss runs/quickstart/checkpoints/step_00000800 --data data/quickstart
 python -m eval.loss gpt2 --data some.txt
 """
 
@@ -54,6 +54,7 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     Raises:
         UserError: where there is none, or one that is not GPT-2's.
     """
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -61,29 +62,28 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     try:
         model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).strip().splitlines()[0]}") from error
     return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
-def read_tokens(data: Path, tokenizer: Any, model_name: str) -> Tensor:
+def read_tokens(data: Path, tokenizer: Any) -> Tensor:
     """The validation tokens of a data folder, or those of a text file, `[N]` int64; the end of text comes first.
 
     Raises:
         UserError: for data that cannot be read, or was written with another tokenizer than the model's.
     """
     import numpy as np
+    from transformers import AutoTokenizer
 
     from data_prep.manifest import Manifest
     from data_prep.shards import open_shard
-    from data_prep.tokenizer import tokenizer_hash
 
     if data.is_dir():
         manifest = Manifest.read(data)
-        own = Path(model_name) / "tokenizer.json"
-        if own.exists() and tokenizer_hash(own.parent) != manifest.tokenizer["sha256"]:
+        if AutoTokenizer.from_pretrained(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"{data} was written with another tokenizer ({manifest.tokenizer['name']}) than {model_name}'s"
+                f"{data} was written with another tokenizer ({manifest.tokenizer['name']}) than the model's"
             )
         shards = [open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"]
         return torch.from_numpy(np.concatenate(shards).astype(np.int64))
@@ -115,10 +115,12 @@ def main() -> None:
     parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
-    length = args.length or model.config.n_positions
+    length = model.config.n_positions if args.length is None else args.length
+    if args.batch_size < 1:
+        raise UserError(f"batch_size={args.batch_size} must be at least 1")
     if not 1 <= length <= model.config.n_positions:
         raise UserError(f"length={length}: a window has between 1 and n_positions={model.config.n_positions} tokens")
-    tokens = read_tokens(args.data, tokenizer, args.model)
+    tokens = read_tokens(args.data, tokenizer)
     if len(tokens) < 2:
         raise UserError(f"{args.data}: no text in it")
     nats, count = summed_loss(model, windows(tokens, length, args.batch_size, model.device))

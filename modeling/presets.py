@@ -18,7 +18,7 @@ class Preset:
 
 
 # GPT-3: Brown et al. 2020, table 2.1, whose 1.3B row prints 24 heads of 128, which is not its width of 2048: 16 here.
-# Batch sizes are rounded there; here they are the powers of two nearby. GPT-2's paper gives neither batch nor
+# Batch sizes are rounded there; here they are multiples of a power of two nearby. GPT-2's paper gives neither batch nor
 # learning rate, so each GPT-2 size takes those of the GPT-3 size next to it.
 PRESETS = {
     "gpt2-124m": Preset(12, 768, 12, 1024, 2**19, 6.0e-4),
@@ -32,7 +32,7 @@ PRESETS = {
     "gpt3-2.7b": Preset(32, 2560, 32, 2048, 2**20, 1.6e-4),
     "gpt3-6.7b": Preset(32, 4096, 32, 2048, 2**21, 1.2e-4),
     "gpt3-13b": Preset(40, 5120, 40, 2048, 2**21, 1.0e-4),
-    "gpt3-175b": Preset(96, 12288, 96, 2048, 3_200_000 // 2048 * 2048, 0.6e-4),
+    "gpt3-175b": Preset(96, 12288, 96, 2048, 3 * 2**20, 0.6e-4),
 }
 
 

@@ -132,7 +132,7 @@ def tiny_run(train) -> Finished:
 
 
 def pytest_configure() -> None:
-    # One thread per process: tests run beside each other, and threads of several processes only wait for one another.
+    # One thread for the tests of this process: they run beside each other, and threads of several only wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"

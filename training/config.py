@@ -1,6 +1,7 @@
 """The settings of a run: declared once, read from flags over file over preset over defaults, checked all at once."""
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -71,7 +72,7 @@ class RunSettings:
     resume: bool = _field(False, "go on from the newest complete checkpoint of this run")
     seed: int = _field(1337, "of the initial weights, the order of data, dropout and samples")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _field(
-        "auto", "auto: the launch file's, else bf16 where the hardware is good at it"
+        "auto", "auto: the launch file's if it names one, else bf16 where the hardware is good at it"
     )
     compile: Literal["auto", "on", "off"] = _field("auto", "torch.compile each block; auto: on CUDA")
     log_every: int = _field(20, "steps between two lines of progress where there is no terminal")
@@ -221,8 +222,8 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
             problems.append(
                 f"warmup_steps={optimizer.warmup_steps} exceeds max_steps={optimizer.max_steps}; warm up for fewer"
             )
-        if config.data.data != QUICKSTART_DATA and not Path(config.data.data).is_dir():
-            problems.append(f"data={config.data.data!r}: no such folder; prepare one with python -m data_prep.prepare")
+    if config.data.data != QUICKSTART_DATA and not Path(config.data.data).is_dir():
+        problems.append(f"data={config.data.data!r}: no such folder; prepare one with python -m data_prep.prepare")
     if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
         problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
     if Path(run.run_name).name != run.run_name:
@@ -244,8 +245,8 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
         if settings[name] is not None and settings[name] < bound
     ]
     for name in ("learning_rate", "max_grad_norm"):
-        if settings[name] <= 0:
-            problems.append(f"{name}={settings[name]} must be greater than 0")
+        if not 0 < settings[name] < math.inf:
+            problems.append(f"{name}={settings[name]} must be a number greater than 0")
     for name in ("dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= settings[name] < 1:
             problems.append(f"{name}={settings[name]} must be at least 0 and less than 1")

@@ -18,6 +18,8 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "n
 
 def write_environment(config: TrainingConfig, accelerator: Accelerator) -> None:
     """Write the resolved settings, and the versions, revision and hardware, into the run's folder."""
+    settings = config.to_dict()
+    del settings["resume"]  # of this start, not of the run
     environment = {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -29,7 +31,7 @@ def write_environment(config: TrainingConfig, accelerator: Accelerator) -> None:
         "distributed_type": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
     }
-    _write(config.run_folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    _write(config.run_folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     _write(config.run_folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 

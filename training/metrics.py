@@ -1,6 +1,7 @@
 """What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`; and the progress."""
 
 import json
+import re
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 _PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
@@ -29,7 +31,7 @@ def peak_flops(device_name: str, mixed_precision: str) -> float | None:
     """The device's peak at bf16 or fp16, in FLOP/s; None for an unknown device or precision, never a guess."""
     if mixed_precision not in ("bf16", "fp16"):
         return None
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in _PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def peak_memory(device: torch.device) -> int:

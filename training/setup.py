@@ -1,5 +1,6 @@
 """Bring up a run: data, model, optimizer, what it resumes from, and the header that says so."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from training.config import QUICKSTART_DATA, TrainingConfig, processes_launched
 from training.environment import write_environment
 from training.metrics import RunLog, peak_flops
 from training.optimizer import make_optimizer
-from training.topology import describe_device, make_accelerator
+from training.topology import describe_device, make_accelerator, on_cpu
 
 
 @dataclass
@@ -192,8 +193,15 @@ def data_identity(config: TrainingConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]) -> RunState:
-    """The state saved in `checkpoint`, refused where the run would go on with other data than it began with."""
+    """The state saved in `checkpoint`, refused where the run would go on with another model or other data."""
     state = load_state(checkpoint)
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    sizes = {name: getattr(config.model, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
+    if different := [f"{name}={saved[name]}, not {size}" for name, size in sizes.items() if saved[name] != size]:
+        raise UserError(
+            f"{checkpoint} is another model ({'; '.join(different)}); resume with the settings in "
+            f"{config.run_folder / 'config.yaml'}"
+        )
     if different := [name for name in data if data[name] != state.data.get(name)]:
         raise UserError(
             f"{checkpoint} was trained on other data ({', '.join(different)}); resume with the data and the "
@@ -232,7 +240,7 @@ def make_model(config: TrainingConfig, manifest: Manifest, checkpoint: Path | No
     if settings.gradient_checkpointing:
         # Renamed between the versions of transformers that this runs with.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available()):
+    if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available() and not on_cpu()):
         for block in model.transformer.h:  # in place, so that no wrapper's name gets into the weights
             block.compile()
     return model.train()

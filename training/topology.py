@@ -20,7 +20,7 @@ def make_accelerator(config: TrainingConfig, num_processes: int) -> Accelerator:
             "the launch file asks for DeepSpeed, whose optimizer state our checkpoints cannot hold yet; "
             "use accelerate_configs/fsdp2.yaml, which shards the same"
         )
-    cpu_only = not torch.accelerator.is_available()
+    cpu_only = on_cpu()
     _check_launch(cpu_only, num_processes)
     if cpu_only:
         torch.set_num_threads(_threads())
@@ -36,6 +36,11 @@ def make_accelerator(config: TrainingConfig, num_processes: int) -> Accelerator:
     )
     _check_strategy(accelerator)
     return accelerator
+
+
+def on_cpu() -> bool:
+    """Whether this run is on the CPU, for want of an accelerator or because the launch file says so."""
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
 def describe_device(device: torch.device) -> str:
@@ -55,10 +60,8 @@ def _precision(config: TrainingConfig) -> str | None:
 
 
 def _bf16_is_fast() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():
-        return False
+    if not on_cpu():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -73,8 +76,8 @@ def _threads() -> int:
 
 def _check_launch(cpu_only: bool, num_processes: int) -> None:
     # The launcher of a single process names a master address only where the launch file asked for more than one.
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and "LOCAL_RANK" not in os.environ and "MASTER_ADDR" in os.environ:
+    asked_for_more = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if asked_for_more and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
         raise UserError(
             "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
             "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"

@@ -9,6 +9,8 @@ import os
 import sys
 import time
 
+import torch
+
 from data_prep import cli
 from data_prep.cli import UserError
 from eval.generate import generate
@@ -50,7 +52,7 @@ def fit(run: Run) -> None:
         saving = last or (state.step > 0 and state.step % settings.save_every == 0)
         if saving and state.step > first:
             save(run)
-        if last or state.step % settings.val_every == 0:
+        if saving or state.step % settings.val_every == 0:
             validate(run, saved=saving)
         if settings.sample_every and (last or (state.step > 0 and state.step % settings.sample_every == 0)):
             sample(run)
@@ -107,7 +109,7 @@ def validate(run: Run, saved: bool) -> None:
     loss = nats / tokens
     run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes))
     accelerator.log({"val_loss": loss}, step=state.step)
-    if saved and (state.best_val_loss is None or loss < state.best_val_loss):
+    if saved and (state.best_val_loss is None or not loss >= state.best_val_loss):
         state.best_val_loss, state.best_step = loss, state.step
 
 
@@ -115,9 +117,15 @@ def sample(run: Run) -> None:
     """Continue each prompt, with random numbers that training does not share."""
     settings = run.config.run
     for number, prompt in enumerate(settings.sample_prompts):
-        text = generate(
-            run.bare_model, run.tokenizer, prompt, max_new_tokens=settings.sample_tokens, seed=settings.seed + number
-        )
+        # Generation asks for a new compilation at every layer and length; past their limit training would lose its own.
+        with torch.compiler.set_stance("force_eager"):
+            text = generate(
+                run.bare_model,
+                run.tokenizer,
+                prompt,
+                max_new_tokens=settings.sample_tokens,
+                seed=settings.seed + number,
+            )
         run.log.sample(run.state.step, prompt, text)
 
 
@@ -145,7 +153,8 @@ def finish(run: Run) -> None:
         f"\nNow try\n"
         f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
         f"  python -m eval.loss {last} --data {run.config.data.data}\n"
-        f"  accelerate launch training/train.py --run_name longer --max_steps {2 * run.config.optimizer.max_steps}"
+        f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
+        f"--max_steps {2 * run.config.optimizer.max_steps}"
     )
 
 

@@ -98,7 +98,6 @@ def test_uint32_where_the_vocabulary_needs_it(tmp_path):
 
 
 def test_validation_of_the_builtin_corpus_is_drawn_from_the_whole_of_it(tmp_path):
-    """And none of its documents is in training."""
     texts = list(Source("builtin").documents())
     assert len(texts) == len(set(texts)) > 100
     val = texts[: len(texts) // 20]
@@ -160,6 +159,14 @@ def test_damaged_folders_are_refused(own_copy):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             Manifest.read(own_copy)
+    path.write_text(good)
+    tokenizer = own_copy / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    with pytest.raises(UserError, match="not the tokenizer that wrote the shards"):
+        Manifest.read(own_copy)
+    tokenizer.unlink()
+    with pytest.raises(UserError, match="tokenizer: not readable"):
+        Manifest.read(own_copy)
     path.unlink()
     with pytest.raises(UserError, match="not a data folder"):
         Manifest.read(own_copy)
@@ -171,7 +178,7 @@ def test_damaged_folders_are_refused(own_copy):
         (b"", {}, "yields no text"),
         (b" \n\n \t", {}, "yields no text"),
         (b"some words\n" * 20, {"shard_tokens": 10_000}, "leaves none for training after a validation shard of 10000"),
-        (b"some words\n" * 20, {"shard_tokens": -1}, "shard_tokens=-1"),
+        (b"some words\n" * 20, {"shard_tokens": 0}, "shard_tokens=0"),
         (b"\xff\xfe", {}, "can't decode byte 0xff"),
         (None, {}, "no such file or folder"),
     ],

@@ -82,6 +82,7 @@ def test_builtin_is_this_pythons_standard_library():
         (b'{"text": "good"}\n{"text": 17}\n', "line 2: field 'text' is not text but int"),
         (b'{"body": "x"}\n', "line 1: no field 'text' among .'body'.; name one with --text_column"),
         (b'{"text": "\xff"}\n', "line 1: not JSON"),
+        (b'{"text": "\\ud800"}\n', "line 1: field 'text' is not text .*surrogates not allowed"),
     ],
 )
 def test_bad_jsonl(tmp_path, content, message):
@@ -139,3 +140,10 @@ def test_hub_data_sets_are_streamed(tmp_path):
     assert json.loads(done.stdout) == [[f"{i} {text}" for i in (0, 1) for text in TEXTS]]
     assert any("resolve" in request and request.endswith(".parquet") for request in requests)
     assert "UserError: source 'user/none' is no local file" in missing.stderr
+
+
+def test_names_that_may_be_on_the_hub():
+    assert Source("user/corpus-1.0").files() == []
+    for missing in ("user/corpus.txt", "./user/corpus", "a/b/c", "corpus"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            Source(missing).files()

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import shutil
 import sys
 
 import pytest
@@ -76,6 +77,23 @@ def test_a_prompt_longer_than_the_context_is_cut_from_its_left(checkpoint):
     assert generate(model, tokenizer, long, **options) == generate(model, tokenizer, short, **options) != ""
 
 
+def test_a_short_prompt_is_kept_whole_however_much_is_asked_for(checkpoint):
+    """The continuation is what gives way to the context of 32 tokens."""
+    model, tokenizer = load_model(str(checkpoint))
+    options = {"seed": 0, "temperature": 0}
+    some = generate(model, tokenizer, "def f", max_new_tokens=10, **options)
+    many = generate(model, tokenizer, "def f", max_new_tokens=200, **options)
+    assert many.startswith(some) and len(tokenizer("def f" + many)["input_ids"]) <= 31
+
+
+def test_a_truncated_model_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="copy'"):
+        load_model(str(folder))
+
+
 def test_another_tokenizer_is_refused(checkpoint, text_files, tmp_path):
     from data_prep.prepare import Recipe, prepare
     from data_prep.sources import Source
@@ -83,7 +101,7 @@ def test_another_tokenizer_is_refused(checkpoint, text_files, tmp_path):
     other = tmp_path / "other"
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), other)
     with pytest.raises(UserError, match=r"other was written with another tokenizer \(bpe-400\)"):
-        read_tokens(other, AutoTokenizer.from_pretrained(checkpoint), str(checkpoint))
+        read_tokens(other, AutoTokenizer.from_pretrained(checkpoint))
 
 
 def test_log_lines_are_read_and_plotted(tmp_path):
@@ -103,6 +121,8 @@ def test_log_lines_are_read_and_plotted(tmp_path):
         (["eval.loss", "no/such/model", "--data", "x.txt"], "error: model 'no/such/model'"),
         (["eval.loss", "CHECKPOINT", "--data", "x.txt"], "error: x.txt: not a readable text file"),
         (["eval.loss", "CHECKPOINT", "--data", "x", "--length", "33"], "error: length=33: a window has between 1 and"),
+        (["eval.loss", "CHECKPOINT", "--data", "x", "--length", "0"], "error: length=0: a window has between 1 and"),
+        (["eval.loss", "CHECKPOINT", "--data", "x", "--batch_size", "-1"], "error: batch_size=-1 must be at least 1"),
         (["eval.generate", "CHECKPOINT", "--promt", "x"], "unknown '--promt'; did you mean '--prompt'?"),
         (["eval.generate", "CHECKPOINT", "--temperature", "-1"], "error: temperature and top_k must be at least 0"),
         (["eval.plot", "no/such/run"], "error: no/such/run/log.txt: not a log"),

@@ -7,7 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from data_prep.cli import UserError
 from modeling import PRESETS
 from training.config import check_config, parse_config
-from training.topology import _precision
+from training.topology import _precision, make_accelerator, on_cpu
 
 from conftest import ROOT  # isort: skip
 
@@ -65,7 +65,8 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--val_tokens", "255"], "val_tokens=255 is less than one sequence of 256"),
         (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
         (["--max_steps", "0"], "max_steps=0 must be at least 1"),
-        (["--learning_rate", "-1"], "learning_rate=-1.0 must be greater than 0"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 must be a number greater than 0"),
+        (["--learning_rate", "nan"], "learning_rate=nan must be a number greater than 0"),
         (["--dropout", "1.5"], "dropout=1.5 must be at least 0 and less than 1"),
         (["--min_lr_ratio", "2"], "min_lr_ratio=2.0 must lie between 0 and 1"),
         (["--data", "no/such"], "data='no/such': no such folder"),
@@ -82,6 +83,8 @@ def test_one_problem(flags, expected):
 def test_all_problems_at_once():
     text = problems("--n_embd", "31", "--sequence_length", "512", "--data", "no/such", "--batch_tokens", "100")
     assert text.startswith("4 problems") and text.count("\n  - ") == 4
+    text = problems("--max_steps", "0", "--data", "no/such", "--n_layer", "-1")
+    assert text.startswith("3 problems")
     text = problems("--n_layers", "2", "--n_head", "x", "--max_stepz", "3")
     assert text.startswith("3 problems") and "--n_layer'?" in text and "invalid int" in text and "--max_steps'?" in text
 
@@ -123,6 +126,23 @@ def test_launch_files_hold_topology_and_precision_only(file):
 def test_every_launch_file_is_there():
     names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert names == {"cpu", "cpu_ddp", "single_gpu", "ddp", "multi_node", "fsdp2", "deepspeed_zero2", "mps"}
+
+
+def test_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="the launch file asks for DeepSpeed"):
+        make_accelerator(parse_config([]), 1)
+
+
+def test_a_launch_file_for_the_cpu_means_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **kwargs: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert not on_cpu() and _precision(parse_config([])) == "bf16"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert on_cpu() and _precision(parse_config([])) == "no"
 
 
 def test_precision_of_flag_over_launch_file(monkeypatch):

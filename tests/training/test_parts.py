@@ -73,5 +73,7 @@ def test_an_unknown_peak_is_none():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == peak_flops("NVIDIA H200", "bf16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA L40S", "bf16") == 362e12 and peak_flops("NVIDIA L4", "bf16") == 121e12
+    for unlisted in ("NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA T400", "NVIDIA GB200"):
+        assert peak_flops(unlisted, "bf16") is None
     assert peak_flops("2 CPU threads", "bf16") is None
     assert peak_flops("NVIDIA A100-SXM4-80GB", "no") is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import VOCAB_SIZE, Finished, launch
+from conftest import TINY_MODEL, VOCAB_SIZE, Finished, launch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -192,6 +192,7 @@ REFUSALS = [
     (["--run_name", "tiny"], "runs/tiny holds a run already (its last checkpoint is step_00000020)"),
     (["--run_name", "none", "--resume"], "runs/none has no complete checkpoint to resume from"),
     (["--run_name", "tiny", "--resume"], "is at step 20 of max_steps=20; raise it"),
+    (["--run_name", "tiny", "--resume", "--max_steps", "30", "--n_head", "2"], "is another model (n_head=4, not 2)"),
     (["--run_name", "tiny", "--resume", "--max_steps", "30", "--seed", "3"], "trained on other data (seed)"),
     (["--run_name", "long", "--n_positions", "30000", "--batch_tokens", "30000", "--micro_batch", "1"], "do not fill"),
     (["--run_name", "x", "--attn_implementation", "flesh"], "cannot make the model: "),
@@ -208,7 +209,7 @@ def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, 
     root = tiny_run.folder.parents[1]
     monkeypatch.chdir(root)
     given = ["--data", str(data_folder), "--order", "sequential", "--n_positions", "32", "--batch_tokens", "512"]
-    given += ["--max_steps", "20", "--micro_batch", "8", "--warmup_steps", "3", "--mixed_precision", "no"]
+    given += [*TINY_MODEL, "--max_steps", "20", "--micro_batch", "8", "--warmup_steps", "3", "--mixed_precision", "no"]
     monkeypatch.setattr("sys.argv", ["train.py", *given, *flags])
     before = sorted(root.rglob("*"))
     with pytest.raises(SystemExit) as ended:
@@ -227,7 +228,7 @@ def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_file
     from training.setup import data_identity, resumed_state
 
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), tmp_path / "other")
-    config = parse_config(["--max_steps", "30", "--order", "sequential", "--n_positions", "32"])
+    config = parse_config(["--max_steps", "30", "--order", "sequential", *TINY_MODEL])
     identity = data_identity(config, Manifest.read(tmp_path / "other"))
     with pytest.raises(UserError, match=r"trained on other data \(tokenizer, shards"):
         resumed_state(config, tiny_run.checkpoints[-1], identity)
