@@ -2,20 +2,26 @@
 
 python -m data_prep.prepare data/shakespeare --source shakespeare.txt
 python -m data_prep.prepare data/fineweb-edu --source HuggingFaceFW/fineweb-edu --name sample-10BT
+
+Killed at any moment, the same command goes on from the last finished shard and writes the same bytes.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.manifest import FILE_NAME, Manifest
-from data_prep.shards import smallest_dtype, write_shards
-from data_prep.sources import BUILTIN, Source
-from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
+from data_prep.shards import FORMATS, smallest_dtype
+from data_prep.sources import Corpus, Source
+from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
+from data_prep.writer import Position, Writer
 
 SHARD_TOKENS = 100_000_000
 _BYTES_PER_TOKEN, _SHARDS_OF_A_SMALL_CORPUS = 4, 20
@@ -27,147 +33,193 @@ class Recipe:
 
     Attributes:
         source: where the documents come from.
-        tokenizer: `gpt2`, or `bpe` for one trained on the corpus.
+        tokenizer: `gpt2`; `bpe` for one trained on the corpus; or a folder or name that `AutoTokenizer` loads.
         vocab_size: of a trained tokenizer.
         shard_tokens: tokens in a shard; None for 100M, or a twentieth of a smaller local corpus.
+        val_shards: how many of the first shards are validation.
         dtype: `uint16` or `uint32`; None for the smaller one that holds the vocabulary.
+        format: `npy`, or `bin` for that of llm.c.
     """
 
     source: Source
     tokenizer: str = "gpt2"
     vocab_size: int = 4096
     shard_tokens: int | None = None
+    val_shards: int = 1
     dtype: str | None = None
+    format: str = "npy"
 
 
-def prepare(recipe: Recipe, folder: Path) -> Manifest:
-    """Make `folder` as `recipe` says; it appears whole or not at all.
+def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifest:
+    """Make `folder` as `recipe` says, or finish it. The result is the same for any number of `workers`: threads that
+    tokenize, one for each core by default.
 
-    A folder that is there already is returned if it was made from the same source with the same tokenizer, and refused
-    otherwise.
+    A finished folder is returned if it was made by the same recipe.
 
     Raises:
-        UserError: for whatever the user can mend.
+        UserError: for whatever the user can mend. Finished shards are kept; without any, nothing is left behind.
     """
-    if folder.exists():
-        return _matching(recipe, folder)
-    shard_tokens = _shard_tokens(recipe.source) if recipe.shard_tokens is None else recipe.shard_tokens
-    if shard_tokens < 1:
-        raise UserError(f"shard_tokens={shard_tokens}: a shard holds at least one token")
-    tokenizer = _tokenizer(recipe)
+    if folder.exists() and not (folder / FILE_NAME).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
+    with _locked(folder):
+        try:
+            manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
+            if manifest is not None and manifest.unfinished is None:
+                _check_same(recipe, folder, manifest)
+                return Manifest.read(folder)
+            if manifest is not None and manifest.shards:
+                corpus = _check_same(recipe, folder, manifest)
+                if problems := manifest.problems(folder):
+                    raise UserError(f"{problems[0]}; remove {folder} and prepare it again")
+                tokenizer = load_tokenizer(folder / "tokenizer")
+            else:
+                corpus = recipe.source.resolve()
+                tokenizer = _tokenizer(recipe, corpus)
+                manifest = _begin(recipe, corpus, tokenizer, folder)
+            return Writer(folder, manifest).write(corpus, tokenizer, workers or _cores())
+        except OSError as error:
+            raise UserError(f"{folder}: {error}") from error
+        finally:
+            if not (folder / FILE_NAME).exists() or not Manifest.load(folder).shards:  # nothing is worth keeping
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the system lets go of it however the process ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is being prepared by another process; wait for it, or stop it") from error
+    finally:
+        os.close(handle)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_same(recipe: Recipe, folder: Path, manifest: Manifest) -> Corpus | None:
+    """Refuse a folder that another recipe has made; the corpus to go on with, if there is anything left to do."""
+    trained = {"gpt2": "gpt2", "bpe": f"bpe-{recipe.vocab_size}"}
+    wanted = {
+        **recipe.source.describe(),
+        "tokenizer": trained.get(recipe.tokenizer, recipe.tokenizer),
+        "shard_tokens": manifest.shard_tokens if recipe.shard_tokens is None else recipe.shard_tokens,
+        "val_shards": recipe.val_shards,
+        "dtype": recipe.dtype or manifest.dtype,
+        "format": recipe.format,
+    }
+    found = {**manifest.source, "tokenizer": manifest.tokenizer["name"]}
+    found |= {name: getattr(manifest, name) for name in ("shard_tokens", "val_shards", "dtype", "format")}
+    _refuse_difference(folder, wanted, found)
+    commit = manifest.source.get("commit")
+    if commit and manifest.unfinished is None:
+        return None  # all that there is to know about what has been read; no need for the network
+    corpus = recipe.source.resolve(commit)
+    _refuse_difference(folder, corpus.describe(), found)
+    return corpus
+
+
+def _refuse_difference(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    if different := [key for key in wanted if wanted[key] != found.get(key)]:
+        details = ", ".join(f"{key}={found.get(key)!r} (now: {wanted[key]!r})" for key in different)
+        raise UserError(f"{folder} was made with {details}; choose another folder, or remove this one")
+
+
+def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
+    if recipe.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if recipe.tokenizer != "bpe":
+        return load_tokenizer(recipe.tokenizer)
+    if not corpus.is_local:
+        raise UserError("a tokenizer is trained on local text only, not on a stream; use --tokenizer gpt2")
+    return train_tokenizer(corpus.documents(), recipe.vocab_size)
+
+
+def _default_shard_tokens(corpus: Corpus) -> int:
+    if not corpus.is_local:
+        return SHARD_TOKENS
+    return min(SHARD_TOKENS, max(1, corpus.bytes // (_BYTES_PER_TOKEN * _SHARDS_OF_A_SMALL_CORPUS)))
+
+
+def _begin(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
+    """Check what can be checked; write the tokenizer, and a manifest without any shards yet."""
+    shard_tokens = _default_shard_tokens(corpus) if recipe.shard_tokens is None else recipe.shard_tokens
+    for name, value in (("shard_tokens", shard_tokens), ("val_shards", recipe.val_shards)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
     dtype = recipe.dtype or smallest_dtype(tokenizer.vocab_size)
     if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, {dtype} holds {np.iinfo(dtype).max + 1}; use dtype uint32"
         )
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        documents = _counted(tokenizer.encode(recipe.source.documents()))
-        shards, dropped = write_shards(documents, partial, folder.name, shard_tokens, dtype)
-        if len(shards) < 2:
-            raise UserError(_too_small(recipe.source, sum(s.tokens for s in shards), shard_tokens))
-        manifest = Manifest(
-            source=recipe.source.describe(),
-            tokenizer={
-                "name": tokenizer.name,
-                "vocab_size": tokenizer.vocab_size,
-                "eos_token_id": tokenizer.eos_token_id,
-                "sha256": tokenizer.save(partial / "tokenizer"),
-            },
-            dtype=dtype,
-            shard_tokens=shard_tokens,
-            shards=shards,
-            dropped_tokens=dropped,
-        )
-        manifest.write(partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return manifest
-
-
-def _matching(recipe: Recipe, folder: Path) -> Manifest:
-    if not (folder / FILE_NAME).exists():
-        raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
-    manifest = Manifest.read(folder)
-    tokenizer = "gpt2" if recipe.tokenizer == "gpt2" else f"bpe-{recipe.vocab_size}"
-    wanted = {**recipe.source.describe(), "tokenizer": tokenizer}
-    found = {**manifest.source, "tokenizer": manifest.tokenizer["name"]}
-    if recipe.shard_tokens is not None:
-        wanted["shard_tokens"], found["shard_tokens"] = recipe.shard_tokens, manifest.shard_tokens
-    if recipe.dtype is not None:
-        wanted["dtype"], found["dtype"] = recipe.dtype, manifest.dtype
-    if different := [key for key in wanted if wanted[key] != found.get(key)]:
-        details = ", ".join(f"{key}={found.get(key)!r} (asked for: {wanted[key]!r})" for key in different)
-        raise UserError(f"{folder} was made with {details}; choose another folder, or remove this one")
-    return manifest
-
-
-def _tokenizer(recipe: Recipe) -> Tokenizer:
-    if recipe.tokenizer == "gpt2":
-        return gpt2_tokenizer()
-    if recipe.source.source != BUILTIN and not recipe.source.files():
-        raise UserError("a tokenizer is trained on local text only, not on a stream; use --tokenizer gpt2")
-    return train_tokenizer(recipe.source.documents(), recipe.vocab_size)
-
-
-def _shard_tokens(source: Source) -> int:
-    size = sum(path.stat().st_size for path in source.files())
-    if not size:
-        return SHARD_TOKENS
-    return min(SHARD_TOKENS, max(1, size // (_BYTES_PER_TOKEN * _SHARDS_OF_A_SMALL_CORPUS)))
-
-
-def _counted(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    from tqdm import tqdm
-
-    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, disable=None) as bar:
-        for tokens in documents:
-            yield tokens
-            bar.update(len(tokens))
-
-
-def _too_small(source: Source, tokens: int, shard_tokens: int) -> str:
-    if not tokens:
-        return f"source {source.source!r} yields no text"
-    return (
-        f"source {source.source!r} yields {tokens} tokens, which leaves none for training after a validation shard of "
-        f"{shard_tokens}; choose a smaller --shard_tokens or more text"
+    manifest = Manifest(
+        source=corpus.describe(),
+        tokenizer={
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_token_id,
+            "sha256": tokenizer.save(folder / "tokenizer"),
+        },
+        format=recipe.format,
+        dtype=dtype,
+        shard_tokens=shard_tokens,
+        val_shards=recipe.val_shards,
+        cleaning=corpus.cleaning(),
+        unfinished=asdict(Position()),
     )
+    manifest.write(folder)
+    return manifest
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.prepare", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="data folder to make")
+    parser.add_argument("folder", type=Path, help="data folder to make, or to go on with")
     parser.add_option(
         "source",
         required=True,
-        help="'builtin' (the Python standard library's sources), a file, folder or glob of .txt, .jsonl(.gz|.zst) or "
-        ".parquet, or a data set of the Hub, which is streamed",
+        help="'builtin' (the Python standard library's sources); a file, folder or glob of .parquet, .jsonl or .txt "
+        "(those two also .gz, .zst), local or as s3://, gs://, https://, ...; or a data set of the Hub, streamed",
     )
     parser.add_option("name", help="configuration of the Hub data set, as in 'sample-10BT'")
     parser.add_option("split", default="train", help="split of the Hub data set")
     parser.add_option("revision", help="branch, tag or commit of the Hub data set")
     parser.add_option("text_column", default="text", help="field of a record that holds the text")
-    parser.add_option("tokenizer", choices=["gpt2", "bpe"], default="gpt2", help="GPT-2's, or one trained on the text")
+    parser.add_option(
+        "where",
+        action="append",
+        default=[],
+        help="keep records of which this holds, as in 'int_score >= 3'; repeatable",
+    )
+    parser.add_option(
+        "tokenizer",
+        default="gpt2",
+        help="'gpt2'; 'bpe' for one trained on the text; or a folder or name that AutoTokenizer loads",
+    )
     parser.add_option("vocab_size", type=int, default=4096, help="tokens of a trained tokenizer, end of text included")
     parser.add_option(
-        "shard_tokens",
-        type=int,
-        help="tokens in a shard, the first of which is validation; 100M by default, or a twentieth of a smaller local "
-        "corpus",
+        "shard_tokens", type=int, help="tokens in a shard; 100M by default, or a twentieth of a smaller local corpus"
     )
+    parser.add_option("val_shards", type=int, default=1, help="how many of the first shards are validation")
     parser.add_option(
         "dtype", choices=["uint16", "uint32"], help="by default the smaller one that holds the vocabulary"
     )
+    parser.add_option("format", choices=FORMATS, default="npy", help="of the shards; bin is llm.c's")
+    parser.add_option("workers", type=int, help="tokenizing threads; by default one for each core")
     args = parser.parse_args()
-    source = Source(args.source, args.name, args.split, args.revision, args.text_column)
-    recipe = Recipe(source, args.tokenizer, args.vocab_size, args.shard_tokens, args.dtype)
-    manifest = prepare(recipe, args.folder)
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"workers={args.workers} must be at least 1")
+    source = Source(args.source, args.name, args.split, args.revision, args.text_column, tuple(args.where))
+    recipe = Recipe(
+        source, args.tokenizer, args.vocab_size, args.shard_tokens, args.val_shards, args.dtype, args.format
+    )
+    manifest = prepare(recipe, args.folder, args.workers)
     print(
         f"{args.folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens in "
         f"{len(manifest.shards)} shards, tokenizer {manifest.tokenizer['name']}"

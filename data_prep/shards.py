@@ -1,16 +1,19 @@
-"""Token shards: 1-D `.npy` files of exactly so many tokens each, written and read."""
+"""Token shards: files of exactly so many tokens each, `.npy` or llm.c's `.bin`, written and read."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from data_prep.cli import UserError
-from data_prep.manifest import Shard
 
-_BIN_MAGIC, _BIN_VERSION, _BIN_HEADER_BYTES = 20240520, 1, 1024
+FORMATS = ("npy", "bin")
+# llm.c's and modded-nanogpt's header: 256 int32, of which the magic number, the version and the count of tokens.
+_BIN_HEADER_INTS = 256
+_BIN_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -18,62 +21,49 @@ def smallest_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def write_shards(
-    documents: Iterable[np.ndarray], folder: Path, name: str, shard_tokens: int, dtype: str
-) -> tuple[list[Shard], int]:
-    """Write `documents` (`[tokens]` each, the end of text first) into shards of exactly `shard_tokens` tokens.
+class ShardFile:
+    """A shard that is being written: under a temporary name until `finish`, its length given at the end."""
 
-    The first shard is validation, the others training, the last of them shorter. What is left of the document that
-    fills the validation shard is dropped, so that no document is in both.
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, dtype
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.tokens = 0
+        self.file = open(self.temporary, "wb")  # noqa: SIM115  closed by finish or discard
+        _write_header(self.file, path.suffix, dtype, 0)
 
-    Returns:
-        The shards, and the number of tokens dropped.
-    """
-    writer = _Writer(folder, name, shard_tokens, dtype)
-    dropped = 0
-    for tokens in documents:
-        validating = not writer.shards
-        writer.documents += 1
-        while len(tokens):
-            tokens = writer.add(tokens)
-            if validating and writer.shards:
-                dropped += len(tokens)
-                break
-    writer.flush()
-    return writer.shards, dropped
+    def add(self, tokens: np.ndarray) -> None:
+        """Append `[tokens]`, already of the shard's dtype."""
+        self.file.write(tokens.data)
+        self.tokens += len(tokens)
+
+    def finish(self) -> str:
+        """Complete the file, give it its name, and return its sha256."""
+        start = self.file.tell() - self.tokens * np.dtype(self.dtype).itemsize
+        self.file.seek(0)
+        _write_header(self.file, self.path.suffix, self.dtype, self.tokens)
+        assert self.file.tell() == start, "the header's length depends on the count"
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        digest = file_hash(self.temporary)
+        self.temporary.rename(self.path)
+        return digest
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):  # a full disk, again, for the last few bytes
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
 
 
-class _Writer:
-    def __init__(self, folder: Path, name: str, shard_tokens: int, dtype: str) -> None:
-        self.folder, self.name = folder, name
-        self.buffer = np.empty(shard_tokens, dtype=dtype)
-        self.filled = self.documents = 0
-        self.shards: list[Shard] = []
-
-    def add(self, tokens: np.ndarray) -> np.ndarray:
-        """Take what fits into the current shard, write it if that fills it, and return the rest."""
-        taken = tokens[: len(self.buffer) - self.filled]
-        if int(taken.max()) > np.iinfo(self.buffer.dtype).max:
-            raise UserError(f"token id {int(taken.max())} does not fit into {self.buffer.dtype}; use dtype uint32")
-        self.buffer[self.filled : self.filled + len(taken)] = taken
-        self.filled += len(taken)
-        if self.filled == len(self.buffer):
-            self.flush()
-        return tokens[len(taken) :]
-
-    def flush(self) -> None:
-        if not self.filled:
-            return
-        split = "train" if self.shards else "val"
-        path = self.folder / f"{self.name}_{split}_{len(self.shards):06d}.npy"
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, self.buffer[: self.filled])
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        self.shards.append(Shard(path.name, split, self.filled, self.documents, file_hash(path)))
-        self.filled = self.documents = 0
+def _write_header(file: IO[bytes], suffix: str, dtype: str, tokens: int) -> None:
+    if suffix == ".bin":
+        header = np.zeros(_BIN_HEADER_INTS, dtype="<i4")
+        header[:3] = (*_BIN_KINDS[dtype], tokens)
+        file.write(header.tobytes())
+        return
+    description: dict[str, Any] = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, description)
 
 
 def file_hash(path: Path) -> str:
@@ -85,10 +75,11 @@ def file_hash(path: Path) -> str:
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, `[tokens]` uint16 or uint32, mapped rather than read.
 
-    Reads `.npy` and the `.bin` of llm.c and modded-nanogpt (256 int32 of header: magic, version, count; then uint16).
+    Reads `.npy`, and the `.bin` of llm.c and modded-nanogpt (magic 20240520, version 1: uint16; 20240801, version 7:
+    uint32).
 
     Raises:
-        UserError: for a file that is not such a shard, or is shorter than it says.
+        UserError: for a file that is not such a shard, or is shorter or longer than it says.
     """
     try:
         tokens = _open_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
@@ -100,7 +91,14 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def _open_bin(path: Path) -> np.ndarray:
-    header = np.fromfile(path, dtype=np.int32, count=3)
-    if len(header) < 3 or header[0] != _BIN_MAGIC or header[1] != _BIN_VERSION:
-        raise ValueError(f"its header is {header.tolist()}, not [{_BIN_MAGIC}, {_BIN_VERSION}, count]")
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=_BIN_HEADER_BYTES, shape=(int(header[2]),))
+    header = np.fromfile(path, dtype="<i4", count=3)
+    kinds = {kind: dtype for dtype, kind in _BIN_KINDS.items()}
+    dtype = kinds.get(tuple(header[:2].tolist()))
+    if len(header) < 3 or dtype is None:
+        raise ValueError(f"its header is {header.tolist()}, not one of {[[*kind, 'tokens'] for kind in kinds]}")
+    start, count = _BIN_HEADER_INTS * 4, int(header[2])
+    if path.stat().st_size != start + count * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path.stat().st_size} bytes are not those of a header and {count} {dtype} tokens")
+    if not count:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))

@@ -1,30 +1,88 @@
-"""Where documents come from: the built-in corpus, local files, data sets of the Hub."""
+"""Where documents come from: the built-in corpus, files, data sets of the Hub. All but the first are lists of files."""
 
-import glob
-import io
+import ast
 import json
+import operator
 import random
+import re
+import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.cli import UserError
+from data_prep.readers import SUFFIXES, Block, Cursor, read_file
 
 BUILTIN = "builtin"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-MAX_TEXT_DOCUMENT = 64 * 1024  # characters; a longer text file is read as several documents
+CLEANING_REPORT = "cleaning.json"
+# Seconds to wait before each new attempt where the network fails; a block that gets through starts them anew.
+RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
+_RAW_BLOCK = 1 << 20
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "in": lambda value, allowed: value in allowed,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a column of a record must satisfy: `int_score >= 3`, `language == en`, `lang in ['en', 'de']`."""
+
+    column: str
+    comparison: str
+    value: Any
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """Read `COLUMN OPERATOR VALUE`; a value that is no Python literal is a string.
+
+        Raises:
+            UserError: for text of another form.
+        """
+        match = re.fullmatch(r"\s*([\w.-]+?)\s*(==|!=|>=|<=|>|<|\bin\b)\s*(.+?)\s*", text)
+        if match is None:
+            raise UserError(f"--where {text!r}: expected COLUMN OPERATOR VALUE, with one of {', '.join(_OPERATORS)}")
+        try:
+            value = ast.literal_eval(match[3])
+        except (ValueError, SyntaxError):
+            value = match[3]
+        if match[2] == "in" and not isinstance(value, list | tuple | set):
+            raise UserError(f"--where {text!r}: `in` takes a list, as in \"language in ['en', 'de']\"")
+        return cls(match[1], match[2], value)
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether a record satisfies this; one whose column is null does not.
+
+        Raises:
+            UserError: for a column that cannot be compared with the value.
+        """
+        found = record[self.column]
+        if found is None:
+            return False
+        try:
+            return bool(_OPERATORS[self.comparison](found, self.value))
+        except TypeError as error:
+            raise UserError(f"--where {self.column} {self.comparison} {self.value!r}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from; written into the manifest as it is.
+    """What the user asks for; written into the manifest.
 
     Attributes:
-        source: `builtin`, a local file, folder or glob pattern, or the name of a data set on the Hub.
+        source: `builtin`, a file, folder or glob (local or of any `fsspec` protocol), or a data set on the Hub.
         name, split, revision: of the data set on the Hub.
         text_column: the field of a record that holds its text.
+        where: conditions that a record must satisfy, all of them.
     """
 
     source: str
@@ -32,122 +90,189 @@ class Source:
     split: str = "train"
     revision: str | None = None
     text_column: str = "text"
+    where: tuple[str, ...] = ()
+
+    def resolve(self, commit: str | None = None) -> "Corpus":
+        """Find the files behind the name. `commit` pins a data set of the Hub to what an earlier call has found.
+
+        Raises:
+            UserError: for a name that stands for no files that we can read.
+        """
+        conditions = tuple(map(Condition.parse, self.where))
+        if self.source == BUILTIN:
+            paths = [str(path) for path in _standard_library()]
+            return Corpus(self, conditions, None, paths, [Path(path).stat().st_size for path in paths])
+        if _names_files(self.source):
+            return _corpus_of_files(self, conditions, self.source)
+        return _corpus_of_the_hub(self, conditions, commit)
 
     def describe(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields that make two sources different."""
+        return {**asdict(self), "where": list(self.where)}
 
-    def files(self) -> list[Path]:
-        """The local files of this source in the order of their names; none for a data set on the Hub.
 
-        Raises:
-            UserError: for a pattern or a path that names no file we can read.
-        """
-        if self.source == BUILTIN:
-            return _standard_library()
-        path = Path(self.source).expanduser()
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-        elif any(c in self.source for c in "*?["):
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        elif (
-            self.source.count("/") == 1
-            and not self.source.startswith(("/", ".", "~"))
-            and not path.name.endswith(SUFFIXES)
-        ):
+@dataclass(frozen=True)
+class Corpus:
+    """The files of a source, in the order in which they are read.
+
+    Attributes:
+        filesystem: of `fsspec`; None for the built-in corpus.
+        sizes: of the files, in bytes.
+        commit: of the data set on the Hub.
+    """
+
+    source: Source
+    conditions: tuple[Condition, ...]
+    filesystem: Any
+    paths: Sequence[str]
+    sizes: Sequence[int]
+    commit: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.filesystem is None or "file" in self.filesystem.protocol
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.sizes)
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the source: enough to notice that its files are not the same any more."""
+        return {**self.source.describe(), "commit": self.commit, "files": len(self.paths), "bytes": self.bytes}
+
+    def cleaning(self) -> list[dict[str, Any]]:
+        """The report that `data_prep.clean` has left in the folder of these files, or in the one above it."""
+        if self.filesystem is None or not self.is_local:
             return []
-        else:
-            raise UserError(f"source {self.source!r}: no such file or folder")
-        if not found:
-            raise UserError(f"source {self.source!r}: no file in it ends in {', '.join(SUFFIXES)}")
-        if wrong := [p for p in found if not p.name.endswith(SUFFIXES)]:
-            raise UserError(f"{wrong[0]}: not one of the formats {', '.join(SUFFIXES)}")
-        return found
+        folder = Path(self.paths[0]).parent
+        reports = [path for path in (folder / CLEANING_REPORT, folder.parent / CLEANING_REPORT) if path.is_file()]
+        return json.loads(reports[0].read_text(encoding="utf-8")) if reports else []
 
     def documents(self) -> Iterator[str]:
-        """The documents, one string each, always in the same order; empty ones are left out.
+        """All documents, one string each."""
+        for block in self.blocks(Cursor()):
+            yield from block.texts
+
+    def blocks(self, start: Cursor, retry_delays: Sequence[float] = RETRY_DELAYS) -> Iterator[Block]:
+        """The documents from `start` on, always in the same order, a few megabytes at a time; empty ones are left out.
+
+        Where the network fails, goes on from the last block after each of `retry_delays` in turn, in seconds.
 
         Raises:
-            UserError: for a file or record that cannot be read as text, with its name and line.
+            UserError: for a file or record that cannot be read as text, with its name and place, and for a network
+                that fails for longer than all delays.
         """
-        files = self.files()
-        if self.source == BUILTIN:
-            texts: Iterator[str] = _shuffled_without_copies(files)
-        elif files:
-            texts = (text for path in files for text in self._read(path))
+        failures = 0
+        while True:
+            try:
+                for block in self._read_from(start):
+                    yield block
+                    start, failures = block.stop, 0
+                return
+            except UserError:
+                raise
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                where = self.paths[start.file]
+                if not _is_transient(error):
+                    raise UserError(f"{where}: {reason}") from error
+                if failures == len(retry_delays):
+                    raise UserError(
+                        f"{where}: the network fails ({reason}), {failures + 1} times in a row; "
+                        f"the same command goes on from the last finished shard"
+                    ) from error
+                print(
+                    f"{where}: {reason}; attempt {failures + 2} in {retry_delays[failures]} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                time.sleep(retry_delays[failures])
+                failures += 1
+
+    def _read_from(self, start: Cursor) -> Iterator[Block]:
+        if self.source.source == BUILTIN:
+            yield from _builtin_blocks(self.paths, start.record)
+            return
+        columns = [self.source.text_column, *(c.column for c in self.conditions)]
+        for number in range(start.file, len(self.paths)):
+            cursor = start if number == start.file else Cursor(file=number)
+            for block in read_file(self.filesystem, self.paths[number], self.sizes[number], columns, cursor):
+                yield replace(block, texts=self._texts(block.texts))
+
+    def _texts(self, records: list[dict[str, Any]]) -> list[str]:
+        kept = (r[self.source.text_column] for r in records if all(c.holds(r) for c in self.conditions))
+        return [text for text in kept if text and not text.isspace()]
+
+
+def _names_files(source: str) -> bool:
+    """Whether a source is a path or a pattern rather than the name `OWNER/NAME` of a data set."""
+    return (
+        "://" in source
+        or source.startswith(("/", ".", "~"))
+        or source.endswith(SUFFIXES)
+        or any(c in source for c in "*?[")
+        or source.count("/") != 1
+        or Path(source).exists()
+    )
+
+
+def _corpus_of_files(source: Source, conditions: tuple[Condition, ...], pattern: str) -> Corpus:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(str(Path(pattern).expanduser()) if "://" not in pattern else pattern)
+        if any(c in path for c in "*?["):
+            found = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
+        elif filesystem.isdir(path):
+            found = [p for p in filesystem.find(path) if p.endswith(SUFFIXES)]
         else:
-            texts = self._stream_from_hub()
-        return (text for text in texts if text.strip())
+            found = [path] if filesystem.exists(path) else []
+            if not found:
+                raise UserError(f"source {pattern!r}: no such file or folder")
+        sizes = {p: filesystem.size(p) for p in found}
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
+    return _checked(Corpus(source, conditions, filesystem, sorted(sizes), [sizes[p] for p in sorted(sizes)]))
 
-    def _read(self, path: Path) -> Iterator[str]:
-        try:
-            if path.suffix == ".txt":
-                yield from _cut_at_blank_lines(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".parquet":
-                yield from self._read_parquet(path)
-            else:
-                yield from self._read_jsonl(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: {error}") from error
 
-    def _read_jsonl(self, path: Path) -> Iterator[str]:
-        import pyarrow
+def _corpus_of_the_hub(source: Source, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
+    import datasets
+    from huggingface_hub import HfApi, HfFileSystem
 
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-                if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object but {type(record).__name__}")
-                yield self._text(record, f"{path}, line {number}")
+    try:
+        commit = commit or HfApi().dataset_info(source.source, revision=source.revision).sha
+        builder = datasets.load_dataset_builder(source.source, source.name, revision=commit)
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"source {source.source!r} is no local file, and the Hub's data set of that name cannot be read: {reason}"
+        ) from error
+    files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
+    if source.split not in files:
+        raise UserError(
+            f"source {source.source!r} has no split {source.split!r}; it has: {', '.join(files) or 'no data files'}"
+        )
+    filesystem = HfFileSystem()
+    paths = [str(path) for path in files[source.split]]
+    return _checked(Corpus(source, conditions, filesystem, paths, [filesystem.size(p) for p in paths], commit))
 
-    def _read_parquet(self, path: Path) -> Iterator[str]:
-        import pyarrow
-        from pyarrow import parquet
 
-        try:
-            file = parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not a parquet file ({error})") from error
-        with file:
-            columns = file.schema_arrow.names
-            if self.text_column not in columns:
-                raise UserError(f"{path}: no column {self.text_column!r} among {columns}; name one with --text_column")
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[self.text_column]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield self._text({self.text_column: value}, f"{path}, row {row}")
+def _checked(corpus: Corpus) -> Corpus:
+    if not corpus.paths:
+        raise UserError(f"source {corpus.source.source!r}: no file in it ends in {', '.join(SUFFIXES)}")
+    if wrong := [path for path in corpus.paths if not path.endswith(SUFFIXES)]:
+        raise UserError(f"{wrong[0]}: not one of the formats {', '.join(SUFFIXES)}")
+    return corpus
 
-    def _stream_from_hub(self) -> Iterator[str]:
-        import datasets
 
-        try:
-            stream = datasets.load_dataset(
-                self.source, self.name, split=self.split, revision=self.revision, streaming=True
-            )
-            for number, record in enumerate(stream, start=1):
-                yield self._text(record, f"{self.source}, record {number}")
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"source {self.source!r} is no local file, and the Hub's data set of that name cannot be read: {reason}"
-            ) from error
-
-    def _text(self, record: dict[str, Any], where: str) -> str:
-        if self.text_column not in record:
-            raise UserError(f"{where}: no field {self.text_column!r} among {list(record)}; name one with --text_column")
-        text = record[self.text_column]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {self.text_column!r} is not text but {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: field {self.text_column!r} is not text ({error})") from error
-        return text
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later. By name: the network libraries of fsspec's protocols are many."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    return bool(names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"})
 
 
 def _standard_library() -> list[Path]:
@@ -160,22 +285,14 @@ def _standard_library() -> list[Path]:
     return files
 
 
-def _shuffled_without_copies(files: list[Path]) -> Iterator[str]:
+def _builtin_blocks(paths: Sequence[str], start: int) -> Iterator[Block]:
     """Each different text once, in a fixed random order: any stretch of the corpus is a sample of the whole."""
-    texts = dict.fromkeys(path.read_text(encoding="utf-8", errors="ignore") for path in files)
-    yield from random.Random(0).sample(list(texts), len(texts))
-
-
-def _cut_at_blank_lines(text: str) -> Iterator[str]:
-    """A long text in pieces of at most `MAX_TEXT_DOCUMENT` characters, cut at a blank line, else at a line's end."""
-    start = 0
-    while len(text) - start > MAX_TEXT_DOCUMENT:
-        stop = start + MAX_TEXT_DOCUMENT
-        for separator in ("\n\n", "\n"):
-            found = text.rfind(separator, start + MAX_TEXT_DOCUMENT // 2, stop)
-            if found != -1:
-                stop = found + len(separator)
-                break
-        yield text[start:stop]
+    texts = dict.fromkeys(Path(path).read_text(encoding="utf-8", errors="ignore") for path in paths)
+    texts = [text for text in random.Random(0).sample(list(texts), len(texts)) if text.strip()]
+    while start < len(texts):
+        stop, size = start, 0
+        while stop < len(texts) and size < _RAW_BLOCK:
+            size += len(texts[stop])
+            stop += 1
+        yield Block(texts[start:stop], Cursor(record=start), Cursor(record=stop), size)
         start = stop
-    yield text[start:]

@@ -1,70 +1,87 @@
-"""Byte-level BPE: GPT-2's, or one trained on the corpus. Run by tiktoken, saved for `AutoTokenizer`."""
+"""Tokenizers: GPT-2's, one trained on the corpus, or any that `AutoTokenizer` loads. tiktoken runs all that it can."""
 
 import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import tiktoken
 
 from data_prep.cli import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's split into words, as its authors released it.
-SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_BATCH_CHARACTERS = 4 * 1024 * 1024
+# Longer documents are encoded in chunks, each of which takes about 100 bytes of memory a character at worst.
+_CHUNK_CHARACTERS = 1 << 20
+_CHUNK_END = re.compile(r"\S(?=[ \n])")
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A byte-level BPE with one special token, the end of text, whose id is the last.
+class Tokenizer(Protocol):
+    """Text to ids.
 
     Attributes:
         name: how the manifest calls it.
-        encoding: the tiktoken encoding that runs it.
+        vocab_size: the largest id is one less.
+        eos_token_id: the end of text, which every document begins with.
     """
 
     name: str
-    encoding: tiktoken.Encoding
+    vocab_size: int
+    eos_token_id: int
 
-    @property
-    def vocab_size(self) -> int:
-        return self.encoding.n_vocab
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """The documents' ids one after the other, `[tokens]` uint32, the end of text before each.
 
-    @property
-    def eos_token_id(self) -> int:
-        return self.encoding.eot_token
-
-    def encode(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
-        """Each document as `[tokens]` uint32: the end-of-text token, then its text.
-
-        Text that looks like a special token is encoded as text. Memory is bounded by a few million characters and
-        the longest document.
+        Text that looks like a special token is encoded as text. Threads may call this at the same time; it holds the
+        interpreter's lock for little of its time.
         """
-        for batch in _batches(documents):
-            for ids in self.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
-                yield np.array([self.eos_token_id, *ids], dtype=np.uint32)
 
     def save(self, folder: Path) -> str:
-        """Write what `AutoTokenizer` loads, with the same id for every text; return the sha256 of `tokenizer.json`."""
+        """Write what `AutoTokenizer` loads, with the same ids for every text; return the sha256 of `tokenizer.json`."""
+
+
+class ByteLevelTokenizer:
+    """A byte-level BPE with GPT-2's split into words and one special token, run by tiktoken."""
+
+    def __init__(self, name: str, ranks: dict[bytes, int], eos_token_id: int) -> None:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        self.name, self.eos_token_id = name, eos_token_id
+        self.ranks = ranks
+        self.vocab_size = max(*ranks.values(), eos_token_id) + 1
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: eos_token_id}
+        )
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """As in `Tokenizer`. Memory is bounded for any length of document."""
+        eos = np.array([self.eos_token_id], dtype=np.uint32)
+        pieces = []
+        for text in texts:
+            pieces.append(eos)
+            for chunk in chunks(text, _CHUNK_CHARACTERS):
+                pieces.append(self.encoding.encode_to_numpy(chunk, disallowed_special=()))
+        return np.concatenate(pieces) if pieces else eos[:0]
+
+    def save(self, folder: Path) -> str:
+        """As in `Tokenizer`."""
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as FastTokenizer
+        from tokenizers import Tokenizer as Backend
 
-        ranks = self.encoding._mergeable_ranks
-        vocab = {_printable(token): rank for token, rank in ranks.items()}
-        merges = [(_printable(left), _printable(right)) for left, right in _merges(ranks)]
-        fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges))
-        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        fast.decoder = decoders.ByteLevel()
-        fast.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-        assert fast.token_to_id(END_OF_TEXT) == self.eos_token_id
+        vocab = {_printable(token): rank for token, rank in self.ranks.items()}
+        merges = [(_printable(left), _printable(right)) for left, right in _merges(self.ranks)]
+        backend = Backend(models.BPE(vocab=vocab, merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        assert backend.token_to_id(END_OF_TEXT) == self.eos_token_id
 
-        folder.mkdir(parents=True)
-        fast.save(str(folder / "tokenizer.json"))
+        folder.mkdir(parents=True, exist_ok=True)
+        backend.save(str(folder / "tokenizer.json"))
         settings = {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
@@ -72,6 +89,31 @@ class Tokenizer:
             **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return tokenizer_hash(folder)
+
+
+class HuggingFaceTokenizer:
+    """Any other tokenizer, run by the `tokenizers` library."""
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.name, self.tokenizer = name, tokenizer
+        self.eos_token_id = tokenizer.eos_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """As in `Tokenizer`. Memory grows with the longest document: where such a tokenizer may be cut is not known."""
+        documents = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([np.array([self.eos_token_id, *d.ids], dtype=np.uint32) for d in documents])
+
+    def save(self, folder: Path) -> str:
+        """As in `Tokenizer`."""
+        self.tokenizer.save_pretrained(folder)
         return tokenizer_hash(folder)
 
 
@@ -86,8 +128,10 @@ def gpt2_tokenizer() -> Tokenizer:
     Raises:
         UserError: where neither has it.
     """
+    import tiktoken
+
     try:
-        return Tokenizer("gpt2", tiktoken.get_encoding("gpt2"))
+        encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", "not set")
         raise UserError(
@@ -95,6 +139,32 @@ def gpt2_tokenizer() -> Tokenizer:
             f"Connect to the network once, set TIKTOKEN_CACHE_DIR to a folder that has it, or train a tokenizer on "
             f"the corpus with --tokenizer bpe."
         ) from error
+    return ByteLevelTokenizer("gpt2", encoding._mergeable_ranks, encoding.eot_token)
+
+
+def load_tokenizer(source: str | Path, name: str | None = None) -> Tokenizer:
+    """The tokenizer that `AutoTokenizer` loads from a folder or the Hub, with the same id for every text.
+
+    Raises:
+        UserError: where there is none, one without an end of text, or one that the `tokenizers` library does not run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"tokenizer {str(source)!r}: {reason}") from error
+    name = name or str(source)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name!r} has no end-of-text token (eos_token), which every document begins with")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"tokenizer {name!r} has no tokenizer.json; only those run by the tokenizers library are read")
+    ranks = _byte_level_ranks(json.loads(backend.to_str()), tokenizer.eos_token_id)
+    if ranks is not None:
+        return ByteLevelTokenizer(name, ranks, tokenizer.eos_token_id)
+    return HuggingFaceTokenizer(name, tokenizer)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -103,48 +173,86 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         UserError: for a size below 257, and for a corpus too small to yield so many tokens.
     """
-    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size}: the 256 bytes and the end of text need at least 257 tokens")
-    fast = FastTokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(
+    backend.train_from_iterator(
         documents, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     )
-    if fast.get_vocab_size() < vocab_size - 1:
+    if backend.get_vocab_size() < vocab_size - 1:
         raise UserError(
-            f"vocab_size={vocab_size}: the corpus yields only {fast.get_vocab_size() + 1} tokens; "
+            f"vocab_size={vocab_size}: the corpus yields only {backend.get_vocab_size() + 1} tokens; "
             f"choose at most that many, or more text"
         )
-    to_byte = {_printable(bytes([byte])): byte for byte in range(256)}
-    ranks = {bytes(to_byte[c] for c in token): rank for token, rank in fast.get_vocab().items()}
-    encoding = tiktoken.Encoding(
-        f"bpe-{vocab_size}",
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: vocab_size - 1},
-        explicit_n_vocab=vocab_size,
+    ranks = {_unprintable(token): rank for token, rank in backend.get_vocab().items()}
+    return ByteLevelTokenizer(f"bpe-{vocab_size}", ranks, vocab_size - 1)
+
+
+def bytes_of_tokens(tokenizer: Any) -> np.ndarray:
+    """How many bytes of text each id of a `transformers` tokenizer stands for, `[V]` int64; 0 for special tokens.
+
+    Tokens are spelled in one of three ways: in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with
+    U+2581 for a space (SentencePiece).
+    """
+    vocab = tokenizer.get_vocab()
+    counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
+    words = {token: number for token, number in vocab.items() if number not in set(tokenizer.all_special_ids)}
+    byte_level = set("".join(words)) <= _CHARACTER_TO_BYTE.keys()
+    for token, number in words.items():
+        if byte_level:
+            counts[number] = len(token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            counts[number] = 1
+        else:
+            counts[number] = len(token.replace("\u2581", " ").encode("utf-8"))
+    return counts
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """A text in chunks of at most `size` characters that GPT-2's split into words treats as it treats the whole.
+
+    It never joins a space or a line's end to what is before it, unless that is white space too, so a chunk may end
+    there. A chunk without any such place is cut where it is full: `size` characters in a row are no words.
+    """
+    start = 0
+    while len(text) - start > size:
+        stop = start + size
+        for looked_at in (4096, size):
+            places = [match.end() for match in _CHUNK_END.finditer(text, max(start, stop - looked_at), stop + 1)]
+            if places:
+                stop = places[-1]
+                break
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, int] | None:
+    """The ranks with which tiktoken merges as this tokenizer of the `tokenizers` library does; None if it cannot."""
+    model, split = state["model"], state["pre_tokenizer"] or {}
+    plain = (
+        model["type"] == "BPE"
+        and split.get("type") == "ByteLevel"
+        and not split["add_prefix_space"]
+        and split.get("use_regex", True)
+        and state["normalizer"] is None
+        and not any(model.get(name) for name in ("dropout", "byte_fallback", "ignore_merges"))
+        and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and [token["id"] for token in state["added_tokens"]] == [eos_token_id]
     )
-    return Tokenizer(encoding.name, encoding)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
-
-
-def _printable(token: bytes) -> str:
-    """GPT-2's spelling of bytes: Latin-1 where that is visible, characters from 256 on for the others."""
-    return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
+    if not plain:
+        return None
+    words = {token: number for token, number in model["vocab"].items() if number != eos_token_id}
+    if set(words.values()) != set(range(eos_token_id)) or not set("".join(words)) <= _CHARACTER_TO_BYTE.keys():
+        return None
+    ranks = {_unprintable(token): number for token, number in words.items()}
+    merges = [(_unprintable(left), _unprintable(right)) for left, right in model["merges"]]
+    return ranks if merges == list(_merges(ranks)) else None
 
 
 def _byte_to_character() -> dict[int, str]:
@@ -153,7 +261,17 @@ def _byte_to_character() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
+# GPT-2's spelling of bytes: Latin-1 where that is visible, characters from 256 on for the others.
 _BYTE_TO_CHARACTER = _byte_to_character()
+_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
+
+
+def _printable(token: bytes) -> str:
+    return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
+
+
+def _unprintable(token: str) -> bytes:
+    return bytes(map(_CHARACTER_TO_BYTE.__getitem__, token))
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
