@@ -279,6 +279,11 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        possible = [pair for pair in splits if all(ranks.get(part, rank) < rank for part in pair)]
+        if len(possible) == 1:  # nearly always
+            yield possible[0]
+            continue
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
