@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.tokenizer import bytes_of_tokens
 from modeling import GPTModel
 from modeling.loss import IGNORE_INDEX
 
@@ -34,13 +35,6 @@ def summed_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> t
         count += int((shift_labels != IGNORE_INDEX).sum())
     model.train(was_training)
     return total, count
-
-
-def bytes_of_tokens(tokenizer: Any) -> Tensor:
-    """How many bytes of text each token of a byte-level BPE stands for, `[V]` int64; 0 for special tokens."""
-    special = set(tokenizer.all_special_ids)
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return torch.tensor([0 if i in special else len(name) for i, name in enumerate(names)], dtype=torch.int64)
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
@@ -124,7 +118,7 @@ def main() -> None:
     if len(tokens) < 2:
         raise UserError(f"{args.data}: no text in it")
     nats, count = summed_loss(model, windows(tokens, length, args.batch_size, model.device))
-    text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:]].sum())
+    text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum())
     print(
         f"loss {nats / count:.4f} nats per token, perplexity {math.exp(nats / count):.2f}, "
         f"{bits_per_byte(nats, text_bytes):.4f} bits per byte ({count:,} tokens, windows of {length})"

@@ -13,7 +13,7 @@ from data_prep.cli import UserError
 from data_prep.manifest import Manifest
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import BUILTIN, Source
-from eval.loss import bytes_of_tokens
+from data_prep.tokenizer import bytes_of_tokens
 from modeling import GPTConfig, GPTModel, flops_per_token
 from training.batches import Batches, TokenStream
 from training.checkpoint import RunState, complete_checkpoints, load_state, load_training_state
@@ -138,7 +138,7 @@ def setup(config: TrainingConfig) -> Run:
         train_data=train_data,
         val_data=val_data,
         val_sequences=val_sequences,
-        val_bytes=int(bytes_of_tokens(tokenizer)[val_labels].sum()),
+        val_bytes=int(bytes_of_tokens(tokenizer)[val_labels.numpy()].sum()),
         state=state,
         log=log,
     )
@@ -164,8 +164,8 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
 
 
 def prepare_data(folder: Path) -> Manifest:
-    """The manifest of the data folder; the quickstart's is made if it is not there."""
-    if folder == Path(QUICKSTART_DATA) and not folder.exists():
+    """The manifest of the data folder; the quickstart's is made, or finished, if it is not there."""
+    if folder == Path(QUICKSTART_DATA) and (not folder.exists() or Manifest.load(folder).unfinished is not None):
         print(f"preparing {folder} from the Python standard library's sources ...", flush=True)
         return prepare(Recipe(Source(BUILTIN), tokenizer="bpe"), folder)
     return Manifest.read(folder)

@@ -1,0 +1,78 @@
+"""Use published shards as they are: write the manifest and the tokenizer beside them.
+
+python -m data_prep.adopt data/fineweb10B --tokenizer gpt2
+
+For folders of `.bin` (llm.c, modded-nanogpt) or `.npy` (build-nanogpt) shards with `val` or `train` in their names.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.manifest import FILE_NAME, Manifest, Shard
+from data_prep.shards import FORMATS, file_hash, open_shard
+from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+
+
+def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
+    """Describe the shards of `folder`, which `tokenizer` has written; they are read and left as they are.
+
+    Raises:
+        UserError: for a folder that has a manifest, lacks a split, mixes formats or types, or holds ids that are not
+            the tokenizer's.
+    """
+    if (folder / FILE_NAME).exists():
+        raise UserError(f"{folder} has a {FILE_NAME} already")
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lstrip(".") in FORMATS)
+    val = [path for path in paths if "val" in path.name]
+    train = [path for path in paths if "train" in path.name]
+    if not val or not train:
+        raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
+    shards, dtypes = [], set()
+    for split, path in [("val", path) for path in val] + [("train", path) for path in train]:
+        tokens = open_shard(path)
+        dtypes.add(str(tokens.dtype))
+        documents, largest = int(np.count_nonzero(tokens == tokenizer.eos_token_id)), int(tokens.max(initial=0))
+        if not documents or largest >= tokenizer.vocab_size:
+            raise UserError(
+                f"{path}: {documents} documents begin in it, and its largest id is {largest}; tokenizer "
+                f"{tokenizer.name!r} begins documents with {tokenizer.eos_token_id} and ends at "
+                f"{tokenizer.vocab_size - 1}; name the one that wrote it with --tokenizer"
+            )
+        shards.append(Shard(path.name, split, len(tokens), documents, file_hash(path)))
+    formats = {path.suffix.lstrip(".") for path in val + train}
+    if len(dtypes | formats) != 2:
+        raise UserError(
+            f"{folder}: shards of several kinds ({', '.join(sorted(dtypes | formats))}); use one folder each"
+        )
+    manifest = Manifest(
+        source={"source": "adopted"},
+        tokenizer={
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_token_id,
+            "sha256": tokenizer.save(folder / "tokenizer"),
+        },
+        format=formats.pop(),
+        dtype=dtypes.pop(),
+        shard_tokens=max(shard.tokens for shard in shards),
+        val_shards=len(val),
+        shards=shards,
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m data_prep.adopt", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_option("tokenizer", default="gpt2", help="that wrote them: 'gpt2', or what AutoTokenizer loads")
+    args = parser.parse_args()
+    tokenizer = gpt2_tokenizer() if args.tokenizer == "gpt2" else load_tokenizer(args.tokenizer)
+    manifest = adopt(args.folder, tokenizer)
+    print(f"{args.folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""Show what is in data folders: sources, document lengths, bytes per token, and documents as text.
+
+python -m data_prep.inspect data/quickstart
+python -m data_prep.inspect data/web data/books --documents 0
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.manifest import Manifest
+from data_prep.shards import open_shard
+from data_prep.tokenizer import bytes_of_tokens
+
+_BAR, _EXCERPT = 40, 400
+
+
+@dataclass
+class Statistics:
+    """Counts over all shards of a folder.
+
+    Attributes:
+        text_bytes: of the documents, once decoded.
+        lengths: documents by the number of bits of their length in tokens: element k has those from 2^k to 2^(k+1) - 1.
+    """
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    lengths: np.ndarray
+
+
+def statistics(folder: Path, manifest: Manifest) -> Statistics:
+    """Count tokens, documents and bytes, with one shard in memory at a time."""
+    from transformers import AutoTokenizer
+
+    sizes = bytes_of_tokens(AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    counts = np.zeros(len(sizes), dtype=np.int64)
+    lengths = np.zeros(33, dtype=np.int64)
+    documents = 0
+    for split in ("val", "train"):
+        for length in _lengths(folder, manifest, split):
+            documents += len(length)
+            lengths += np.bincount(np.log2(length).astype(int), minlength=len(lengths))
+    for shard in manifest.shards:
+        counts += np.bincount(open_shard(folder / shard.file), minlength=len(counts))
+    return Statistics(int(counts.sum()), documents, int(counts @ sizes), lengths)
+
+
+def _lengths(folder: Path, manifest: Manifest, split: str) -> Iterator[np.ndarray]:
+    """The lengths of all documents of a split, in tokens, some at a time; a document may lie in several shards."""
+    carried = 0
+    for shard in manifest.shards:
+        if shard.split != split:
+            continue
+        tokens = open_shard(folder / shard.file)
+        starts = np.flatnonzero(tokens == manifest.tokenizer["eos_token_id"])
+        if not len(starts):
+            carried += len(tokens)
+            continue
+        yield np.concatenate([[carried + starts[0]] if carried + starts[0] else [], np.diff(starts)]).astype(np.int64)
+        carried = len(tokens) - int(starts[-1])
+    if carried:
+        yield np.array([carried])
+
+
+def histogram(lengths: np.ndarray) -> str:
+    """A line for each power of two, with a bar."""
+    used = np.flatnonzero(lengths)
+    lines = []
+    for k in range(used[0], used[-1] + 1):
+        bar = "#" * round(_BAR * lengths[k] / lengths.max())
+        lines.append(f"  {2**k:>10,} to {2 ** (k + 1) - 1:>10,}  {lengths[k]:>12,}  {bar}")
+    return "\n".join(lines)
+
+
+def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) -> Iterator[str]:
+    """`count` documents of a split as text, drawn by `seed`, long ones cut; of each, what lies in one shard."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    shards = [shard for shard in manifest.shards if shard.split == split and shard.documents]
+    rng = np.random.default_rng(seed)
+    for number in rng.integers(sum(shard.documents for shard in shards), size=count):
+        for shard in shards:  # the one that document `number` begins in
+            if number < shard.documents:
+                break
+            number -= shard.documents
+        tokens = open_shard(folder / shard.file)
+        starts = np.flatnonzero(tokens == manifest.tokenizer["eos_token_id"])
+        document = tokens[starts[number] : starts[number + 1] if number + 1 < len(starts) else None]
+        text = tokenizer.decode(document[1:].tolist())
+        shown = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]} ..."
+        yield f"--- {shard.file}, document {number + 1}, {len(document):,} tokens\n{shown}"
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m data_prep.inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="data folders")
+    parser.add_option("documents", type=int, default=3, help="to show of each folder")
+    parser.add_option("split", choices=["train", "val"], default="train", help="to show documents of")
+    parser.add_option("seed", type=int, default=0, help="of the choice of documents")
+    args = parser.parse_args()
+    if args.documents < 0:
+        raise UserError(f"documents={args.documents} must be at least 0")
+    manifests = {folder: Manifest.read(folder) for folder in args.folders}
+    total = sum(shard.tokens for manifest in manifests.values() for shard in manifest.shards)
+    for folder, manifest in manifests.items():
+        found = statistics(folder, manifest)
+        print(
+            f"{folder}\n"
+            f"source      {manifest.source['source']}\n"
+            f"tokenizer   {manifest.tokenizer['name']}, {manifest.tokenizer['vocab_size']:,} ids, {manifest.dtype}\n"
+            f"tokens      {found.tokens:,} ({found.tokens / total:.1%} of all shown): "
+            f"{manifest.tokens('train'):,} for training, {manifest.tokens('val'):,} for validation, "
+            f"in {len(manifest.shards)} shards\n"
+            f"documents   {found.documents:,}, {found.tokens / found.documents:,.0f} tokens each\n"
+            f"fertility   {found.text_bytes / (found.tokens - found.documents):.3f} bytes per token\n"
+            f"cleaning    {', '.join(step['step'] for step in manifest.cleaning) or 'none'}\n"
+            f"lengths in tokens, documents\n{histogram(found.lengths)}"
+        )
+        for text in sample(folder, manifest, args.split, args.documents, args.seed):
+            print(text)
+        print()
+
+
+if __name__ == "__main__":
+    run(main)

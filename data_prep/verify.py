@@ -1,0 +1,71 @@
+"""Check a data folder against its manifest: every hash, count and id.
+
+python -m data_prep.verify data/fineweb-edu-10B
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.manifest import Manifest, Shard
+from data_prep.shards import file_hash, open_shard
+
+_TOKENS_AT_A_TIME = 1 << 24
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """Every difference between the files of `folder` and its manifest, one line each; none for a folder that is whole.
+
+    Raises:
+        UserError: for a folder without a manifest, or one whose preparation has not finished.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.unfinished is not None:
+        raise UserError(f"{folder}: its preparation has not finished; the same prepare command goes on with it")
+    problems = manifest.problems(folder)
+    yield from problems
+    shards = [s for s in manifest.shards if not any(p.startswith(f"{folder / s.file}:") for p in problems)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(lambda shard: list(_of_shard(folder, manifest, shard)), shards):
+            yield from found
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin", ".tmp")):
+        if path.name not in {shard.file for shard in manifest.shards}:
+            yield f"{path}: not in the manifest"
+
+
+def _of_shard(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
+    path = folder / shard.file
+    tokens, eos, vocab_size = open_shard(path), manifest.tokenizer["eos_token_id"], manifest.tokenizer["vocab_size"]
+    documents = largest = 0
+    for start in range(0, len(tokens), _TOKENS_AT_A_TIME):
+        part = tokens[start : start + _TOKENS_AT_A_TIME]
+        documents += int(np.count_nonzero(part == eos))
+        largest = max(largest, int(part.max()))
+    if file_hash(path) != shard.sha256:
+        yield f"{path}: its sha256 is not the one in the manifest"
+    if largest >= vocab_size:
+        yield f"{path}: token id {largest}, the vocabulary ends at {vocab_size - 1}"
+    if documents != shard.documents:
+        yield f"{path}: {documents} documents begin in it, the manifest says {shard.documents}"
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m data_prep.verify", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="data folder")
+    folder = parser.parse_args().folder
+    problems = list(verify(folder))
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise UserError(f"{folder} is damaged; remove it and prepare it again:{listed}")
+    manifest = Manifest.load(folder)
+    documents = sum(shard.documents for shard in manifest.shards)
+    tokens = manifest.tokens("train") + manifest.tokens("val")
+    print(f"{folder} is whole: {len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents")
+
+
+if __name__ == "__main__":
+    run(main)
