@@ -60,7 +60,7 @@ def read_file(filesystem: Any, path: str, size: int, columns: list[str], start: 
         return
     read = _read_text if ".txt" in path[-8:] else _read_jsonl
     with _open(filesystem, path) as raw:
-        yield from _grouped(read(_decompressed(raw, path), path, columns, start), start, raw)
+        yield from _grouped(read(_decompressed(raw, path), path, columns, start), start, raw, size)
 
 
 def _open(filesystem: Any, path: str) -> Any:
@@ -79,7 +79,7 @@ def _decompressed(raw: Any, path: str) -> io.BufferedReader:
     return io.BufferedReader(stream, BLOCK_BYTES)
 
 
-def _grouped(records: Iterator[tuple[dict[str, Any], Cursor]], start: Cursor, raw: Any) -> Iterator[Block]:
+def _grouped(records: Iterator[tuple[dict[str, Any], Cursor]], start: Cursor, raw: Any, size: int) -> Iterator[Block]:
     """Blocks of the records, each of which comes with the cursor behind it."""
     group: list[dict[str, Any]] = []
     before = 0
@@ -90,7 +90,7 @@ def _grouped(records: Iterator[tuple[dict[str, Any], Cursor]], start: Cursor, ra
             yield Block(group, start, stop, raw.tell() - before)
             group, start, before = [], stop, raw.tell()
     if group:
-        yield Block(group, start, stop, raw.tell() - before)
+        yield Block(group, start, stop, size - before)
 
 
 def _skip(stream: io.BufferedReader, count: int) -> None:

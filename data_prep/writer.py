@@ -144,16 +144,21 @@ def tokenized(
 
     pool = ThreadPoolExecutor(workers)
     pending: deque[tuple[Block, Future[np.ndarray]]] = deque()
+    failure = None
     try:
-        for block in blocks:
-            if not block.texts:
-                continue
-            pending.append((block, pool.submit(encode, block)))
-            if len(pending) > _BLOCKS_AHEAD * workers:
-                block, tokens = pending.popleft()
-                yield block, tokens.result()
+        try:
+            for block in blocks:
+                if block.texts:
+                    pending.append((block, pool.submit(encode, block)))
+                if len(pending) > _BLOCKS_AHEAD * workers:
+                    block, tokens = pending.popleft()
+                    yield block, tokens.result()
+        except UserError as error:
+            failure = error  # raised once what was read before it has been written
         for block, tokens in pending:
             yield block, tokens.result()
+        if failure is not None:
+            raise failure
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -163,6 +168,6 @@ def _too_small(corpus: Corpus, manifest: Manifest) -> str:
     if not tokens:
         return f"source {name!r} yields no text"
     return (
-        f"source {name!r} yields {tokens} tokens, which leaves none for training after {manifest.val_shards} "
+        f"source {name!r} yields {tokens} tokens, which leaves no document for training after {manifest.val_shards} "
         f"validation shard(s) of {manifest.shard_tokens}; choose a smaller --shard_tokens or more text"
     )

@@ -1,53 +1,59 @@
-"""Data folders: their shards, their manifest, and what is refused."""
+"""Shard files, and folders that are not what their manifest says."""
 
-import dataclasses
 import hashlib
 import json
-import os
+import shutil
 import sys
 
 import numpy as np
 import pytest
+from conftest import run_command
 
+from data_prep.adopt import adopt
 from data_prep.cli import UserError
 from data_prep.manifest import Manifest
-from data_prep.prepare import Recipe, prepare
-from data_prep.shards import open_shard, write_shards
-from data_prep.sources import Source
-
-EOS = 9
+from data_prep.shards import ShardFile, open_shard
+from data_prep.tokenizer import load_tokenizer
+from data_prep.verify import verify
 
 
-def documents(lengths) -> list[np.ndarray]:
-    """Document i is the end of text and then the number i, over and over."""
-    return [np.array([EOS] + [i % 8] * (length - 1), dtype=np.uint32) for i, length in enumerate(lengths)]
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("suffix", ["npy", "bin"])
+def test_shards_are_read_as_they_were_written(tmp_path, suffix, dtype):
+    tokens = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, size=1234, dtype=dtype, endpoint=True)
+    path = tmp_path / f"a.{suffix}"
+    file = ShardFile(path, dtype)
+    file.add(tokens[:1000])
+    assert not path.exists()
+    file.add(tokens[1000:])
+    assert file.finish() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert open_shard(path).dtype == dtype and np.array_equal(open_shard(path), tokens)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if suffix == "npy":
+        assert np.array_equal(np.load(path), tokens)
 
 
-def test_shards_are_cut_at_exactly_so_many_tokens(tmp_path):
-    lengths = np.random.default_rng(0).integers(1, 40, size=100)
-    shards, dropped = write_shards(documents(lengths), tmp_path, "x", 64, "uint16")
-    assert [shard.tokens for shard in shards[:-1]] == [64] * (len(shards) - 1) and 0 < shards[-1].tokens <= 64
-    assert [shard.split for shard in shards] == ["val"] + ["train"] * (len(shards) - 1)
-    assert [shard.file for shard in shards[:2]] == ["x_val_000000.npy", "x_train_000001.npy"]
-    assert sum(shard.tokens for shard in shards) + dropped == lengths.sum()
-
-    tokens = [np.load(tmp_path / shard.file) for shard in shards]
-    assert all(array.dtype == np.uint16 and array.ndim == 1 for array in tokens)
-    assert [shard.documents for shard in shards] == [int((array == EOS).sum()) for array in tokens]
-    for shard in shards:
-        assert shard.sha256 == hashlib.sha256((tmp_path / shard.file).read_bytes()).hexdigest()
-    # Nothing lost and nothing moved, but for the rest of the document that validation ends in.
-    whole = np.concatenate(documents(lengths))
-    assert np.array_equal(np.concatenate(tokens), np.concatenate([whole[:64], whole[64 + dropped :]]))
-    assert tokens[1][0] == EOS
+def bin_file(path, tokens, magic=20240520, version=1, count=None):
+    """A shard as llm.c writes it."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.array(tokens, dtype=np.uint16).tobytes())
+    return path
 
 
-def test_no_document_is_in_validation_and_in_training(tmp_path):
-    lengths = [50, 50, 50, 50]
-    shards, dropped = write_shards(documents(lengths), tmp_path, "x", 60, "uint16")
-    val, *train = (set(np.load(tmp_path / shard.file)) - {EOS} for shard in shards)
-    assert val == {0, 1} and set.union(*train) == {2, 3}
-    assert dropped == 40
+def test_bin_shards_are_llm_cs(tmp_path):
+    published = bin_file(tmp_path / "a.bin", [50256, 1, 65535])
+    assert open_shard(published).tolist() == [50256, 1, 65535]
+    own = ShardFile(tmp_path / "b.bin", "uint16")
+    own.add(np.array([50256, 1, 65535], dtype=np.uint16))
+    own.finish()
+    assert (tmp_path / "b.bin").read_bytes() == published.read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [{"magic": 1}, {"version": 2}, {"count": 4}, {"count": 2}])
+def test_damaged_bin_shards_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=r"a\.bin: not a readable shard"):
+        open_shard(bin_file(tmp_path / "a.bin", [1, 2, 3], **wrong))
 
 
 def test_build_nanogpts_loader_reads_them(data_folder):
@@ -61,74 +67,8 @@ def test_build_nanogpts_loader_reads_them(data_folder):
             assert tokens.ndim == 1 and tokens.min() >= 0 and tokens.max() == manifest.tokenizer["eos_token_id"]
 
 
-def test_the_manifest_says_where_the_data_is_from(data_folder, text_files):
-    fields = json.loads((data_folder / "manifest.json").read_text())
-    assert fields["format_version"] == 1 and fields["dtype"] == "uint16" and fields["shard_tokens"] == 20_011
-    assert fields["source"]["source"] == str(text_files) and fields["cleaning"] == []
-    assert fields["tokenizer"]["name"] == "bpe-601" and fields["tokenizer"]["vocab_size"] == 601
-    own = hashlib.sha256((data_folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
-    assert fields["tokenizer"]["sha256"] == own
-
-
-def test_preparing_again_changes_nothing_and_gives_the_same(data_folder, text_files, tmp_path):
-    recipe = Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=601, shard_tokens=20_011)
-    before = {path: path.stat().st_mtime_ns for path in data_folder.rglob("*")}
-    manifest = prepare(recipe, data_folder)
-    assert before == {path: path.stat().st_mtime_ns for path in data_folder.rglob("*")}
-    again = prepare(recipe, tmp_path / "small")
-    assert again == manifest
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"vocab_size": 700}, "tokenizer='bpe-601' .asked for: 'bpe-700'"), ({"shard_tokens": 5}, "shard_tokens=20011")],
-)
-def test_another_recipe_for_the_same_folder_is_refused(data_folder, text_files, change, message):
-    recipe = Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=601, shard_tokens=20_011)
-    with pytest.raises(UserError, match=message):
-        prepare(dataclasses.replace(recipe, **change), data_folder)
-
-
-def test_uint32_where_the_vocabulary_needs_it(tmp_path):
-    big = [np.array([EOS, 65_535, 65_536, 70_000], dtype=np.uint32)] * 4
-    with pytest.raises(UserError, match="70000 does not fit into uint16"):
-        write_shards(big, tmp_path, "x", 8, "uint16")
-    shards, _ = write_shards(big, tmp_path, "y", 8, "uint32")
-    assert open_shard(tmp_path / shards[0].file)[3] == 70_000
-
-
-def test_validation_of_the_builtin_corpus_is_drawn_from_the_whole_of_it(tmp_path):
-    texts = list(Source("builtin").documents())
-    assert len(texts) == len(set(texts)) > 100
-    val = texts[: len(texts) // 20]
-    alphabetical = sorted(texts)
-    places = sorted(alphabetical.index(text) for text in val)
-    gaps = np.diff([0, *places, len(texts)])
-    assert gaps.max() < len(texts) / 4
-
-
-def bin_file(path, tokens, magic=20240520, version=1, count=None):
-    """A shard as llm.c writes it."""
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.array(tokens, dtype=np.uint16).tobytes())
-    return path
-
-
-def test_bin_shards_are_read(tmp_path):
-    assert open_shard(bin_file(tmp_path / "a.bin", [50256, 1, 65535])).tolist() == [50256, 1, 65535]
-
-
-@pytest.mark.parametrize("wrong", [{"magic": 1}, {"version": 2}, {"count": 4}])
-def test_damaged_bin_shards_are_refused(tmp_path, wrong):
-    with pytest.raises(UserError, match=r"a\.bin: not a readable shard"):
-        open_shard(bin_file(tmp_path / "a.bin", [1, 2, 3], **wrong))
-
-
 @pytest.fixture
 def own_copy(data_folder, tmp_path):
-    import shutil
-
     return shutil.copytree(data_folder, tmp_path / "copy")
 
 
@@ -151,10 +91,11 @@ def test_damaged_folders_are_refused(own_copy):
     Manifest.read(own_copy)
 
     for text, message in (
-        (good.replace('"format_version": 1', '"format_version": 2'), "format version 2"),
+        (good.replace('"format_version": 2', '"format_version": 3'), "format version 3"),
         (good[:-20], "not a manifest"),
         ("[]", "not a manifest"),
         (good.replace(shard.name, "../" + shard.name), "outside of the folder"),
+        (good.replace('"unfinished": null', '"unfinished": {"file": 1}'), "its preparation has not finished"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -172,60 +113,83 @@ def test_damaged_folders_are_refused(own_copy):
         Manifest.read(own_copy)
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        (b"", {}, "yields no text"),
-        (b" \n\n \t", {}, "yields no text"),
-        (b"some words\n" * 20, {"shard_tokens": 10_000}, "leaves none for training after a validation shard of 10000"),
-        (b"some words\n" * 20, {"shard_tokens": 0}, "shard_tokens=0"),
-        (b"\xff\xfe", {}, "can't decode byte 0xff"),
-        (None, {}, "no such file or folder"),
-    ],
-)
-def test_what_cannot_be_prepared_leaves_nothing(tmp_path, text, options, message, monkeypatch):
-    """With a tokenizer of its own text, so that the corpus is what fails."""
-    if text is not None:
-        (tmp_path / "a.txt").write_bytes(text)
-    from data_prep.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["some words"], 257)
-    monkeypatch.setattr("data_prep.prepare.gpt2_tokenizer", lambda: tokenizer)
-    with pytest.raises(UserError, match=message):
-        prepare(Recipe(Source(str(tmp_path / "a.txt")), **options), tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} <= {"a.txt"}
+def test_verify_finds_what_reading_the_manifest_does_not(own_copy):
+    assert list(verify(own_copy)) == []
+    shards = Manifest.read(own_copy).shards
+    for number, (place, value) in enumerate([(777, 5), (778, 601), (779, 600)], start=1):
+        tokens = np.load(own_copy / shards[number].file)
+        assert tokens[place] != value
+        tokens[place] = value
+        np.save(own_copy / shards[number].file, tokens)
+    (own_copy / "stray.npy").write_bytes(b"")
+    Manifest.read(own_copy)
+    found = [problem.removeprefix(f"{own_copy}/") for problem in verify(own_copy)]
+    hashes = [f"{shard.file}: its sha256 is not the one in the manifest" for shard in shards[1:4]]
+    assert found == [
+        hashes[0],
+        hashes[1],
+        f"{shards[2].file}: token id 601, the vocabulary ends at 600",
+        hashes[2],
+        f"{shards[3].file}: {shards[3].documents + 1} documents begin in it, the manifest says {shards[3].documents}",
+        "stray.npy: not in the manifest",
+    ]
 
 
-def test_a_vocabulary_too_large_for_the_dtype_is_refused(text_files, tmp_path, monkeypatch):
-    import tiktoken
+def test_commands_show_a_folder(own_copy):
+    def command(module, *words, expect=0):
+        return run_command(sys.executable, "-m", f"data_prep.{module}", own_copy, *words, cwd=own_copy, expect=expect)
 
-    from data_prep.tokenizer import SPLIT_PATTERN, Tokenizer
+    manifest = Manifest.read(own_copy)
+    total = sum(shard.tokens for shard in manifest.shards)
+    assert f"copy is whole: {len(manifest.shards)} shards, {total:,} tokens" in command("verify").stdout
+    shown = command("inspect", "--documents", "2").stdout
+    assert f"tokens      {total:,} (100.0% of all shown)" in shown and shown.count("--- small_train_") == 2
 
-    ranks = {bytes([i]): i for i in range(256)} | {b"%05d" % i: i for i in range(256, 70_000)}
-    large = Tokenizer(
-        "large",
-        tiktoken.Encoding(
-            "large", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000}
-        ),
-    )
-    monkeypatch.setattr("data_prep.prepare.gpt2_tokenizer", lambda: large)
-    with pytest.raises(UserError, match="the tokenizer has 70001 ids, uint16 holds 65536; use dtype uint32"):
-        prepare(Recipe(Source(str(text_files)), dtype="uint16"), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    # Bytes per token and lengths, from the text that the tokens decode to.
+    from transformers import AutoTokenizer
+
+    tokens = np.concatenate([np.load(own_copy / shard.file) for shard in manifest.shards])
+    starts = np.flatnonzero(tokens == 600)
+    text = AutoTokenizer.from_pretrained(own_copy / "tokenizer").decode(tokens.tolist(), skip_special_tokens=True)
+    assert f"fertility   {len(text.encode()) / (total - len(starts)):.3f} bytes per token" in shown
+    val_end = manifest.shards[0].tokens
+    lengths = np.diff(np.unique([*starts, val_end, total]))
+    for line in shown.split("lengths in tokens, documents\n")[1].split("---")[0].strip().splitlines():
+        low, _, high, count, *_ = line.replace(",", "").split()
+        assert int(count) == ((lengths >= int(low)) & (lengths <= int(high))).sum()
+
+    (own_copy / manifest.shards[2].file).write_bytes(b"x")
+    damaged = command("verify", expect=2).stderr
+    assert "is damaged" in damaged and f"{manifest.shards[2].file}: not a readable shard" in damaged
 
 
-def test_commands_say_it_in_one_line(tmp_path):
-    """In processes of their own, GPT-2's vocabulary neither cached nor reachable among them."""
-    from conftest import run_command
+def test_published_shards_are_used_as_they_are(data_folder, tmp_path):
+    """A folder of llm.c's files and nothing else, taken on."""
+    tokenizer = load_tokenizer(data_folder / "tokenizer")
+    manifest = Manifest.read(data_folder)
+    for shard in manifest.shards:
+        bin_file(tmp_path / shard.file.replace("npy", "bin"), np.load(data_folder / shard.file))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    adopted = adopt(tmp_path, tokenizer)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}.items()
+    assert Manifest.read(tmp_path) == adopted and list(verify(tmp_path)) == []
+    for split in ("train", "val"):
+        assert adopted.tokens(split) == manifest.tokens(split)
+    assert adopted.tokenizer["sha256"] == manifest.tokenizer["sha256"]
+    with pytest.raises(UserError, match=r"has a manifest\.json already"):
+        adopt(tmp_path, tokenizer)
 
-    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    (tmp_path / "a.txt").write_text("some words\n" * 1000)
-    for words, message in (
-        (["out", "--source", "a.txt"], "error: GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR: "),
-        (["out", "--sourc", "a.txt"], "python -m data_prep.prepare: error: "),
-        (["out", "--source", "a.txt", "--tokenizr", "bpe"], "unknown '--tokenizr'; did you mean '--tokenizer'?"),
-    ):
-        command = [sys.executable, "-m", "data_prep.prepare", *words]
-        done = run_command(*command, cwd=tmp_path, expect=2, env=environment)
-        assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        assert not (tmp_path / "out").exists()
+
+def test_what_cannot_be_taken_on_is_refused(data_folder, tmp_path):
+    tokenizer = load_tokenizer(data_folder / "tokenizer")
+    bin_file(tmp_path / "x_val_0.bin", [600, 1])
+    with pytest.raises(UserError, match=r"no .npy or .bin files with 'val' and with 'train'"):
+        adopt(tmp_path, tokenizer)
+    bin_file(tmp_path / "x_train_1.bin", [600, 601])
+    with pytest.raises(UserError, match=r"its largest id is 601; tokenizer .* ends at 600"):
+        adopt(tmp_path, tokenizer)
+    bin_file(tmp_path / "x_train_1.bin", [600, 7])
+    np.save(tmp_path / "x_train_2.npy", np.array([600, 7], dtype=np.uint16))
+    with pytest.raises(UserError, match="shards of several kinds"):
+        adopt(tmp_path, tokenizer)
+    assert not (tmp_path / "manifest.json").exists()

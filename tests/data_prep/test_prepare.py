@@ -1,0 +1,434 @@
+"""What preparation writes, however often it is killed and however many threads take part."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pytest
+from conftest import ROOT, run_command
+from pyarrow import parquet
+from standin_hub import serve_dataset
+
+from data_prep.cli import UserError
+from data_prep.manifest import Manifest
+from data_prep.prepare import Recipe, prepare
+from data_prep.readers import Cursor
+from data_prep.sources import Source
+from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
+from data_prep.verify import verify
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of a few words to a few thousand, some empty."""
+    rng = random.Random(seed)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "été", "日本", "🙂", "\n", "def", "self", "1234"]
+    return [" ".join(rng.choices(words, k=int(rng.paretovariate(0.6)) % 3000 - 1)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Files of all kinds, about a megabyte each, so that each is read in several blocks."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(6000, 1))
+    (folder / "a.jsonl").write_text(lines)
+    parquet.write_table(pyarrow.table({"text": texts(6000, 2)}), folder / "b.parquet", row_group_size=700)
+    (folder / "c.jsonl.zst").write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
+    (folder / "d.txt").write_text("\n\n".join(texts(6000, 3)))
+    return folder
+
+
+def recipe(corpus, **options) -> Recipe:
+    return Recipe(Source(str(corpus)), **{"tokenizer": "bpe", "vocab_size": 301, "shard_tokens": 100_003, **options})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "data"
+    prepare(recipe(corpus), folder, workers=1)
+    return folder
+
+
+def contents(folder) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_shards_hold_all_documents_in_order(corpus, undisturbed):
+    """Against one array of all that the tokenizer gives, made without any of the machinery."""
+    manifest = Manifest.read(undisturbed)
+    tokenizer = load_tokenizer(undisturbed / "tokenizer")
+    whole = np.concatenate([tokenizer.encode([text]) for text in Source(str(corpus)).resolve().documents()])
+    shards = [np.load(undisturbed / shard.file) for shard in manifest.shards]
+    assert [shard.file for shard in manifest.shards[:2]] == ["data_val_000000.npy", "data_train_000001.npy"]
+    assert [len(shard) for shard in shards[:-1]] == [100_003] * (len(shards) - 1) and 0 < len(shards[-1]) <= 100_003
+    assert [shard.documents for shard in manifest.shards] == [int((array == 300).sum()) for array in shards]
+    # Nothing lost and nothing moved, but for the rest of the document that validation ends in.
+    dropped = manifest.dropped_tokens
+    assert np.array_equal(np.concatenate(shards), np.concatenate([whole[:100_003], whole[100_003 + dropped :]]))
+    assert 0 < dropped < 10_000 and shards[1][0] == 300 and 300 not in whole[100_003 : 100_003 + dropped]
+    assert list(verify(undisturbed)) == []
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_bytes_do_not_depend_on_the_number_of_workers(corpus, undisturbed, tmp_path, workers):
+    prepare(recipe(corpus), tmp_path / "data", workers)
+    assert contents(tmp_path / "data") == contents(undisturbed)
+
+
+def test_several_validation_shards_and_bin(corpus, undisturbed, tmp_path):
+    manifest = prepare(recipe(corpus, val_shards=3, format="bin"), tmp_path / "data")
+    assert [shard.split for shard in manifest.shards[:4]] == ["val", "val", "val", "train"]
+    assert manifest.shards[0].file == "data_val_000000.bin" and manifest.tokens("val") == 3 * 100_003
+    raw = np.fromfile(tmp_path / "data" / "data_val_000000.bin", dtype=np.uint16)[512:]
+    assert np.array_equal(raw, np.load(undisturbed / "data_val_000000.npy"))
+    assert list(verify(tmp_path / "data")) == []
+
+
+KILLED = """
+import os, sys
+from data_prep import manifest, prepare, shards
+count, moment = int(sys.argv.pop()), sys.argv.pop()
+kind, name = {"fsync": (os, "fsync"), "add": (shards.ShardFile, "add"), "hash": (shards, "file_hash"),
+              "manifest": (manifest.Manifest, "write")}[moment]
+usual = getattr(kind, name)
+def counted(*args):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), 9)
+    return usual(*args)
+setattr(kind, name, counted)
+prepare.main()
+"""
+
+
+def command_line(corpus, folder) -> list[str]:
+    flags = ["--tokenizer", "bpe", "--vocab_size", "301", "--shard_tokens", "100003"]
+    return [str(folder), "--source", str(corpus), *flags]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path, seed):
+    """Each process kills itself, as `kill -9` does, in a random call: where it writes, hashes, renames or counts."""
+    rng = random.Random(seed)
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
+    folder = tmp_path / "data"
+    shards_seen = [0]
+    for moment in rng.sample(["fsync", "add", "hash", "manifest"] * 2, 6):
+        words = [program, *command_line(corpus, folder), moment, str(rng.randrange(4, 16))]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        if (folder / "manifest.json").exists():
+            shards_seen.append(len(Manifest.load(folder).shards))
+            assert shards_seen == sorted(shards_seen)  # what is finished stays
+            assert all((folder / shard.file).exists() for shard in Manifest.load(folder).shards)
+    assert max(shards_seen) > 2
+    run_command(sys.executable, "-m", "data_prep.prepare", *command_line(corpus, folder), cwd=ROOT)
+    assert contents(folder) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_from_outside_at_random_times(corpus, undisturbed, tmp_path):
+    """`kill -9` by another process after random times, thirty times over."""
+    rng = random.Random(0)
+    folder = tmp_path / "data"
+    words = [sys.executable, "-m", "data_prep.prepare", *command_line(corpus, folder)]
+    kills = 0
+    for _ in range(30):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=rng.uniform(0.5, 6))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert kills > 3
+    run_command(*words, cwd=ROOT)
+    assert contents(folder) == contents(undisturbed)
+
+
+def test_it_goes_on_from_every_shard(corpus, undisturbed, tmp_path):
+    """From the manifests of a folder in all its stages, in particular from where validation ends."""
+    stages = []
+    usual = Manifest.write
+
+    class Stop(BaseException):
+        pass
+
+    for stage in range(1, 5):
+
+        def write(self, folder, stage=stage):
+            usual(self, folder)
+            if len(self.shards) == stage:
+                raise Stop
+
+        folder = tmp_path / str(stage) / "data"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Manifest, "write", write)
+            with pytest.raises(Stop):
+                prepare(recipe(corpus), folder)
+        stages.append(len(Manifest.load(folder).shards))
+        with pytest.raises(UserError, match=f"has not finished .{stage} shards so far."):
+            Manifest.read(folder)
+        prepare(recipe(corpus), folder)
+        assert contents(folder) == contents(undisturbed)
+    assert stages == [1, 2, 3, 4]
+
+
+def test_preparing_again_changes_nothing(corpus, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    assert prepare(recipe(corpus), undisturbed) == Manifest.read(undisturbed)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 700}, "tokenizer='bpe-301' .now: 'bpe-700'"),
+        ({"shard_tokens": 5}, "shard_tokens=100003 .now: 5"),
+        ({"val_shards": 2}, "val_shards=1"),
+        ({"format": "bin"}, "format='npy'"),
+        ({"source": Source("builtin")}, "source='.*corpus.*now: 'builtin'"),
+    ],
+)
+def test_another_recipe_for_the_same_folder_is_refused(corpus, undisturbed, change, message):
+    before = contents(undisturbed)
+    with pytest.raises(UserError, match=message):
+        prepare(dataclasses.replace(recipe(corpus), **change), undisturbed)
+    assert contents(undisturbed) == before
+
+
+def test_files_that_have_changed_are_noticed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "one two three"}\n' * 2000)
+    options = recipe(tmp_path / "in", shard_tokens=500, vocab_size=260)
+    prepare(options, tmp_path / "out")
+    (tmp_path / "in" / "b.txt").write_text("more")
+    with pytest.raises(UserError, match=r"files=1 \(now: 2\), bytes="):
+        prepare(options, tmp_path / "out")
+
+
+def test_two_processes_do_not_write_one_folder(undisturbed, corpus):
+    import fcntl
+
+    with open(undisturbed / "manifest.json") as _:
+        handle = os.open(undisturbed, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            with pytest.raises(UserError, match="is being prepared by another process"):
+                prepare(recipe(corpus), undisturbed)
+        finally:
+            os.close(handle)
+    Manifest.read(undisturbed)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
+    """The limit on the size of files stands in for the disk: the fourth shard does not fit into the process's quota."""
+    program = (
+        "import errno, os, sys; from data_prep import prepare, shards\n"
+        "usual, room = shards.ShardFile.add, [700_000]\n"
+        "def add(self, tokens):\n"
+        "    room[0] -= tokens.nbytes\n"
+        "    if room[0] < 0: raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    usual(self, tokens)\n"
+        "shards.ShardFile.add = add\n"
+        "from data_prep.cli import run; run(prepare.main)"
+    )
+    words = command_line(corpus, tmp_path / "data")
+    done = run_command(sys.executable, "-c", program, *words, cwd=ROOT, expect=2)
+    assert "the disk is full" in done.stderr and "the next shard takes 0 MB and all that is left about" in done.stderr
+    assert "goes on after the 3 shards that are finished" in done.stderr and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "data").glob("*.tmp")) and len(Manifest.load(tmp_path / "data").shards) == 3
+    prepare(recipe(corpus), tmp_path / "data")
+    assert contents(tmp_path / "data") == contents(undisturbed)
+
+
+def test_a_bad_record_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
+    """Mended, the run goes on: the bytes are those of a corpus that was never damaged."""
+    import shutil
+
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    good = (copy / "d.txt").read_bytes()
+    place = len(good) // 2
+    (copy / "d.txt").write_bytes(good[:place] + b"\xff" + good[place + 1 :])
+    options = recipe(copy, tokenizer=str(undisturbed / "tokenizer"))
+    with pytest.raises(UserError, match=rf"d\.txt: not UTF-8 at byte {place} "):
+        prepare(options, tmp_path / "data")
+    assert len(Manifest.load(tmp_path / "data").shards) > 3
+    (copy / "d.txt").write_bytes(good)
+    assert prepare(options, tmp_path / "data").shards == Manifest.read(undisturbed).shards
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (b"", {}, "yields no text"),
+        (b" \n\n \t", {}, "yields no text"),
+        (
+            b"some words\n" * 20,
+            {"shard_tokens": 10_000},
+            "leaves no document for training after 1 validation shard.* of 10000",
+        ),
+        (
+            b"some words\n" * 20,
+            {"shard_tokens": 60, "val_shards": 9},
+            "leaves no document for training after 9 validation",
+        ),
+        (b"some words\n" * 20, {"shard_tokens": 0}, "shard_tokens=0"),
+        (b"some words\n" * 20, {"val_shards": 0}, "val_shards=0"),
+        (b"\xff\xfe", {}, "not UTF-8 at byte 0"),
+        (None, {}, "no such file or folder"),
+    ],
+)
+def test_what_cannot_be_prepared_leaves_nothing(tmp_path, text, options, message):
+    """With a tokenizer that is there, so that the corpus is what fails."""
+    train_tokenizer(["some words"], 257).save(tmp_path / "tokenizer")
+    if text is not None:
+        (tmp_path / "a.txt").write_bytes(text)
+    options = {"tokenizer": str(tmp_path / "tokenizer"), **options}
+    with pytest.raises(UserError, match=message):
+        prepare(Recipe(Source(str(tmp_path / "a.txt")), **options), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.txt", "tokenizer"}
+
+
+def test_a_folder_of_other_things_is_left_alone(corpus, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a data folder"):
+        prepare(recipe(corpus), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_uint32_where_the_vocabulary_needs_it(text_files, tmp_path, monkeypatch):
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {b"%d" % i: 60_000 + i for i in range(10, 70_000)}
+    large = ByteLevelTokenizer("gpt2", ranks, 140_000)
+    large.save = lambda folder: folder.mkdir(parents=True) or "hash"
+    monkeypatch.setattr("data_prep.prepare.gpt2_tokenizer", lambda: large)
+    with pytest.raises(UserError, match="the tokenizer has 140001 ids, uint16 holds 65536; use dtype uint32"):
+        prepare(Recipe(Source(str(text_files)), dtype="uint16"), tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    manifest = prepare(Recipe(Source(str(text_files))), tmp_path / "out")
+    tokens = np.load(tmp_path / "out" / manifest.shards[0].file)
+    assert manifest.dtype == "uint32" and tokens.dtype == np.uint32 and tokens[0] == tokens.max() == 140_000
+
+
+def test_the_manifest_says_where_the_data_is_from(corpus, undisturbed):
+    fields = json.loads((undisturbed / "manifest.json").read_text())
+    assert fields["format_version"] == 2 and fields["dtype"] == "uint16" and fields["shard_tokens"] == 100_003
+    source = fields["source"]
+    assert source["source"] == str(corpus) and source["files"] == 4 and fields["cleaning"] == []
+    assert source["bytes"] == sum(path.stat().st_size for path in corpus.iterdir())
+    assert fields["tokenizer"]["name"] == "bpe-301" and fields["tokenizer"]["vocab_size"] == 301
+    own = hashlib.sha256((undisturbed / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    assert fields["tokenizer"]["sha256"] == own and fields["unfinished"] is None
+
+
+def test_what_cleaning_has_done_is_taken_over(corpus, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(corpus, tmp_path / "clean" / "web")
+    steps = [{"step": "min_length", "documents_in": 5, "documents_out": 4}]
+    (tmp_path / "clean" / "cleaning.json").write_text(json.dumps(steps))
+    assert prepare(recipe(copy), tmp_path / "data").cleaning == steps
+
+
+def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
+    """Killed in the second file, the next process reads no other; its revision is that of the first."""
+    files = {}
+    for i in (0, 1, 2):
+        buffer = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.table({"text": texts(2000, i)}), buffer, row_group_size=200)
+        files[f"data/train-0000{i}-of-00003.parquet"] = buffer.getvalue().to_pybytes()
+    train_tokenizer(texts(100), 301).save(tmp_path / "tokenizer")
+    flags = ["--source", "user/corpus", "--tokenizer", tmp_path / "tokenizer", "--shard_tokens", "50001"]
+    killed = tmp_path / "killed.py"
+    killed.write_text(KILLED)
+
+    def command(folder, *more, words=("-m", "data_prep.prepare"), expect=0):
+        home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, *words, tmp_path / folder / "data", *flags, *more]
+        return run_command(*words, cwd=ROOT, env=environment, expect=expect)
+
+    def read() -> set[str]:
+        return {r.rpartition("/")[2] for r in requests if r.startswith("GET") and "resolve" in r and "parquet" in r}
+
+    with serve_dataset("user/corpus", files) as (endpoint, requests):
+        command("one")
+        assert len(read()) == 3
+        total = len(Manifest.load(tmp_path / "one" / "data").shards)
+        command("two", "fsync", str(total), words=[killed], expect=-signal.SIGKILL)
+        position = Manifest.load(tmp_path / "two" / "data").unfinished
+        assert position["file"] == 1 and position["record"] + position["tokens"] > 0
+        requests.clear()
+        command("two")
+        assert read() == {"train-00001-of-00003.parquet", "train-00002-of-00003.parquet"}
+    assert contents(tmp_path / "one" / "data") == contents(tmp_path / "two" / "data")
+    assert Manifest.read(tmp_path / "one" / "data").source["commit"] == "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_network_that_fails_is_tried_again(capsys):
+    """A file system of `fsspec` that breaks off now and then; a block that was read is not read again."""
+    import io
+
+    import fsspec
+
+    class Unreliable(fsspec.AbstractFileSystem):
+        protocol = "unreliable"
+        content, fails = b"", iter([])
+
+        def info(self, path, **_):
+            return {"name": path, "size": len(self.content), "type": "file"}
+
+        def _open(self, path, **_):
+            class File(io.BytesIO):
+                def read(self, *args):
+                    if next(Unreliable.fails, False):
+                        raise TimeoutError("timed out")
+                    return super().read(*args)
+
+            return File(self.content)
+
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    lines = [json.dumps({"text": f"{i} " + "x" * 5000}) for i in range(1000)]
+    Unreliable.content, Unreliable.fails = (
+        "\n".join(lines).encode(),
+        iter([False] * 3 + [True, True] + [False] * 4 + [True]),
+    )
+    corpus = Source("unreliable://corpus/a.jsonl").resolve()
+    blocks = list(corpus.blocks(Cursor(), retry_delays=(0, 0)))
+    assert [text.split()[0] for block in blocks for text in block.texts] == [str(i) for i in range(1000)]
+    assert "timed out; attempt 2 in 0 s" in (said := capsys.readouterr().err) and "attempt 3" in said
+
+    Unreliable.fails = iter([True] * 10)
+    with pytest.raises(UserError, match=r"the network fails \(timed out\), 3 times in a row"):
+        list(corpus.blocks(Cursor(), retry_delays=(0, 0)))
+
+
+def test_commands_say_it_in_one_line(tmp_path):
+    """In processes of their own, GPT-2's vocabulary neither cached nor reachable among them."""
+    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    (tmp_path / "a.txt").write_text("some words\n" * 1000)
+    for words, message in (
+        (["out", "--source", "a.txt"], "error: GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR: "),
+        (["out", "--sourc", "a.txt"], "python -m data_prep.prepare: error: "),
+        (["out", "--source", "a.txt", "--tokenizr", "bpe"], "unknown '--tokenizr'; did you mean '--tokenizer'?"),
+        (["out", "--source", "a.txt", "--tokenizer", "./none"], "error: tokenizer './none': "),
+        (["out", "--source", "a.txt", "--where", "score"], "error: --where 'score': expected COLUMN OPERATOR VALUE"),
+        (["out", "--source", "a.txt", "--workers", "0"], "error: workers=0 must be at least 1"),
+    ):
+        command = [sys.executable, "-m", "data_prep.prepare", *words]
+        done = run_command(*command, cwd=tmp_path, expect=2, env=environment)
+        assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "out").exists()
