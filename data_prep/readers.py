@@ -44,19 +44,22 @@ class Block:
     size: int
 
 
-def read_file(filesystem: Any, path: str, size: int, columns: list[str], start: Cursor) -> Iterator[Block]:
+def read_file(
+    filesystem: Any, path: str, size: int, columns: list[str], start: Cursor, every_field: bool = False
+) -> Iterator[Block]:
     """The records of a file from `start` on: dictionaries with `columns`, the first of which is text.
 
     Args:
         filesystem: of `fsspec`, to which `path` belongs.
         size: of the file, in bytes.
+        every_field: give the other fields as well, where the format could leave them unread.
 
     Raises:
         UserError: for what is not the format that the name says, a record without one of the columns, or with
             something else than text in the first.
     """
     if path.endswith(".parquet"):
-        yield from _read_parquet(filesystem, path, size, columns, start)
+        yield from _read_parquet(filesystem, path, size, columns, start, every_field)
         return
     read = _read_text if ".txt" in path[-8:] else _read_jsonl
     with _open(filesystem, path) as raw:
@@ -149,7 +152,9 @@ def _cut(data: bytes) -> int:
     return stop
 
 
-def _read_parquet(filesystem: Any, path: str, size: int, columns: list[str], start: Cursor) -> Iterator[Block]:
+def _read_parquet(
+    filesystem: Any, path: str, size: int, columns: list[str], start: Cursor, every_field: bool
+) -> Iterator[Block]:
     import pyarrow
     from pyarrow import parquet
 
@@ -169,7 +174,7 @@ def _read_parquet(filesystem: Any, path: str, size: int, columns: list[str], sta
         batches = file.iter_batches(
             batch_size=_rows_of_a_block(file.metadata, columns[0]),
             row_groups=range(first_group, file.num_row_groups),
-            columns=list(dict.fromkeys(columns)),
+            columns=None if every_field else list(dict.fromkeys(columns)),
         )
         for batch in batches:
             skipped = max(0, start.record - row)

@@ -102,7 +102,7 @@ class Source:
         if self.source == BUILTIN:
             paths = [str(path) for path in _standard_library()]
             return Corpus(self, conditions, None, paths, [Path(path).stat().st_size for path in paths])
-        if _names_files(self.source):
+        if names_files(self.source):
             return _corpus_of_files(self, conditions, self.source)
         return _corpus_of_the_hub(self, conditions, commit)
 
@@ -153,6 +153,12 @@ class Corpus:
         """All documents, one string each."""
         for block in self.blocks(Cursor()):
             yield from block.texts
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records of these files with all of their fields, those without text among them."""
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            for block in read_file(self.filesystem, path, size, [self.source.text_column], Cursor(), every_field=True):
+                yield from block.texts
 
     def blocks(self, start: Cursor, retry_delays: Sequence[float] = RETRY_DELAYS) -> Iterator[Block]:
         """The documents from `start` on, always in the same order, a few megabytes at a time; empty ones are left out.
@@ -205,7 +211,7 @@ class Corpus:
         return [text for text in kept if text and not text.isspace()]
 
 
-def _names_files(source: str) -> bool:
+def names_files(source: str) -> bool:
     """Whether a source is a path or a pattern rather than the name `OWNER/NAME` of a data set."""
     return (
         "://" in source

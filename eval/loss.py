@@ -19,20 +19,19 @@ from modeling.loss import IGNORE_INDEX
 
 
 @torch.no_grad()
-def summed_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """The summed cross entropy in nats, and the number of labels, over `(input_ids, shift_labels)` of `[B, T]` each.
+def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
+    """The summed cross entropy in nats, and the number of labels, over `batches` of `input_ids`, `shift_labels` and
+    whatever else the model takes, `[B, T]` each.
 
     Labels of -100 are not counted. The model is evaluated without dropout and left in the mode it was in.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for input_ids, shift_labels in batches:
-        outputs = model(
-            input_ids=input_ids, shift_labels=shift_labels, num_items_in_batch=1, use_cache=False, skip_logits=True
-        )
-        total += outputs.loss.item()
-        count += int((shift_labels != IGNORE_INDEX).sum())
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        total += model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss.item()
+        count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     model.train(was_training)
     return total, count
 
@@ -89,16 +88,16 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
     return torch.tensor([tokenizer.eos_token_id, *ids])
 
 
-def windows(tokens: Tensor, length: int, batch_size: int, device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
+def windows(tokens: Tensor, length: int, batch_size: int) -> Iterable[dict[str, Tensor]]:
     """All of `tokens` `[N]` as labels once, in consecutive windows of `length`; the last batch may be shorter."""
     count = (len(tokens) - 1) // length
     for first in range(0, count, batch_size):
         rows = min(batch_size, count - first)
-        chunk = tokens[first * length : (first + rows) * length + 1].to(device)
-        yield chunk[:-1].view(rows, length), chunk[1:].view(rows, length)
-    rest = tokens[count * length :].to(device)
+        chunk = tokens[first * length : (first + rows) * length + 1]
+        yield {"input_ids": chunk[:-1].view(rows, length), "shift_labels": chunk[1:].view(rows, length)}
+    rest = tokens[count * length :]
     if len(rest) > 1:
-        yield rest[None, :-1], rest[None, 1:]
+        yield {"input_ids": rest[None, :-1], "shift_labels": rest[None, 1:]}
 
 
 def main() -> None:
@@ -117,7 +116,7 @@ def main() -> None:
     tokens = read_tokens(args.data, tokenizer)
     if len(tokens) < 2:
         raise UserError(f"{args.data}: no text in it")
-    nats, count = summed_loss(model, windows(tokens, length, args.batch_size, model.device))
+    nats, count = summed_loss(model, windows(tokens, length, args.batch_size))
     text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum())
     print(
         f"loss {nats / count:.4f} nats per token, perplexity {math.exp(nats / count):.2f}, "

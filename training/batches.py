@@ -1,156 +1,49 @@
-"""The order of the training data: a pure function of the seed and of one number, the count of sequences consumed.
+"""Batches of the training data: made of sequences by position, ahead of the step that needs them."""
 
-The documents of an epoch, in that epoch's order, are one stretch of an endless stream of tokens; sequence i of T tokens
-begins at its token `i * T`. Nothing is dropped where a shard or an epoch ends: a sequence reaches over.
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.manifest import Manifest
-from data_prep.shards import open_shard
 from modeling.loss import IGNORE_INDEX
+from training.order import Mixture
 
-# Sequences are permuted within windows of whole shards, about so many tokens: enough to mix documents well, few enough
-# to read from a handful of files.
-_WINDOW_TOKENS = 100_000_000
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """From token `start` to token `stop` of the stream, within an epoch, lies the shard or the window `number`."""
-
-    epoch: int
-    number: int
-    start: int
-    stop: int
-
-
-class TokenStream:
-    """All tokens of a split, epoch after epoch, each exactly once an epoch.
-
-    `shuffled` permutes the shards and the documents within a shard anew each epoch; `sequential` leaves them as they
-    lie on disk, which is build-nanogpt's order (but that drops what does not fill a batch at a shard's end).
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, split: str, order: str, seed: int) -> None:
-        self.shuffled = order == "shuffled"
-        self.seed = seed
-        self.eos_token_id = manifest.tokenizer["eos_token_id"]
-        shards = [shard for shard in manifest.shards if shard.split == split]
-        self.paths = [folder / shard.file for shard in shards]
-        self.lengths = np.array([shard.tokens for shard in shards], dtype=np.int64)
-        self.tokens_per_epoch = int(self.lengths.sum())
-        self.shards_per_window = max(1, _WINDOW_TOKENS // int(self.lengths.max()))
-        self._shard_order = lru_cache(maxsize=2)(self._permuted_shards)
-        self._documents = lru_cache(maxsize=2 + self.shards_per_window)(self._permuted_documents)
-
-    def shard(self, token: int) -> _Stretch:
-        """The shard that token `token` of the stream lies in."""
-        epoch, i = self._locate(token)
-        order, bounds = self._shard_order(epoch)
-        return _Stretch(epoch, int(order[i]), int(bounds[i]), int(bounds[i + 1]))
-
-    def window(self, token: int) -> _Stretch:
-        """The window of consecutive shards, in the epoch's order of them, that token `token` of the stream lies in."""
-        epoch, i = self._locate(token)
-        number, bounds = i // self.shards_per_window, self._shard_order(epoch)[1]
-        first, last = (min(n * self.shards_per_window, len(self.paths)) for n in (number, number + 1))
-        return _Stretch(epoch, number, int(bounds[first]), int(bounds[last]))
-
-    def _locate(self, token: int) -> tuple[int, int]:
-        """The epoch of a token, and the place of its shard in that epoch's order."""
-        epoch = token // self.tokens_per_epoch
-        return epoch, int(np.searchsorted(self._shard_order(epoch)[1], token, side="right")) - 1
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start` to `start + count` of the stream, `[count]` int64."""
-        pieces = []
-        while count > 0:
-            shard = self.shard(start)
-            documents = self._documents(shard.epoch, shard.number)
-            piece = documents.read(start - shard.start, min(count, shard.stop - start))
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces).astype(np.int64)
-
-    def permutation(self, what: str, count: int, epoch: int, number: int = 0) -> np.ndarray:
-        """A permutation of `count` things, from the seed and the arguments alone; as they lie if `sequential`."""
-        if not self.shuffled:
-            return np.arange(count)
-        kind = ("shards", "documents", "sequences").index(what)
-        return np.random.default_rng([self.seed, kind, epoch, number]).permutation(count)
-
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of `epoch`, and the tokens of the stream that they begin at, the epoch's end last."""
-        order = self.permutation("shards", len(self.paths), epoch)
-        return order, epoch * self.tokens_per_epoch + np.concatenate([[0], np.cumsum(self.lengths[order])])
-
-    def _permuted_documents(self, epoch: int, shard: int) -> "_Documents":
-        tokens = open_shard(self.paths[shard])
-        starts = np.flatnonzero(tokens == self.eos_token_id)
-        if not len(starts) or starts[0] != 0:  # a shard may begin within a document
-            starts = np.concatenate([[0], starts])
-        lengths = np.diff(starts, append=len(tokens))
-        order = self.permutation("documents", len(starts), epoch, shard)
-        return _Documents(tokens, starts[order], np.concatenate([[0], np.cumsum(lengths[order])]))
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """The documents of a shard in some order: number i is at `starts[i]` on disk and at `offsets[i]` in that order."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    offsets: np.ndarray
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start` to `start + count` in that order."""
-        stop = start + count
-        pieces = []
-        i = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        while start < stop:
-            begin = int(self.starts[i]) + start - int(self.offsets[i])
-            length = min(stop, int(self.offsets[i + 1])) - start
-            pieces.append(self.tokens[begin : begin + length])
-            start, i = start + length, i + 1
-        return np.concatenate(pieces)
+Batch = dict[str, Tensor]
 
 
 class Batches:
-    """Sequences of T tokens with their labels, by position.
+    """What the model is called with, by the position of its sequences.
 
-    In a shuffled stream the sequences of a window are permuted as well: a batch of consecutive ones would be a few long
-    documents rather than a sample of many, and a small shard's documents would be learned and forgotten together.
+    Args:
+        document_start: the id that documents begin with, to keep attention and positions within them; None to let them
+            reach over the whole sequence, as in GPT-2 and GPT-3.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, device: torch.device) -> None:
-        self.stream = stream
-        self.sequence_length = sequence_length
-        self.device = device
-        self._permutation = lru_cache(maxsize=4)(self._permuted_sequences)
+    def __init__(self, mixture: Mixture, document_start: int | None = None) -> None:
+        self.mixture = mixture
+        self.document_start = document_start
 
-    def sequences(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `shift_labels`, `[count, T]` int64 each, of the sequences from `position` on."""
-        length = self.sequence_length
-        rows = [self.stream.read(self._index(p) * length, length + 1) for p in range(position, position + count)]
-        tokens = torch.from_numpy(np.stack(rows)).to(self.device)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    def sequences(self, position: int, count: int) -> Batch:
+        """`input_ids`, `shift_labels` and, within documents, `position_ids`, `[count, T]` int64 each."""
+        tokens = torch.from_numpy(np.stack([self.mixture.read(p) for p in range(position, position + count)]))
+        batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+        if self.document_start is not None:
+            batch["position_ids"] = _positions_in_documents(batch["input_ids"], self.document_start)
+        return batch
 
     def micro_batches(
         self, position: int, micro_batch: int, accumulation_steps: int, rank: int, num_processes: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> list[Batch]:
         """This rank's share of the global batch that begins at `position`."""
-        for step in range(accumulation_steps):
-            yield self.sequences(position + (step * num_processes + rank) * micro_batch, micro_batch)
+        return [
+            self.sequences(position + (step * num_processes + rank) * micro_batch, micro_batch)
+            for step in range(accumulation_steps)
+        ]
 
-    def shared_out(self, count: int, batch_size: int, rank: int, num_processes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def shared_out(self, count: int, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This rank's share of the first `count` sequences, in batches of `batch_size`.
 
         Every rank gets as many batches as the others, some with all labels ignored: a sharded model takes part in each
@@ -160,16 +53,46 @@ class Batches:
         for turn in range(0, len(starts), num_processes):
             mine = turn + rank
             start = starts[mine] if mine < len(starts) else 0
-            input_ids, labels = self.sequences(start, min(batch_size, count - start))
-            yield input_ids, labels if mine < len(starts) else torch.full_like(labels, IGNORE_INDEX)
+            batch = self.sequences(start, min(batch_size, count - start))
+            if mine >= len(starts):
+                batch["shift_labels"].fill_(IGNORE_INDEX)
+            yield batch
 
-    def _index(self, position: int) -> int:
-        """Which sequence of the stream stands at `position`."""
-        window = self.stream.window(position * self.sequence_length)
-        first, permutation = self._permutation(window)
-        return first + int(permutation[position - first])
 
-    def _permuted_sequences(self, window: _Stretch) -> tuple[int, np.ndarray]:
-        """The first sequence that begins in `window`, and the order of those that do."""
-        first, stop = (-(-token // self.sequence_length) for token in (window.start, window.stop))
-        return first, self.stream.permutation("sequences", stop - first, window.epoch, window.number)
+def _positions_in_documents(input_ids: Tensor, document_start: int) -> Tensor:
+    """Positions `[B, T]` that begin at 0 with each document; the rest of one that began before does at 0 too."""
+    places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return places - torch.where(input_ids == document_start, places, 0).cummax(dim=1).values
+
+
+class Ahead:
+    """Global batches by position, the next one made by a thread while the step works on this one.
+
+    Args:
+        make: gives this rank's micro-batches from a position on.
+        pin: leave them in pinned memory, from which a GPU copies without waiting.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]], pin: bool) -> None:
+        self.make, self.pin = make, pin
+        self.thread = ThreadPoolExecutor(1)
+        self.made: dict[int, Future[list[Batch]]] = {}
+
+    def take(self, position: int, following: int) -> list[Batch]:
+        """The micro-batches from `position` on; those from `following` on are begun."""
+        now = self.made.pop(position, None) or self.thread.submit(self._pinned, position)
+        self.made = {following: self.thread.submit(self._pinned, following)}
+        return now.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self.thread.shutdown(cancel_futures=True)
+
+    def _pinned(self, position: int) -> list[Batch]:
+        batches = self.make(position)
+        return [{k: v.pin_memory() for k, v in batch.items()} for batch in batches] if self.pin else batches
+
+
+def on_device(batch: Batch, device: torch.device) -> Any:
+    """The batch on `device`, copied while the host goes on where it can be."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -39,11 +39,18 @@ class ModelSettings:
 class DataSettings:
     _argument_group_name = "data"
 
-    data: str = _field(QUICKSTART_DATA, "data folder made by data_prep.prepare; the default is prepared if missing")
+    data: list[str] = dataclasses.field(
+        default_factory=lambda: [QUICKSTART_DATA],
+        metadata={"help": "data folders made by data_prep.prepare; the default is prepared if missing"},
+    )
+    data_weights: list[float] | None = _field(
+        None, "share of each data folder in the training tokens, in any unit; by their size if not given"
+    )
     sequence_length: int | None = _field(None, "tokens in a training sequence; n_positions if not given")
     order: Literal["shuffled", "sequential"] = _field(
         "shuffled", "shards and documents permuted anew each epoch, or as they lie on disk"
     )
+    document_mask: bool = _field(False, "keep attention and positions within documents")
 
 
 @dataclass
@@ -222,8 +229,7 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
             problems.append(
                 f"warmup_steps={optimizer.warmup_steps} exceeds max_steps={optimizer.max_steps}; warm up for fewer"
             )
-    if config.data.data != QUICKSTART_DATA and not Path(config.data.data).is_dir():
-        problems.append(f"data={config.data.data!r}: no such folder; prepare one with python -m data_prep.prepare")
+    problems += _data_problems(config)
     if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
         problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
     if Path(run.run_name).name != run.run_name:
@@ -252,6 +258,27 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
             problems.append(f"{name}={settings[name]} must be at least 0 and less than 1")
     if not 0 <= settings["min_lr_ratio"] <= 1:
         problems.append(f"min_lr_ratio={settings['min_lr_ratio']} must lie between 0 and 1")
+    return problems
+
+
+def _data_problems(config: TrainingConfig) -> list[str]:
+    folders, weights = config.data.data, config.data.data_weights
+    problems = [
+        f"data={folder!r}: no such folder; prepare one with python -m data_prep.prepare"
+        for folder in folders
+        if folder != QUICKSTART_DATA and not Path(folder).is_dir()
+    ]
+    if len(set(folders)) != len(folders):
+        problems.append(f"data={folders} names a folder twice; give it a larger weight instead")
+    if weights is not None and len(weights) != len(folders):
+        problems.append(f"data_weights={weights}: {len(weights)} for {len(folders)} data folders; give one for each")
+    if weights is not None and not all(0 < weight < math.inf for weight in weights):
+        problems.append(f"data_weights={weights} must be numbers greater than 0; leave out folders that are not wanted")
+    if config.data.document_mask and config.model.attn_implementation.startswith("flash"):
+        problems.append(
+            f"document_mask does not work with attn_implementation={config.model.attn_implementation!r}; use sdpa or "
+            f"flex_attention"
+        )
     return problems
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from data_prep.cli import UserError
-from data_prep.manifest import Manifest
-from data_prep.prepare import Recipe, prepare
-from data_prep.sources import BUILTIN, Source
 from data_prep.tokenizer import bytes_of_tokens
 from modeling import GPTConfig, GPTModel, flops_per_token
-from training.batches import Batches, TokenStream
+from training.batches import Ahead, Batches
 from training.checkpoint import RunState, complete_checkpoints, load_state, load_training_state
-from training.config import QUICKSTART_DATA, TrainingConfig, processes_launched
+from training.config import TrainingConfig, processes_launched
+from training.data import Data, load_data, validation_sequences
 from training.environment import write_environment
 from training.metrics import RunLog, peak_flops
 from training.optimizer import make_optimizer
@@ -30,6 +29,7 @@ class Run:
 
     Attributes:
         model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
+        train_ahead: this rank's share of a global batch, by its position.
         val_sequences: sequences of a validation, always the first ones of the validation split.
         val_bytes: bytes of text that their labels stand for.
     """
@@ -39,7 +39,9 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tokenizer: Any
+    data: Data
     train_data: Batches
+    train_ahead: Ahead
     val_data: Batches
     val_sequences: int
     val_bytes: int
@@ -49,10 +51,6 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return checkpoints_folder(self.config)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        return Path(self.config.data.data) / "tokenizer"
 
     @property
     def bare_model(self) -> GPTModel:
@@ -68,11 +66,12 @@ class Run:
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
     def close(self) -> None:
-        """End the logs, the trackers and the process group.
+        """End the threads, the logs, the trackers and the process group.
 
         The wrapped model goes first: as the last owner of the process group it would wait for the group's threads while
         holding the interpreter's lock, which they may be waiting for.
         """
+        self.train_ahead.close()
         self.log.close()
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
         self.accelerator.end_training()
@@ -95,15 +94,13 @@ def setup(config: TrainingConfig) -> Run:
     transformers_logging.disable_progress_bar()
     checkpoint = find_checkpoint(config)
     accelerator = make_accelerator(config, processes_launched())
-    folder = Path(config.data.data)
     with accelerator.main_process_first():
-        manifest = prepare_data(folder)
-    check_data(config, manifest)
-    state = RunState(data=data_identity(config, manifest))
+        data = load_data(config)
+    state = RunState(data=data.identity(config))
     if checkpoint is not None:
         state = resumed_state(config, checkpoint, state.data)
 
-    model = make_model(config, manifest, checkpoint)
+    model = make_model(config, data, checkpoint)
     parameters = model.num_parameters()
     optimizer = make_optimizer(model, config.optimizer)
     torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between processes
@@ -111,19 +108,25 @@ def setup(config: TrainingConfig) -> Run:
     if checkpoint is not None:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    length = config.sequence_length
-    train_data, val_data = (
-        Batches(TokenStream(folder, manifest, split, order, config.run.seed), length, accelerator.device)
-        for split, order in (("train", config.data.order), ("val", "sequential"))
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
+    train_data, val_data = (data.batches(config, split) for split in ("train", "val"))
+    train_ahead = Ahead(
+        partial(
+            train_data.micro_batches,
+            micro_batch=config.optimizer.micro_batch,
+            accumulation_steps=accelerator.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        ),
+        pin=accelerator.device.type == "cuda",
     )
-    val_sequences = min(config.run.val_tokens, val_data.stream.tokens_per_epoch - 1) // length
-    val_labels = val_data.sequences(0, val_sequences)[1].cpu()
+    val_sequences = validation_sequences(val_data, config.run.val_tokens)
+    val_labels = val_data.sequences(0, val_sequences)["shift_labels"]
 
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         write_environment(config, accelerator)
-        print(header(config, accelerator, manifest, parameters, state))
+        print(header(config, accelerator, data, parameters, state))
     if config.run.report_to != "none":
         accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
     log = RunLog(
@@ -135,7 +138,9 @@ def setup(config: TrainingConfig) -> Run:
         model=model,
         optimizer=optimizer,
         tokenizer=tokenizer,
+        data=data,
         train_data=train_data,
+        train_ahead=train_ahead,
         val_data=val_data,
         val_sequences=val_sequences,
         val_bytes=int(bytes_of_tokens(tokenizer)[val_labels.numpy()].sum()),
@@ -163,35 +168,6 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
     return None
 
 
-def prepare_data(folder: Path) -> Manifest:
-    """The manifest of the data folder; the quickstart's is made, or finished, if it is not there."""
-    if folder == Path(QUICKSTART_DATA) and (not folder.exists() or Manifest.load(folder).unfinished is not None):
-        print(f"preparing {folder} from the Python standard library's sources ...", flush=True)
-        return prepare(Recipe(Source(BUILTIN), tokenizer="bpe"), folder)
-    return Manifest.read(folder)
-
-
-def check_data(config: TrainingConfig, manifest: Manifest) -> None:
-    """Refuse data that does not fill one sequence."""
-    for split in ("train", "val"):
-        if manifest.tokens(split) <= config.sequence_length:
-            raise UserError(
-                f"{config.data.data}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
-                f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
-            )
-
-
-def data_identity(config: TrainingConfig, manifest: Manifest) -> dict[str, Any]:
-    """All that the order of training data depends on."""
-    return {
-        "tokenizer": manifest.tokenizer["sha256"],
-        "shards": [shard.sha256 for shard in manifest.shards],
-        "order": config.data.order,
-        "seed": config.run.seed,
-        "sequence_length": config.sequence_length,
-    }
-
-
 def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]) -> RunState:
     """The state saved in `checkpoint`, refused where the run would go on with another model or other data."""
     state = load_state(checkpoint)
@@ -212,11 +188,11 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]
     return state
 
 
-def make_model(config: TrainingConfig, manifest: Manifest, checkpoint: Path | None) -> GPTModel:
+def make_model(config: TrainingConfig, data: Data, checkpoint: Path | None) -> GPTModel:
     """A model with the data's vocabulary: new, its weights drawn from the run's seed, or that of a checkpoint."""
     settings = config.model
     model_config = GPTConfig(
-        vocab_size=manifest.tokenizer["vocab_size"],
+        vocab_size=data.tokenizer["vocab_size"],
         n_layer=settings.n_layer,
         n_embd=settings.n_embd,
         n_head=settings.n_head,
@@ -224,8 +200,8 @@ def make_model(config: TrainingConfig, manifest: Manifest, checkpoint: Path | No
         embd_pdrop=settings.dropout,
         attn_pdrop=settings.dropout,
         resid_pdrop=settings.dropout,
-        bos_token_id=manifest.tokenizer["eos_token_id"],
-        eos_token_id=manifest.tokenizer["eos_token_id"],
+        bos_token_id=data.tokenizer["eos_token_id"],
+        eos_token_id=data.tokenizer["eos_token_id"],
     )
     try:
         if checkpoint is None:
@@ -246,26 +222,27 @@ def make_model(config: TrainingConfig, manifest: Manifest, checkpoint: Path | No
     return model.train()
 
 
-def header(
-    config: TrainingConfig, accelerator: Accelerator, manifest: Manifest, parameters: int, state: RunState
-) -> str:
+def header(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, state: RunState) -> str:
     """What is about to happen, in a few lines."""
     settings, optimizer, processes = config.model, config.optimizer, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     counted = f"{processes} process{'es' if processes > 1 else ''}"
     begin = f"from step {state.step}" if state.step else "from random weights"
-    epochs = optimizer.max_steps * optimizer.batch_tokens / manifest.tokens("train")
+    total = optimizer.max_steps * optimizer.batch_tokens
+    sources = [
+        f"data    {folder}: {manifest.tokens('train'):,} training tokens, {manifest.tokens('val'):,} for validation; "
+        f"{share:.1%} of the run, {share * total / manifest.tokens('train'):.2f} epochs"
+        for folder, manifest, share in zip(data.folders, data.manifests, data.shares, strict=True)
+    ]
     return "\n".join(
         [
             f"model   {parameters:,} parameters: {settings.n_layer} layers, width {settings.n_embd}, "
-            f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {manifest.tokenizer['vocab_size']}",
-            f"data    {config.data.data}: {manifest.tokens('train'):,} training tokens, "
-            f"{manifest.tokens('val'):,} for validation",
+            f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer['vocab_size']}",
+            *sources,
             f"batch   {optimizer.batch_tokens:,} tokens = {counted} x "
             f"{accelerator.gradient_accumulation_steps} accumulated x {optimizer.micro_batch} sequences x "
             f"{config.sequence_length}",
-            f"steps   {optimizer.max_steps} {begin}: {optimizer.max_steps * optimizer.batch_tokens:,} tokens, "
-            f"{epochs:.2f} epochs",
+            f"steps   {optimizer.max_steps} {begin}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",
         ]

@@ -6,19 +6,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from training.batches import Batch, on_device
+
 
 def training_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    micro_batches: Iterable[Batch],
     learning_rate: float,
     max_grad_norm: float,
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of one global batch, clip them and update the weights.
 
     Args:
-        micro_batches: as many as the accelerator accumulates, each `(input_ids, shift_labels)`, both `[B, T]`.
+        micro_batches: as many as the accelerator accumulates, of `[B, T]` each, on any device.
 
     Returns:
         `loss`, the mean over all tokens of the global batch, and `grad_norm`, before clipping: float32 scalars on the
@@ -27,9 +29,9 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     losses = []
-    for input_ids, shift_labels in micro_batches:
+    for batch in micro_batches:
         with accelerator.accumulate(model):
-            loss = model(input_ids=input_ids, shift_labels=shift_labels, use_cache=False, skip_logits=True).loss
+            loss = model(**on_device(batch, accelerator.device), use_cache=False, skip_logits=True).loss
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:

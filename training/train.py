@@ -74,13 +74,8 @@ def train(run: Run) -> None:
         max_steps=settings.max_steps,
         min_ratio=settings.min_lr_ratio,
     )
-    micro_batches = run.train_data.micro_batches(
-        state.position,
-        micro_batch=settings.micro_batch,
-        accumulation_steps=accelerator.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    following = state.position + settings.batch_tokens // run.config.sequence_length
+    micro_batches = run.train_ahead.take(state.position, following)
     results = training_step(accelerator, run.model, run.optimizer, micro_batches, learning_rate, settings.max_grad_norm)
     loss, grad_norm = results["loss"].item(), results["grad_norm"].item()
     tokens_per_second = settings.batch_tokens / (time.perf_counter() - started)
@@ -96,7 +91,7 @@ def train(run: Run) -> None:
     run.log.train(state.step, metrics)
     accelerator.log(metrics, step=state.step)
     state.step += 1
-    state.position += settings.batch_tokens // run.config.sequence_length
+    state.position = following
 
 
 def validate(run: Run, saved: bool) -> None:
@@ -107,7 +102,8 @@ def validate(run: Run, saved: bool) -> None:
     )
     nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches))
     loss = nats / tokens
-    run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes))
+    consumed = run.data.consumed(run.train_data, state.position)
+    run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes), consumed)
     accelerator.log({"val_loss": loss}, step=state.step)
     if saved and (state.best_val_loss is None or not loss >= state.best_val_loss):
         state.best_val_loss, state.best_step = loss, state.step
@@ -133,7 +129,7 @@ def save(run: Run) -> None:
     """Write a checkpoint of the step that has just been done."""
     run.log.flush()
     folder = save_checkpoint(
-        run.accelerator, run.model, run.optimizer, run.state, run.tokenizer_folder, run.checkpoints
+        run.accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder, run.checkpoints
     )
     run.log.print(f"step {run.state.step:>6}  saved {folder}")
 
@@ -152,7 +148,7 @@ def finish(run: Run) -> None:
         f"best checkpoint  {best} (validation loss {run.state.best_val_loss:.4f})\n"
         f"\nNow try\n"
         f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
-        f"  python -m eval.loss {last} --data {run.config.data.data}\n"
+        f"  python -m eval.loss {last} --data {run.data.folders[0]}\n"
         f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
         f"--max_steps {2 * run.config.optimizer.max_steps}"
     )

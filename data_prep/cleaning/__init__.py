@@ -1,0 +1,1 @@
+"""Raw documents in, cleaned ones out, on datatrove."""

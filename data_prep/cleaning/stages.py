@@ -1,0 +1,187 @@
+"""The passes that a cleaning makes over the documents, and its report."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline import dedup
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.readers import JsonlReader
+
+from data_prep.cleaning import steps
+from data_prep.cleaning.config import CleanConfig, MinHash, filter_class
+from data_prep.sources import CLEANING_REPORT
+
+LEAST_HASHES, MOST_HASHES = 96, 160
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass: its name, datatrove's steps, and into how many tasks it is cut."""
+
+    name: str
+    pipeline: list[Any]
+    tasks: int
+
+
+def stages(config: CleanConfig) -> list[Stage]:
+    """The passes of a cleaning, in order; the last one, a single task, moves the result to its place.
+
+    Steps that look at one document share a pass; the others need the documents written, and passes of their own.
+    """
+    work = Path(config.output) / "work"
+    planned: list[Stage] = []
+    names, pipeline = [], [steps.ReadSources(config.files(), config.text_column), steps.Count("raw")]
+    for name, settings in config.steps.items():
+        folder = work / name
+        if name in ("exact_dedup", "minhash", "decontamination"):
+            writer = steps.WritePass(folder / "in")
+            planned.append(Stage("+".join(names) or "read", [*pipeline, writer], config.tasks))
+            names, pipeline = [], [_reader(folder)]
+        before, step = _PARTS.get(name, _filter)(config, name, settings, folder)
+        planned += before
+        pipeline += [step, steps.Count(name)]
+        names.append(name)
+    planned.append(Stage("+".join(names), [*pipeline, steps.WriteSources(work / "out")], config.tasks))
+    return [*planned, Stage("finish", [partial(finish, config=config)], 1)]
+
+
+def _reader(folder: Path) -> JsonlReader:
+    return JsonlReader(str(folder / "in"), add_file_path=False)
+
+
+def _filter(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+    return [], filter_class(name)(**settings, language=config.language)
+
+
+def _min_length(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+    return [], steps.MinLengthFilter(settings.characters)
+
+
+def _exact_dedup(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+    rule = ExactDedupConfig(content_getter=_text)
+    signatures, duplicates = str(folder / "signatures"), str(folder / "duplicates")
+    sign = dedup.ExactDedupSignature(signatures, rule, finder_workers=config.tasks)
+    before = [
+        Stage("exact_dedup_signatures", [_reader(folder), sign], config.tasks),
+        Stage("exact_dedup_search", [dedup.ExactFindDedups(signatures, duplicates, rule)], config.tasks),
+    ]
+    return before, dedup.ExactDedupFilter(duplicates, rule)
+
+
+def _text(document: Document) -> str:
+    return document.text
+
+
+def _minhash(config: CleanConfig, name: str, settings: MinHash, folder: Path) -> tuple[list[Stage], Any]:
+    buckets, rows = buckets_and_rows(settings.jaccard)
+    rule = MinhashConfig(n_grams=settings.ngram, num_buckets=buckets, hashes_per_bucket=rows, seed=config.seed)
+    signatures, pairs, removed = (str(folder / part) for part in ("signatures", "pairs", "removed"))
+    sign = dedup.MinhashDedupSignature(signatures, rule, language=config.language)
+    before = [
+        Stage("minhash_signatures", [_reader(folder), sign], config.tasks),
+        Stage("minhash_pairs", [dedup.MinhashDedupBuckets(signatures, pairs, config=rule)], buckets),
+        Stage("minhash_clusters", [dedup.MinhashDedupCluster(pairs, removed, config=rule)], 1),
+    ]
+    return before, dedup.MinhashDedupFilter(removed)
+
+
+def buckets_and_rows(jaccard: float) -> tuple[int, int]:
+    """How many buckets of how many hashes find pairs of this similarity with even odds.
+
+    Two documents of similarity s share one of b buckets of r hashes with probability 1 - (1 - s^r)^b, a step around
+    s = (1/b)^(1/r) (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.2). Of all pairs with 96 to
+    160 hashes in total, FineWeb's 14 x 8 among them, the nearest to that.
+    """
+    pairs = [(b, r) for r in range(2, 33) for b in range(-(-LEAST_HASHES // r), MOST_HASHES // r + 1)]
+    return min(pairs, key=lambda pair: abs((1 / pair[0]) ** (1 / pair[1]) - jaccard))
+
+
+def _quality_classifier(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+    model = folder / "model.npz"
+    train = partial(steps.train_classifier, **asdict(settings), column=config.text_column, model=model)
+    return [Stage("quality_classifier_training", [train], 1)], steps.QualityFilter(model, config.seed)
+
+
+def _decontamination(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+    index = partial(steps.build_index, against=settings.against, fields=settings.fields, folder=folder)
+    choose = partial(steps.leave_out_common, folder=folder, common_documents=settings.common_documents)
+    before = [
+        Stage("decontamination_index", [index], 1),
+        Stage("decontamination_count", [_reader(folder), steps.CountNgrams(folder)], config.tasks),
+        Stage("decontamination_common", [choose], 1),
+    ]
+    return before, steps.Decontaminate(folder)
+
+
+_PARTS = {
+    "min_length": _min_length,
+    "exact_dedup": _exact_dedup,
+    "minhash": _minhash,
+    "quality_classifier": _quality_classifier,
+    "decontamination": _decontamination,
+}
+
+
+def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: CleanConfig) -> None:
+    """Move the documents to their place, write the report as the mark that all is done, remove the passes' files."""
+    output = Path(config.output)
+    work = output / "work"
+    entries = report(config, work / "logs")
+    for name in config.sources:
+        if (work / "out" / name).exists():
+            (work / "out" / name).rename(output / name)
+    temporary = output / f"{CLEANING_REPORT}.tmp"
+    temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(output / CLEANING_REPORT)
+    for name in [*config.steps, "out"]:
+        shutil.rmtree(work / name, ignore_errors=True)
+
+
+def report(config: CleanConfig, logs: Path) -> list[dict[str, Any]]:
+    """What each step was given and what it left, by source and together, and datatrove's reasons for the others.
+
+    Summed over what datatrove has noted of each task, those of an interrupted run among them.
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("raw", *config.steps)}
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in config.steps}
+    for path in sorted(logs.glob("*/stats/*.json")):
+        dropped: Counter[str] = Counter()
+        for block in json.loads(path.read_text(encoding="utf-8")):
+            stats = {key: stat["total"] if isinstance(stat, dict) else stat for key, stat in block["stats"].items()}
+            kind, _, step = block["name"].partition(": ")
+            if kind == steps.Count.type:
+                counts[step].update(stats)
+                if step in reasons:
+                    reasons[step].update(dropped)
+            dropped = Counter({key.removeprefix("dropped_"): n for key, n in stats.items() if "dropped_" in key})
+
+    entries, before = [], counts["raw"]
+    for name, settings in config.steps.items():
+        after = counts[name]
+        entries.append(
+            {
+                "step": name,
+                "settings": asdict(settings) if is_dataclass(settings) else settings,
+                **_in_and_out(before, after, config.sources),
+                "sources": {source: _in_and_out(before, after, [source]) for source in config.sources},
+                "dropped": dict(sorted(reasons[name].items())),
+            }
+        )
+        before = after
+    return entries
+
+
+def _in_and_out(before: Counter[str], after: Counter[str], sources: Iterable[str]) -> dict[str, int]:
+    return {
+        f"{unit}_{side}": sum(counts[f"{unit}/{source}"] for source in sources)
+        for unit in ("documents", "characters")
+        for side, counts in (("in", before), ("out", after))
+    }

@@ -1,0 +1,112 @@
+"""The data of a run: its folders, checked, and the batches of training and validation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.cli import UserError
+from data_prep.manifest import Manifest
+from data_prep.prepare import Recipe, prepare
+from data_prep.sources import BUILTIN, Source
+from training.batches import Batches
+from training.config import QUICKSTART_DATA, TrainingConfig
+from training.order import Mixture, Sequences, TokenStream
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shard folders of one tokenizer, each with its share.
+
+    Attributes:
+        shares: of each folder in the training tokens, summing to 1.
+    """
+
+    folders: list[Path]
+    manifests: list[Manifest]
+    shares: list[float]
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What the manifests say of the tokenizer, all of them the same."""
+        return self.manifests[0].tokenizer
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folders[0] / "tokenizer"
+
+    def tokens(self, split: str) -> int:
+        """The number of tokens in `train` or `val`, over all folders."""
+        return sum(manifest.tokens(split) for manifest in self.manifests)
+
+    def identity(self, config: TrainingConfig) -> dict[str, Any]:
+        """All that the order of training data depends on."""
+        return {
+            "tokenizer": self.tokenizer["sha256"],
+            "shards": [[shard.sha256 for shard in manifest.shards] for manifest in self.manifests],
+            "shares": self.shares,
+            "order": config.data.order,
+            "document_mask": config.data.document_mask,
+            "seed": config.run.seed,
+            "sequence_length": config.sequence_length,
+        }
+
+    def batches(self, config: TrainingConfig, split: str) -> Batches:
+        """The batches of a split; those of validation always in the same order."""
+        order = config.data.order if split == "train" else "sequential"
+        sources = [
+            Sequences(TokenStream(folder, manifest, split, order, config.run.seed), config.sequence_length)
+            for folder, manifest in zip(self.folders, self.manifests, strict=True)
+        ]
+        document_start = self.tokenizer["eos_token_id"] if config.data.document_mask else None
+        return Batches(Mixture(sources, self.shares), document_start)
+
+    def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
+        """How far each folder has been read at a position: its `share`, `tokens` and `epochs`."""
+        mixture = batches.mixture
+        return {
+            str(folder): {"share": share, "tokens": count * source.length, "epochs": count / source.per_epoch}
+            for folder, share, source, count in zip(
+                self.folders, self.shares, mixture.sources, mixture.consumed(position), strict=True
+            )
+        }
+
+
+def load_data(config: TrainingConfig) -> Data:
+    """Read the manifests of the data folders and check them; the quickstart's folder is made if it is not there.
+
+    Raises:
+        UserError: for a damaged or unfinished folder, folders of different tokenizers, and one too small for a sequence.
+    """
+    folders = list(map(Path, config.data.data))
+    manifests = [_prepared(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer["sha256"] != manifests[0].tokenizer["sha256"]:
+            raise UserError(
+                f"{folder} was written with another tokenizer than {folders[0]}; prepare it again with "
+                f"--tokenizer {folders[0] / 'tokenizer'}"
+            )
+        for split in ("train", "val"):
+            if manifest.tokens(split) <= config.sequence_length:
+                raise UserError(
+                    f"{folder}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
+                    f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
+                )
+    weights = config.data.data_weights or [manifest.tokens("train") for manifest in manifests]
+    return Data(folders, manifests, [weight / sum(weights) for weight in weights])
+
+
+def _prepared(folder: Path) -> Manifest:
+    if folder == Path(QUICKSTART_DATA) and (not folder.exists() or Manifest.load(folder).unfinished is not None):
+        print(f"preparing {folder} from the Python standard library's sources ...", flush=True)
+        return prepare(Recipe(Source(BUILTIN), tokenizer="bpe"), folder)
+    return Manifest.read(folder)
+
+
+def validation_sequences(batches: Batches, tokens: int) -> int:
+    """How many sequences a validation of about `tokens` has: at most so many that no source is read beyond its end."""
+    mixture = batches.mixture
+    count = tokens // mixture.sources[0].length
+    ends = [(source.stream.tokens_per_epoch - 1) // source.length for source in mixture.sources]
+    while count > 1 and (over := max(u / e for u, e in zip(mixture.consumed(count), ends, strict=True))) > 1:
+        count = min(count - 1, int(count / over) + 1)
+    return count
