@@ -9,7 +9,11 @@ from typing import Any
 from data_prep.cli import UserError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (".parquet", *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in ("", *COMPRESSED)))
+# A plain .json is rarely lines of records, and other programs leave such files beside the data.
+SUFFIXES = (
+    *(".parquet", ".jsonl", ".txt"),
+    *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in COMPRESSED),
+)
 BLOCK_BYTES = 1 << 20  # of text that are read at a time
 MAX_TEXT_DOCUMENT = 64 * 1024  # bytes; a longer text file is read as several documents
 _REMOTE_READ_BYTES = 32 << 20

@@ -124,8 +124,18 @@ class HuggingFaceTokenizer:
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """As in `Tokenizer`. Memory grows with the longest document: where such a tokenizer may be cut is not known."""
-        documents = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return np.concatenate([np.array([self.eos_token_id, *d.ids], dtype=np.uint32) for d in documents])
+        documents = [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        for i, ids in enumerate(documents):
+            if self.eos_token_id in ids:  # some models take its spelling for a word of theirs
+                parts = self.backend.encode_batch_fast(self._spelled_apart(texts[i]), add_special_tokens=False)
+                documents[i] = [number for part in parts for number in part.ids]
+        return np.concatenate([np.array([self.eos_token_id, *ids], dtype=np.uint32) for ids in documents])
+
+    def _spelled_apart(self, text: str) -> list[str]:
+        """The text, cut within each spelling of the end of text."""
+        spelling = self.tokenizer.eos_token
+        halves = re.escape(spelling[: len(spelling) // 2]), re.escape(spelling[len(spelling) // 2 :])
+        return re.split(f"(?<={halves[0]})(?={halves[1]})", text)
 
     def save(self, folder: Path) -> str:
         """As in `Tokenizer`."""

@@ -43,8 +43,9 @@ class DataSettings:
         default_factory=lambda: [QUICKSTART_DATA],
         metadata={"help": "data folders made by data_prep.prepare; the default is prepared if missing"},
     )
-    data_weights: list[float] | None = _field(
-        None, "share of each data folder in the training tokens, in any unit; by their size if not given"
+    data_weights: list[float] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "share of each data folder in the training tokens, in any unit; by size if not given"},
     )
     sequence_length: int | None = _field(None, "tokens in a training sequence; n_positions if not given")
     order: Literal["shuffled", "sequential"] = _field(

@@ -75,7 +75,7 @@ def load_data(config: TrainingConfig) -> Data:
     """Read the manifests of the data folders and check them; the quickstart's folder is made if it is not there.
 
     Raises:
-        UserError: for a damaged or unfinished folder, folders of different tokenizers, and one too small for a sequence.
+        UserError: for a damaged or unfinished folder, folders of different tokenizers, and one smaller than a sequence.
     """
     folders = list(map(Path, config.data.data))
     manifests = [_prepared(folder) for folder in folders]

@@ -80,13 +80,15 @@ class RunLog:
             left = pace * (self.max_steps - step - 1)
             self.print(f"step {step + 1:>6}/{self.max_steps}  {gist}, {left:,.0f} s left")
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """Record a validation, in nats per token and bits per byte of text."""
+    def validation(self, step: int, loss: float, bits_per_byte: float, consumed: dict[str, dict[str, float]]) -> None:
+        """Record a validation, in nats per token and bits per byte of text, and how far the data has been read."""
         if not self.enabled:
             return
         self.text.write(f"{step} val {loss:.4f}\n")
-        self.pending = {"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte}
+        self.pending = {"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte, "data": consumed}
         self.print(f"step {step:>6}  validation loss {loss:.4f}, {bits_per_byte:.3f} bits per byte")
+        for folder, read in consumed.items() if len(consumed) > 1 else ():
+            self.print(f"{'':13}{folder}: {read['share']:.1%}, {read['tokens']:,} tokens, {read['epochs']:.2f} epochs")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record and show one continued prompt."""

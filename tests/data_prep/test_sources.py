@@ -13,10 +13,15 @@ from pyarrow import parquet
 from standin_hub import serve_dataset
 
 from data_prep.cli import UserError
-from data_prep.sources import MAX_TEXT_DOCUMENT, Source
+from data_prep.readers import MAX_TEXT_DOCUMENT, Cursor
+from data_prep.sources import Condition, Source
 
 TEXTS = ["first\nof two lines", "", "zweiter, ünïcode 🙂", "   ", "third"]
 EXPECTED = [TEXTS[0], TEXTS[2], TEXTS[4]]
+
+
+def documents(source, **options) -> list[str]:
+    return list(Source(str(source), **options).resolve().documents())
 
 
 def write_jsonl(path, lines=None):
@@ -29,14 +34,14 @@ def write_jsonl(path, lines=None):
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_records(tmp_path, name):
     path = tmp_path / name
     if name.endswith("parquet"):
         parquet.write_table(pyarrow.table({"n": range(len(TEXTS)), "text": TEXTS}), path)
     else:
         write_jsonl(path)
-    assert list(Source(str(path)).documents()) == EXPECTED
+    assert documents(path) == EXPECTED
 
 
 def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
@@ -44,21 +49,21 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
     for name in ("b.txt", "a.txt", "sub/c.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "notes.md").write_text("not a corpus")
-    assert list(Source(str(tmp_path)).documents()) == ["a.txt", "b.txt", "sub/c.txt"]
-    assert list(Source(str(tmp_path / "*.txt")).documents()) == ["a.txt", "b.txt"]
-    assert list(Source(str(tmp_path / "**" / "*.txt")).documents()) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert documents(tmp_path) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert documents(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert documents(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
 
 
 def test_another_text_column(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [json.dumps({"body": "x"})])
-    assert list(Source(str(path), text_column="body").documents()) == ["x"]
+    assert documents(path, text_column="body") == ["x"]
 
 
 @pytest.mark.parametrize("line", ["word " * 10 + "\n", "a line\n\n", "x" * 1000])
 def test_long_text_files_are_cut_into_documents(tmp_path, line):
     text = line * (3 * MAX_TEXT_DOCUMENT // len(line))
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(Source(str(tmp_path / "a.txt")).documents())
+    pieces = documents(tmp_path / "a.txt")
     assert "".join(pieces) == text
     assert len(pieces) >= 3 and max(map(len, pieces)) <= MAX_TEXT_DOCUMENT
     if "\n" in line:
@@ -69,7 +74,7 @@ def test_builtin_is_this_pythons_standard_library():
     import json as json_package
     from pathlib import Path
 
-    texts = set(Source("builtin").documents())
+    texts = set(documents("builtin"))
     assert Path(json_package.__file__).read_text(encoding="utf-8") in texts
     assert all(text.strip() for text in texts)
 
@@ -88,36 +93,36 @@ def test_builtin_is_this_pythons_standard_library():
 def test_bad_jsonl(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        list(Source(str(tmp_path / "a.jsonl")).documents())
+        documents(tmp_path / "a.jsonl")
 
 
 def test_bad_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="not a parquet file"):
-        list(Source(str(path)).documents())
+    with pytest.raises(UserError, match="not a whole parquet file"):
+        documents(path)
     parquet.write_table(pyarrow.table({"body": ["x"]}), path)
     with pytest.raises(UserError, match=r"no column 'text' among .'body'."):
-        list(Source(str(path)).documents())
+        documents(path)
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     with pytest.raises(UserError, match="row 1: field 'text' is not text but int"):
-        list(Source(str(path)).documents())
+        documents(path)
 
 
 def test_bad_text_and_missing_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good \xff\xfe bad")
-    with pytest.raises(UserError, match=r"a\.txt: .*can't decode byte 0xff"):
-        list(Source(str(tmp_path / "a.txt")).documents())
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 5 "):
+        documents(tmp_path / "a.txt")
     for source, message in (
         (tmp_path / "none.txt", "no such file or folder"),
         (tmp_path / "none*.txt", "no file in it ends in"),
         (tmp_path / "a.csv", "no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):
-            list(Source(str(source)).documents())
+            documents(source)
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"a\.csv: not one of the formats"):
-        list(Source(str(tmp_path / "a.csv")).documents())
+        documents(tmp_path / "a.csv")
 
 
 def parquet_bytes(**columns) -> bytes:
@@ -126,24 +131,133 @@ def parquet_bytes(**columns) -> bytes:
     return buffer.getvalue()
 
 
+def some_texts(count) -> list[str]:
+    return [f"{i} " + "wörd " * (i * 37 % 900) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory):
+    """Each of several blocks."""
+    folder = tmp_path_factory.mktemp("long")
+    lines = "".join(json.dumps({"text": text, "n": i % 7}) + "\n" for i, text in enumerate(some_texts(1500))).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    parquet.write_table(
+        pyarrow.table({"text": some_texts(1500), "n": [i % 7 for i in range(1500)]}),
+        folder / "c.parquet",
+        row_group_size=401,
+    )
+    (folder / "d.txt.zst").write_bytes(
+        pyarrow.compress("\n\n".join(some_texts(1500)).encode(), codec="zstd", asbytes=True)
+    )
+    return folder
+
+
+def test_reading_goes_on_from_every_block(long_files):
+    """What follows a cursor is the same whether it was read before or not."""
+    corpus = Source(str(long_files)).resolve()
+    blocks = list(corpus.blocks(Cursor()))
+    assert len(blocks) > 8 and {block.start.file for block in blocks} == {0, 1, 2, 3}
+    for number, block in enumerate(blocks):
+        rest = [text for later in blocks[number:] for text in later.texts]
+        assert [text for later in corpus.blocks(block.start) for text in later.texts] == rest
+    assert sum(block.size for block in blocks) == pytest.approx(corpus.bytes, rel=0.01)
+
+
+def test_conditions_select_records(long_files):
+    def kept(*where):
+        return [int(text.split()[0]) for text in documents(long_files / "?.[jp]*", where=where)]
+
+    assert kept() == [*range(1500)] * 3
+    assert kept("n >= 3") == [i for i in range(1500) if i % 7 >= 3] * 3
+    assert kept("n>=3", "n != 5") == [i for i in range(1500) if i % 7 in (3, 4, 6)] * 3
+    assert kept("n in [0, 6]") == [i for i in range(1500) if i % 7 in (0, 6)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "comparison", "value"),
+    [
+        ("int_score >= 3", "int_score", ">=", 3),
+        ("score<0.5", "score", "<", 0.5),
+        ("language == en", "language", "==", "en"),
+        ("language=='en'", "language", "==", "en"),
+        ("meta-kind in ['a', 'b']", "meta-kind", "in", ["a", "b"]),
+        ("indent > 1", "indent", ">", 1),
+    ],
+)
+def test_conditions_are_read(text, column, comparison, value):
+    assert Condition.parse(text) == Condition(column, comparison, value)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("n", "expected COLUMN OPERATOR VALUE"),
+        ("n = 3", "expected COLUMN OPERATOR VALUE"),
+        ("n in 3", "`in` takes a list"),
+        ("n > x", "--where n > 'x': '>' not supported"),
+        ("m > 1", "no field 'm' among"),
+    ],
+)
+def test_bad_conditions(tmp_path, where, message):
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=message):
+        documents(tmp_path, where=(where,))
+
+
+def test_cut_off_files(tmp_path, long_files):
+    """A download that broke off is said, not taken for the end."""
+    for name, message in (
+        ("b.jsonl.gz", "b.jsonl.gz: "),
+        ("d.txt.zst", "d.txt.zst: "),
+        ("c.parquet", "not a whole parquet file"),
+        ("a.jsonl", "line [0-9]+: not JSON"),
+    ):
+        whole = (long_files / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(UserError, match=message):
+            documents(tmp_path / name)
+    # Cut within its pages: the footer is there, the text is not.
+    whole = (long_files / "c.parquet").read_bytes()
+    (tmp_path / "c.parquet").write_bytes(whole[:2000] + bytes(3000) + whole[5000:])
+    with pytest.raises(UserError, match=r"c\.parquet: "):
+        documents(tmp_path / "c.parquet")
+
+
+def test_other_file_systems(long_files):
+    """By any protocol that `fsspec` knows."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in long_files.iterdir():
+        memory.pipe(f"/corpus/{path.name}", path.read_bytes())
+    assert documents("memory://corpus") == documents(long_files)
+    assert documents("memory://corpus/*.parquet") == documents(long_files / "c.parquet")
+    assert not Source("memory://corpus").resolve().is_local
+    with pytest.raises(UserError, match="source 'nosuch://x'"):
+        documents("nosuch://x")
+
+
 def test_hub_data_sets_are_streamed(tmp_path):
-    """`datasets` reads them from a stand-in Hub on 127.0.0.1."""
+    """From a stand-in Hub on 127.0.0.1."""
     files = {f"data/train-0000{i}-of-00002.parquet": parquet_bytes(text=[f"{i} {t}" for t in TEXTS]) for i in (0, 1)}
+    files["data/test-00000-of-00001.parquet"] = parquet_bytes(text=["a test"])
     program = "import json, sys; from data_prep.sources import Source; "
-    program += "print(json.dumps([list(Source(name).documents()) for name in sys.argv[1:]]))"
+    program += "print(json.dumps(list(Source(sys.argv[1], split=sys.argv[2]).resolve().documents())))"
     with serve_dataset("user/corpus", files) as (endpoint, requests):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        done, missing = (
-            subprocess.run([sys.executable, "-c", program, name], env=environment, capture_output=True, text=True)
-            for name in ("user/corpus", "user/none")
+        done, test, nosplit, missing = (
+            subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True)
+            for words in (["user/corpus", "train"], ["user/corpus", "test"], ["user/corpus", "dev"], ["user/none", "x"])
         )
-    assert json.loads(done.stdout) == [[f"{i} {text}" for i in (0, 1) for text in TEXTS]]
+    assert json.loads(done.stdout) == [f"{i} {text}" for i in (0, 1) for text in TEXTS], done.stderr
+    assert json.loads(test.stdout) == ["a test"]
     assert any("resolve" in request and request.endswith(".parquet") for request in requests)
+    assert "UserError: source 'user/corpus' has no split 'dev'; it has: " in nosplit.stderr
     assert "UserError: source 'user/none' is no local file" in missing.stderr
 
 
-def test_names_that_may_be_on_the_hub():
-    assert Source("user/corpus-1.0").files() == []
+def test_what_is_no_name_of_a_data_set():
     for missing in ("user/corpus.txt", "./user/corpus", "a/b/c", "corpus"):
         with pytest.raises(UserError, match="no such file or folder"):
-            Source(missing).files()
+            documents(missing)
