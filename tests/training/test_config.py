@@ -156,3 +156,44 @@ def test_precision_of_flag_over_launch_file(monkeypatch):
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("training.config.find_spec", lambda name: None)
     assert problems("--report_to", "wandb") == "report_to='wandb' is not installed; pip install wandb"
+
+
+def test_what_is_wrong_with_a_mixture(data_folder):
+    other = str(data_folder.parent)
+    text = problems("--data", str(data_folder), other, "--data_weights", "1", "--document_mask", "true",
+                    "--attn_implementation", "flash_attention_2")  # fmt: skip
+    assert "data_weights=[1.0]: 1 for 2 data folders" in text
+    assert "document_mask does not work with attn_implementation='flash_attention_2'" in text
+    text = problems("--data", other, other, "--data_weights", "0", "nan")
+    assert "names a folder twice" in text and "must be numbers greater than 0" in text
+
+
+def test_folders_of_different_tokenizers_are_refused(data_folder, tmp_path, text_files):
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.sources import Source
+    from training.data import load_data
+
+    prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=300, shard_tokens=20_011), tmp_path / "other")
+    config = parse_config(["--data", str(data_folder), str(tmp_path / "other"), "--sequence_length", "32"])
+    with pytest.raises(
+        UserError, match=r"another tokenizer than .*small; prepare it again with --tokenizer .*small/tok"
+    ):
+        load_data(config)
+
+
+@pytest.mark.parametrize("weights", [["1", "1"], ["50", "1"], ["1", "50"]])
+def test_validation_reads_no_source_beyond_its_end(data_folder, tmp_path, text_files, weights):
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.sources import Source
+    from training.data import load_data, validation_sequences
+
+    recipe = Recipe(Source(str(text_files)), tokenizer=str(data_folder / "tokenizer"), shard_tokens=3_000)
+    prepare(recipe, tmp_path / "other")
+    flags = ["--data", str(data_folder), str(tmp_path / "other"), "--data_weights", *weights, "--sequence_length", "32"]
+    config = parse_config(flags)
+    batches = load_data(config).batches(config, "val")
+    count = validation_sequences(batches, 10**6)
+    ends = [(20_011 - 1) // 32, (3_000 - 1) // 32]
+    fits = [all(u <= e for u, e in zip(batches.mixture.consumed(n), ends, strict=True)) for n in (count, count + 1)]
+    assert fits == [True, False]
+    assert validation_sequences(batches, 640) == 20

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.manifest import Manifest
+from data_prep.prepare import Recipe, prepare
+from data_prep.sources import Source
 from modeling import GPTConfig, GPTModel
 from training.checkpoint import RunState, complete_checkpoints, load_state, prune_checkpoints
 
@@ -104,6 +106,38 @@ def test_five_steps_and_resume_and_five_are_ten(train):
     resumed = train("halved", *flags, "--resume")
     assert "from step 5" in resumed.stdout
     assert_same_run(whole, resumed)
+
+
+@pytest.fixture(scope="session")
+def other_data(tmp_path_factory, data_folder):
+    """A second folder of the same tokenizer, small enough for several epochs."""
+    folder = tmp_path_factory.mktemp("other")
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_text(f"item {i} of many, with {i * 7} words in it\n" * 20)
+    prepare(Recipe(Source(str(folder)), tokenizer=str(data_folder / "tokenizer"), shard_tokens=2_000), folder / "data")
+    return folder / "data"
+
+
+def test_a_mixture_within_documents_goes_on_as_if_nothing_had_happened(train, data_folder, other_data):
+    """Two folders, one of them through several epochs, attention within documents; killed and resumed."""
+    flags = ["--data", data_folder, other_data, "--data_weights", "3", "1", "--document_mask", "true"]
+    flags += ["--order", "shuffled", "--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--max_steps", "10"]
+    flags += ["--batch_tokens", "4096", "--val_tokens", "8192"]
+    whole = train("mixed", *flags)
+    train("mixed_halved", *flags, kill_after="step_00000005")
+    resumed = train("mixed_halved", *flags, "--resume")
+    assert_same_run(whole, resumed)
+
+    consumed = whole.metrics()[10]["data"]
+    sizes = {str(f): Manifest.read(f).tokens("train") for f in (data_folder, other_data)}
+    assert {name: (read["share"], read["tokens"]) for name, read in consumed.items()} == {
+        str(data_folder): (0.75, 10 * 3072),
+        str(other_data): (0.25, 10 * 1024),
+    }
+    for name, read in consumed.items():
+        assert read["epochs"] == pytest.approx(read["tokens"] / sizes[name])
+        assert f"{name}: {read['share']:.1%}, {read['tokens']:,} tokens, {read['epochs']:.2f} epochs" in whole.stdout
+    assert consumed[str(other_data)]["epochs"] > 1
 
 
 def test_what_is_evaluated_does_not_change_the_losses(train, tiny_run):
@@ -222,14 +256,13 @@ def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, 
 
 def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_files, tmp_path, monkeypatch):
     from data_prep.cli import UserError
-    from data_prep.prepare import Recipe, prepare
-    from data_prep.sources import Source
     from training.config import parse_config
-    from training.setup import data_identity, resumed_state
+    from training.data import load_data
+    from training.setup import resumed_state
 
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), tmp_path / "other")
-    config = parse_config(["--max_steps", "30", "--order", "sequential", *TINY_MODEL])
-    identity = data_identity(config, Manifest.read(tmp_path / "other"))
+    config = parse_config(["--data", str(tmp_path / "other"), "--max_steps", "30", *TINY_MODEL])
+    identity = load_data(config).identity(config)
     with pytest.raises(UserError, match=r"trained on other data \(tokenizer, shards"):
         resumed_state(config, tiny_run.checkpoints[-1], identity)
 
