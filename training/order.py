@@ -4,6 +4,7 @@ The documents of an epoch, in that epoch's order, are one stretch of an endless 
 begins at its token `i * T`. Nothing is dropped where a shard or an epoch ends: a sequence reaches over.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,19 +54,19 @@ class TokenStream:
         """The shard that token `token` of the stream lies in."""
         epoch, i = self._locate(token)
         order, bounds = self._shard_order(epoch)
-        return _Stretch(epoch, int(order[i]), int(bounds[i]), int(bounds[i + 1]))
+        return _Stretch(epoch, order[i], bounds[i], bounds[i + 1])
 
     def window(self, token: int) -> _Stretch:
         """The window of consecutive shards, in the epoch's order of them, that token `token` of the stream lies in."""
         epoch, i = self._locate(token)
         number, bounds = i // self.shards_per_window, self._shard_order(epoch)[1]
         first, last = (min(n * self.shards_per_window, len(self.paths)) for n in (number, number + 1))
-        return _Stretch(epoch, number, int(bounds[first]), int(bounds[last]))
+        return _Stretch(epoch, number, bounds[first], bounds[last])
 
     def _locate(self, token: int) -> tuple[int, int]:
         """The epoch of a token, and the place of its shard in that epoch's order."""
         epoch = token // self.tokens_per_epoch
-        return epoch, int(np.searchsorted(self._shard_order(epoch)[1], token, side="right")) - 1
+        return epoch, bisect_right(self._shard_order(epoch)[1], token) - 1
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start` to `start + count` of the stream, `[count]` int64."""
@@ -76,7 +77,7 @@ class TokenStream:
             piece = documents.read(start - shard.start, min(count, shard.stop - start))
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces).astype(np.int64)
+        return _joined(pieces).astype(np.int64)
 
     def permutation(self, what: str, count: int, epoch: int, number: int = 0) -> np.ndarray:
         """A permutation of `count` things, from the seed and the arguments alone; as they lie if `sequential`."""
@@ -85,13 +86,14 @@ class TokenStream:
         kind = ("shards", "documents", "sequences").index(what)
         return np.random.default_rng([self.seed, kind, epoch, number]).permutation(count)
 
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permuted_shards(self, epoch: int) -> tuple[list[int], list[int]]:
         """The shards in the order of `epoch`, and the tokens of the stream that they begin at, the epoch's end last."""
         order = self.permutation("shards", len(self.paths), epoch)
-        return order, epoch * self.tokens_per_epoch + np.concatenate([[0], np.cumsum(self.lengths[order])])
+        bounds = epoch * self.tokens_per_epoch + np.concatenate([[0], np.cumsum(self.lengths[order])])
+        return order.tolist(), bounds.tolist()
 
     def _permuted_documents(self, epoch: int, shard: int) -> "_Documents":
-        tokens = open_shard(self.paths[shard])
+        tokens = open_shard(self.paths[shard]).view(np.ndarray)  # still mapped, and quicker to slice
         starts = np.flatnonzero(tokens == self.eos_token_id)
         if not len(starts) or starts[0] != 0:  # a shard may begin within a document
             starts = np.concatenate([[0], starts])
@@ -112,13 +114,17 @@ class _Documents:
         """Tokens `start` to `start + count` in that order."""
         stop = start + count
         pieces = []
-        i = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        i = int(self.offsets.searchsorted(start, side="right")) - 1
         while start < stop:
             begin = int(self.starts[i]) + start - int(self.offsets[i])
             length = min(stop, int(self.offsets[i + 1])) - start
             pieces.append(self.tokens[begin : begin + length])
             start, i = start + length, i + 1
-        return np.concatenate(pieces)
+        return _joined(pieces)
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 class Sequences:
@@ -131,7 +137,7 @@ class Sequences:
     def __init__(self, stream: TokenStream, length: int) -> None:
         self.stream = stream
         self.length = length
-        self._permutation = lru_cache(maxsize=4)(self._permuted)
+        self._window = (_Stretch(0, 0, 0, 0), 0, np.empty(0))
 
     @property
     def per_epoch(self) -> float:
@@ -144,14 +150,16 @@ class Sequences:
 
     def index(self, position: int) -> int:
         """Which sequence of the stream stands at `position`."""
-        window = self.stream.window(position * self.length)
-        first, permutation = self._permutation(window)
+        token = position * self.length
+        window, first, permutation = self._window
+        if not window.start <= token < window.stop:
+            window, first, permutation = self._window = self._permuted(self.stream.window(token))
         return first + int(permutation[position - first])
 
-    def _permuted(self, window: _Stretch) -> tuple[int, np.ndarray]:
-        """The first sequence that begins in `window`, and the order of those that do."""
+    def _permuted(self, window: _Stretch) -> tuple[_Stretch, int, np.ndarray]:
+        """A window, the first sequence that begins in it, and the order of those that do."""
         first, stop = (-(-token // self.length) for token in (window.start, window.stop))
-        return first, self.stream.permutation("sequences", stop - first, window.epoch, window.number)
+        return window, first, self.stream.permutation("sequences", stop - first, window.epoch, window.number)
 
 
 class Mixture:

@@ -1,0 +1,78 @@
+"""How fast the loader is, beside what the quickstart's model consumes.
+
+python -m training.benchmark_loader
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+from data_prep.cli import ArgumentParser, run
+from training.config import TrainingConfig, parse_config
+from training.data import load_data
+
+_SECONDS, _SEQUENCES = 2.0, 64
+
+
+def loader_rate(config: TrainingConfig) -> Callable[[], float]:
+    """A measurement of the loader's tokens a second: each call reads batches for some seconds, from where the last one
+    ended."""
+    batches = load_data(config).batches(config, "train")
+    positions = itertools.count(step=_SEQUENCES)
+    batches.sequences(next(positions), _SEQUENCES)  # the index of the first window
+
+    def measure() -> float:
+        started, tokens = time.perf_counter(), 0
+        while time.perf_counter() - started < _SECONDS:
+            tokens += batches.sequences(next(positions), _SEQUENCES)["input_ids"].numel()
+        return tokens / (time.perf_counter() - started)
+
+    return measure
+
+
+def model_rate(steps: int) -> float:
+    """Tokens a second of the quickstart's own steps, the first few not counted."""
+    from training.setup import setup
+    from training.train import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        quickstart = setup(parse_config(["--runs_dir", folder]))
+        for _ in range(5):
+            train(quickstart)
+        started = time.perf_counter()
+        for _ in range(steps):
+            train(quickstart)
+        rate = steps * quickstart.config.optimizer.batch_tokens / (time.perf_counter() - started)
+        quickstart.close()
+    return rate
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m training.benchmark_loader", description=__doc__.split("\n")[0])
+    parser.add_option("data", nargs="+", default=["data/quickstart"], help="data folders, a mixture if several")
+    parser.add_option("repeats", type=int, default=5, help="rounds, in each of which every length is measured once")
+    args = parser.parse_args()
+    settings = {
+        "256 tokens": ["--sequence_length", "256"],
+        "256 tokens, within documents": ["--sequence_length", "256", "--document_mask", "true"],
+        "1,024 tokens": ["--sequence_length", "1024"],
+        "2,048 tokens": ["--sequence_length", "2048"],
+    }
+    measures = {name: loader_rate(parse_config(["--data", *args.data, *flags])) for name, flags in settings.items()}
+    rates: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(args.repeats):
+        for name, measure in measures.items():
+            rates[name].append(measure())
+    model = model_rate(steps=50)
+    print("\n| sequences of | M tokens/s (spread) | times what the quickstart consumes |\n|---|---|---|")
+    for name, found in rates.items():
+        median = statistics.median(found)
+        spread = f"{min(found) / 1e6:.1f} to {max(found) / 1e6:.1f}"
+        print(f"| {name} | {median / 1e6:.1f} ({spread}) | {median / model:,.0f} |")
+    print(f"\nthe quickstart's model: {model:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    run(main)
