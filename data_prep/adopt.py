@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.manifest import FILE_NAME, Manifest, Shard
 from data_prep.shards import FORMATS, file_hash, open_shard
-from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, saved_tokenizer
 
 
 def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
@@ -48,12 +48,7 @@ def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
         )
     manifest = Manifest(
         source={"source": "adopted"},
-        tokenizer={
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_token_id": tokenizer.eos_token_id,
-            "sha256": tokenizer.save(folder / "tokenizer"),
-        },
+        tokenizer=saved_tokenizer(tokenizer, folder),
         format=formats.pop(),
         dtype=dtypes.pop(),
         shard_tokens=max(shard.tokens for shard in shards),

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.cli import UserError
 
-FILE_NAME = "manifest.json"
+FILE_NAME, TEMPORARY_NAME = "manifest.json", "manifest.json.tmp"
 FORMAT_VERSION = 2
 
 
@@ -58,7 +58,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`; it is replaced as a whole or not at all."""
-        temporary = folder / f"{FILE_NAME}.tmp"
+        temporary = folder / TEMPORARY_NAME
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(asdict(self), file, indent=2)
             file.write("\n")

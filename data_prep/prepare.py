@@ -10,17 +10,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.manifest import FILE_NAME, TEMPORARY_NAME, Manifest
 from data_prep.shards import FORMATS, smallest_dtype
 from data_prep.sources import Corpus, Source
-from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
+from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
 from data_prep.writer import Position, Writer
 
 SHARD_TOKENS = 100_000_000
@@ -59,29 +59,33 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifes
     Raises:
         UserError: for whatever the user can mend. Finished shards are kept; without any, nothing is left behind.
     """
-    if folder.exists() and not (folder / FILE_NAME).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
-    with _locked(folder):
-        try:
-            manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
-            if manifest is not None and manifest.unfinished is None:
-                _check_same(recipe, folder, manifest)
-                return Manifest.read(folder)
-            if manifest is not None and manifest.shards:
-                corpus = _check_same(recipe, folder, manifest)
-                if problems := manifest.problems(folder):
-                    raise UserError(f"{problems[0]}; remove {folder} and prepare it again")
-                tokenizer = load_tokenizer(folder / "tokenizer")
-            else:
-                corpus = recipe.source.resolve()
-                tokenizer = _tokenizer(recipe, corpus)
-                manifest = _begin(recipe, corpus, tokenizer, folder)
-            return Writer(folder, manifest).write(corpus, tokenizer, workers or _cores())
-        except OSError as error:
-            raise UserError(f"{folder}: {error}") from error
-        finally:
-            if not (folder / FILE_NAME).exists() or not Manifest.load(folder).shards:  # nothing is worth keeping
-                shutil.rmtree(folder)
+    try:
+        if not (folder / FILE_NAME).exists() and folder.exists() and set(os.listdir(folder)) - {TEMPORARY_NAME}:
+            raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
+        with _locked(folder):
+            return _prepare(recipe, folder, workers or _cores())
+    except OSError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _prepare(recipe: Recipe, folder: Path, workers: int) -> Manifest:
+    try:
+        manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
+        if manifest is not None and manifest.unfinished is None:
+            _check_same(recipe, folder, manifest)
+            return Manifest.read(folder)
+        if manifest is not None and manifest.shards:
+            corpus = _check_same(recipe, folder, manifest)
+            if problems := manifest.problems(folder):
+                raise UserError(f"{problems[0]}; remove {folder} and prepare it again")
+            tokenizer = load_tokenizer(folder / "tokenizer")
+        else:
+            corpus = recipe.source.resolve()
+            tokenizer, manifest = _begin(recipe, corpus, folder)
+        return Writer(folder, manifest).write(corpus, tokenizer, workers)
+    finally:
+        if not (folder / FILE_NAME).exists() or not Manifest.load(folder).shards:  # nothing is worth keeping
+            shutil.rmtree(folder)
 
 
 @contextmanager
@@ -148,34 +152,32 @@ def _default_shard_tokens(corpus: Corpus) -> int:
     return min(SHARD_TOKENS, max(1, corpus.bytes // (_BYTES_PER_TOKEN * _SHARDS_OF_A_SMALL_CORPUS)))
 
 
-def _begin(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
-    """Check what can be checked; write the tokenizer, and a manifest without any shards yet."""
+def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Manifest]:
+    """Check what can be checked, claim the folder by a manifest without shards, and make the tokenizer."""
     shard_tokens = _default_shard_tokens(corpus) if recipe.shard_tokens is None else recipe.shard_tokens
     for name, value in (("shard_tokens", shard_tokens), ("val_shards", recipe.val_shards)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    dtype = recipe.dtype or smallest_dtype(tokenizer.vocab_size)
-    if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, {dtype} holds {np.iinfo(dtype).max + 1}; use dtype uint32"
-        )
     manifest = Manifest(
         source=corpus.describe(),
-        tokenizer={
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_token_id": tokenizer.eos_token_id,
-            "sha256": tokenizer.save(folder / "tokenizer"),
-        },
+        tokenizer={},
         format=recipe.format,
-        dtype=dtype,
+        dtype="",
         shard_tokens=shard_tokens,
         val_shards=recipe.val_shards,
         cleaning=corpus.cleaning(),
         unfinished=asdict(Position()),
     )
     manifest.write(folder)
-    return manifest
+    tokenizer = _tokenizer(recipe, corpus)
+    dtype = recipe.dtype or smallest_dtype(tokenizer.vocab_size)
+    if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, {dtype} holds {np.iinfo(dtype).max + 1}; use dtype uint32"
+        )
+    manifest = replace(manifest, tokenizer=saved_tokenizer(tokenizer, folder), dtype=dtype)
+    manifest.write(folder)
+    return tokenizer, manifest
 
 
 def main() -> None:

@@ -260,8 +260,10 @@ def _corpus_of_the_hub(source: Source, conditions: tuple[Condition, ...], commit
             f"source {source.source!r} has no split {source.split!r}; it has: {', '.join(files) or 'no data files'}"
         )
     filesystem = HfFileSystem()
-    paths = [str(path) for path in files[source.split]]
-    return _checked(Corpus(source, conditions, filesystem, paths, [filesystem.size(p) for p in paths], commit))
+    paths = [filesystem._strip_protocol(path) for path in files[source.split]]
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)  # a request for each, not for each file
+    sizes = {entry["name"]: entry["size"] for folder in folders for entry in filesystem.ls(folder, detail=True)}
+    return _checked(Corpus(source, conditions, filesystem, paths, [sizes[path] for path in paths], commit))
 
 
 def _checked(corpus: Corpus) -> Corpus:

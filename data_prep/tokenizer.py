@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -141,6 +142,17 @@ class HuggingFaceTokenizer:
         """As in `Tokenizer`."""
         self.tokenizer.save_pretrained(folder)
         return tokenizer_hash(folder)
+
+
+def saved_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Save a tokenizer as `tokenizer/` of a data folder, in place of what is there; return what the manifest says."""
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    return {
+        "name": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "sha256": tokenizer.save(folder / "tokenizer"),
+    }
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -101,7 +101,7 @@ class Writer:
 
     def _path(self) -> Path:
         number = len(self.manifest.shards)
-        return self.folder / f"{self.folder.name}_{self._split()}_{number:06d}.{self.manifest.format}"
+        return self.folder / f"{self.folder.resolve().name}_{self._split()}_{number:06d}.{self.manifest.format}"
 
     def _split(self) -> str:
         return "train" if len(self.manifest.shards) >= self.manifest.val_shards else "val"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,12 +70,14 @@ class Ahead:
 
     Args:
         make: gives this rank's micro-batches from a position on.
-        pin: leave them in pinned memory, from which a GPU copies without waiting.
+        device: that they are for. For CUDA they lie in pinned memory, which is copied from without waiting.
     """
 
-    def __init__(self, make: Callable[[int], list[Batch]], pin: bool) -> None:
-        self.make, self.pin = make, pin
-        self.thread = ThreadPoolExecutor(1)
+    def __init__(self, make: Callable[[int], list[Batch]], device: torch.device) -> None:
+        self.make, self.pin = make, device.type == "cuda"
+        # Pinning needs a CUDA context, which should not be a second one on another process's device.
+        initializer = partial(torch.cuda.set_device, device) if self.pin else None
+        self.thread = ThreadPoolExecutor(1, initializer=initializer)
         self.made: dict[int, Future[list[Batch]]] = {}
 
     def take(self, position: int, following: int) -> list[Batch]:
@@ -93,6 +95,6 @@ class Ahead:
         return [{k: v.pin_memory() for k, v in batch.items()} for batch in batches] if self.pin else batches
 
 
-def on_device(batch: Batch, device: torch.device) -> Any:
+def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, copied while the host goes on where it can be."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

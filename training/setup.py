@@ -118,7 +118,7 @@ def setup(config: TrainingConfig) -> Run:
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         ),
-        pin=accelerator.device.type == "cuda",
+        accelerator.device,
     )
     val_sequences = validation_sequences(val_data, config.run.val_tokens)
     val_labels = val_data.sequences(0, val_sequences)["shift_labels"]

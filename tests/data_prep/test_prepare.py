@@ -122,8 +122,10 @@ def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path
     program.write_text(KILLED)
     folder = tmp_path / "data"
     shards_seen = [0]
-    for moment in rng.sample(["fsync", "add", "hash", "manifest"] * 2, 6):
-        words = [program, *command_line(corpus, folder), moment, str(rng.randrange(4, 16))]
+    early = rng.sample([("fsync", 0), ("manifest", 0), ("fsync", 1), ("manifest", 1), ("add", 0)], 3)
+    late = [(moment, rng.randrange(4, 16)) for moment in rng.sample(["fsync", "add", "hash", "manifest"] * 2, 6)]
+    for moment, calls in early + late:
+        words = [program, *command_line(corpus, folder), moment, str(calls)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
         if done.returncode == 0:

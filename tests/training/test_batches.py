@@ -264,7 +264,7 @@ def test_batches_are_made_ahead_in_order_and_errors_arrive(data_folder):
             raise ValueError("broken shard")
         return [batches(data_folder).sequences(position, 2)]
 
-    ahead = Ahead(make, pin=False)
+    ahead = Ahead(make, torch.device("cpu"))
     for position in (0, 10, 20):
         (batch,) = ahead.take(position, position + 10)
         assert torch.equal(batch["input_ids"], batches(data_folder).sequences(position, 2)["input_ids"])
