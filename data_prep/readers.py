@@ -187,7 +187,7 @@ def _read_parquet(
                 continue
             records = [
                 _checked(record, columns, path, "row", number)
-                for number, record in enumerate(batch.slice(skipped).to_pylist(), start=first + skipped + 1)
+                for number, record in enumerate(_rows(batch.slice(skipped)), start=first + skipped + 1)
             ]
             yield Block(
                 records,
@@ -195,6 +195,11 @@ def _read_parquet(
                 Cursor(start.file, row),
                 size * len(records) // file.metadata.num_rows,
             )
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    columns = (column.to_pylist() for column in batch.columns)  # many times quicker than the batch's own to_pylist
+    return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
 def _rows_of_a_block(metadata: Any, column: str) -> int:
