@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ SUFFIXES = (
     *(".parquet", ".jsonl", ".txt"),
     *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in COMPRESSED),
 )
-BLOCK_BYTES = 1 << 20  # of text that are read at a time
+BLOCK_CHARACTERS = 1 << 20  # of text that are read at a time
+_RECORD_CHARACTERS = 16  # what a record counts beside its text
+_BUFFER_BYTES = 1 << 20
 MAX_TEXT_DOCUMENT = 64 * 1024  # bytes; a longer text file is read as several documents
 _REMOTE_READ_BYTES = 32 << 20
 
@@ -67,7 +69,8 @@ def read_file(
         return
     read = _read_text if ".txt" in path[-8:] else _read_jsonl
     with _open(filesystem, path) as raw:
-        yield from _grouped(read(_decompressed(raw, path), path, columns, start), start, raw, size)
+        records = read(_decompressed(raw, path), path, columns, start)
+        yield from _grouped(records, columns[0], start, lambda _: raw.tell(), size)
 
 
 def _open(filesystem: Any, path: str) -> Any:
@@ -83,25 +86,32 @@ def _decompressed(raw: Any, path: str) -> io.BufferedReader:
     for suffix, codec in COMPRESSED.items():
         if path.endswith(suffix):
             stream = pyarrow.CompressedInputStream(stream, codec)
-    return io.BufferedReader(stream, BLOCK_BYTES)
+    return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
-def _grouped(records: Iterator[tuple[dict[str, Any], Cursor]], start: Cursor, raw: Any, size: int) -> Iterator[Block]:
+def _grouped(
+    records: Iterator[tuple[dict[str, Any], Cursor]],
+    text_column: str,
+    start: Cursor,
+    read_so_far: Callable[[Cursor], int],
+    size: int,
+) -> Iterator[Block]:
     """Blocks of the records, each of which comes with the cursor behind it."""
     group: list[dict[str, Any]] = []
-    before = 0
-    stop = start
+    characters, before, stop = 0, read_so_far(start), start
     for record, stop in records:
         group.append(record)
-        if stop.offset - start.offset >= BLOCK_BYTES:
-            yield Block(group, start, stop, raw.tell() - before)
-            group, start, before = [], stop, raw.tell()
+        characters += len(record[text_column]) + _RECORD_CHARACTERS
+        if characters >= BLOCK_CHARACTERS:
+            now = read_so_far(stop)
+            yield Block(group, start, stop, now - before)
+            group, characters, start, before = [], 0, stop, now
     if group:
         yield Block(group, start, stop, size - before)
 
 
 def _skip(stream: io.BufferedReader, count: int) -> None:
-    while count > 0 and (read := len(stream.read(min(count, BLOCK_BYTES)))):
+    while count > 0 and (read := len(stream.read(min(count, _BUFFER_BYTES)))):
         count -= read
 
 
@@ -165,53 +175,32 @@ def _read_parquet(
     with _open(filesystem, path) as raw:
         try:
             # With a buffer a row group's pages are read one by one, not all at once.
-            file = parquet.ParquetFile(raw, buffer_size=BLOCK_BYTES)
+            file = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path}: not a whole parquet file ({error})") from error
         names = file.schema_arrow.names
         if missing := [column for column in columns if column not in names]:
             raise UserError(f"{path}: no column {missing[0]!r} among {names}; name one with --text_column or --where")
-        row, first_group = 0, 0
-        while first_group < file.num_row_groups and row + file.metadata.row_group(first_group).num_rows <= start.record:
-            row += file.metadata.row_group(first_group).num_rows
-            first_group += 1
-        batches = file.iter_batches(
-            batch_size=_rows_of_a_block(file.metadata, columns[0]),
-            row_groups=range(first_group, file.num_row_groups),
-            columns=None if every_field else list(dict.fromkeys(columns)),
-        )
-        for batch in batches:
-            skipped = max(0, start.record - row)
-            first, row = row, row + len(batch)
-            if skipped >= len(batch):
-                continue
-            records = [
-                _checked(record, columns, path, "row", number)
-                for number, record in enumerate(_rows(batch.slice(skipped)), start=first + skipped + 1)
-            ]
-            yield Block(
-                records,
-                Cursor(start.file, first + skipped),
-                Cursor(start.file, row),
-                size * len(records) // file.metadata.num_rows,
-            )
+        rows = max(1, file.metadata.num_rows)
+        records = _parquet_records(file, path, columns, start, None if every_field else list(dict.fromkeys(columns)))
+        yield from _grouped(records, columns[0], start, lambda cursor: size * cursor.record // rows, size)
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    columns = (column.to_pylist() for column in batch.columns)  # many times quicker than the batch's own to_pylist
-    return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
-
-
-def _rows_of_a_block(metadata: Any, column: str) -> int:
-    """So many rows that their text is about `BLOCK_BYTES`, judged by the row group whose rows are the longest."""
-    longest = 1.0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for i in range(group.num_columns):
-            chunk = group.column(i)
-            if chunk.path_in_schema == column and group.num_rows:
-                longest = max(longest, chunk.total_uncompressed_size / group.num_rows)
-    return max(1, min(4096, int(BLOCK_BYTES / longest)))
+def _parquet_records(
+    file: Any, path: str, columns: list[str], start: Cursor, wanted: list[str] | None
+) -> Iterator[tuple[dict[str, Any], Cursor]]:
+    row = group = 0
+    while group < file.num_row_groups and row + file.metadata.row_group(group).num_rows <= start.record:
+        row += file.metadata.row_group(group).num_rows
+        group += 1
+    # So few rows at a time that even long ones do not fill the memory: a file does not say how long its rows are.
+    for batch in file.iter_batches(batch_size=64, row_groups=range(group, file.num_row_groups), columns=wanted):
+        values = (column.to_pylist() for column in batch.columns)  # many times quicker than the batch's own to_pylist
+        for cells in zip(*values, strict=True):
+            row += 1
+            if row > start.record:
+                record = dict(zip(batch.schema.names, cells, strict=True))
+                yield _checked(record, columns, path, "row", row), Cursor(start.file, row)
 
 
 def _checked(record: dict[str, Any], columns: list[str], path: str, kind: str, number: int) -> dict[str, Any]:

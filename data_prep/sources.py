@@ -1,6 +1,7 @@
 """Where documents come from: the built-in corpus, files, data sets of the Hub. All but the first are lists of files."""
 
 import ast
+import hashlib
 import json
 import operator
 import random
@@ -17,9 +18,11 @@ from data_prep.cli import UserError
 from data_prep.readers import SUFFIXES, Block, Cursor, read_file
 
 BUILTIN = "builtin"
-CLEANING_REPORT = "cleaning.json"
-# Seconds to wait before each new attempt where the network fails; a block that gets through starts them anew.
-RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
+# What data_prep.clean leaves in its output: at the start, and once all is done.
+CLEANING_CONFIG, CLEANING_REPORT = "config.json", "cleaning.json"
+# Seconds to wait before each new attempt where the network fails: to find a source, and to read it. A block that gets
+# through starts them anew.
+RESOLVE_DELAYS, RETRY_DELAYS = (1, 2, 4), (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
 _RAW_BLOCK = 1 << 20
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -99,12 +102,18 @@ class Source:
             UserError: for a name that stands for no files that we can read.
         """
         conditions = tuple(map(Condition.parse, self.where))
-        if self.source == BUILTIN:
-            paths = [str(path) for path in _standard_library()]
-            return Corpus(self, conditions, None, paths, [Path(path).stat().st_size for path in paths])
-        if names_files(self.source):
-            return _corpus_of_files(self, conditions, self.source)
-        return _corpus_of_the_hub(self, conditions, commit)
+        retries = _Retries(RESOLVE_DELAYS, "run the same command again")
+        while True:
+            try:
+                if self.source == BUILTIN:
+                    return _corpus_of_the_standard_library(self)
+                if names_files(self.source):
+                    return _corpus_of_files(self, conditions, self.source)
+                return _corpus_of_the_hub(self, conditions, commit)
+            except UserError:
+                raise
+            except Exception as error:
+                retries.wait(f"source {self.source!r}", error)
 
     def describe(self) -> dict[str, Any]:
         """The fields that make two sources different."""
@@ -138,8 +147,17 @@ class Corpus:
         return sum(self.sizes)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the source: enough to notice that its files are not the same any more."""
-        return {**self.source.describe(), "commit": self.commit, "files": len(self.paths), "bytes": self.bytes}
+        """What the manifest says of the source: enough to notice that its files have other names or sizes."""
+        names = "".join(
+            f"{path.rpartition('/')[2]} {size}\n" for path, size in zip(self.paths, self.sizes, strict=True)
+        )
+        return {
+            **self.source.describe(),
+            "commit": self.commit,
+            "files": len(self.paths),
+            "bytes": self.bytes,
+            "names_and_sizes": hashlib.sha256(names.encode()).hexdigest(),
+        }
 
     def cleaning(self) -> list[dict[str, Any]]:
         """The report that `data_prep.clean` has left in the folder of these files, or in the one above it."""
@@ -169,32 +187,16 @@ class Corpus:
             UserError: for a file or record that cannot be read as text, with its name and place, and for a network
                 that fails for longer than all delays.
         """
-        failures = 0
+        retries = _Retries(retry_delays, "the same command goes on from the last finished shard")
         while True:
             try:
                 for block in self._read_from(start):
                     yield block
-                    start, failures = block.stop, 0
+                    start = block.stop
+                    retries.failures = 0
                 return
-            except UserError:
-                raise
-            except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                where = self.paths[start.file]
-                if not _is_transient(error):
-                    raise UserError(f"{where}: {reason}") from error
-                if failures == len(retry_delays):
-                    raise UserError(
-                        f"{where}: the network fails ({reason}), {failures + 1} times in a row; "
-                        f"the same command goes on from the last finished shard"
-                    ) from error
-                print(
-                    f"{where}: {reason}; attempt {failures + 2} in {retry_delays[failures]} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                time.sleep(retry_delays[failures])
-                failures += 1
+            except _Unreadable as broken:
+                retries.wait(broken.path, broken.__cause__)
 
     def _read_from(self, start: Cursor) -> Iterator[Block]:
         if self.source.source == BUILTIN:
@@ -203,12 +205,58 @@ class Corpus:
         columns = [self.source.text_column, *(c.column for c in self.conditions)]
         for number in range(start.file, len(self.paths)):
             cursor = start if number == start.file else Cursor(file=number)
-            for block in read_file(self.filesystem, self.paths[number], self.sizes[number], columns, cursor):
-                yield replace(block, texts=self._texts(block.texts))
+            path = self.paths[number]
+            try:
+                for block in read_file(self.filesystem, path, self.sizes[number], columns, cursor):
+                    yield replace(block, texts=self._texts(block.texts))
+            except UserError:
+                raise
+            except Exception as error:
+                raise _Unreadable(path) from error
 
     def _texts(self, records: list[dict[str, Any]]) -> list[str]:
         kept = (r[self.source.text_column] for r in records if all(c.holds(r) for c in self.conditions))
         return [text for text in kept if text and not text.isspace()]
+
+
+class _Unreadable(Exception):
+    """Reading `path` failed, by the error that this one is from."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+class _Retries:
+    """What to do about an error: wait and try again, or give up in one line that says what to do."""
+
+    def __init__(self, delays: Sequence[float], remedy: str) -> None:
+        self.delays, self.remedy = delays, remedy
+        self.failures = 0
+
+    def wait(self, where: str, error: BaseException) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not _is_transient(error):
+            raise UserError(f"{where}: {reason}") from error
+        if self.failures == len(self.delays):
+            raise UserError(
+                f"{where}: the network fails ({reason}), {self.failures + 1} times in a row; {self.remedy}"
+            ) from error
+        delay = self.delays[self.failures]
+        self.failures += 1
+        print(f"{where}: {reason}; attempt {self.failures + 1} in {delay} s", file=sys.stderr, flush=True)
+        time.sleep(delay)
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later. By name: the network libraries of fsspec's protocols are many."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    if "OfflineModeIsEnabled" in names:
+        return False
+    return bool(names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"})
 
 
 def names_files(source: str) -> bool:
@@ -226,30 +274,37 @@ def names_files(source: str) -> bool:
 def _corpus_of_files(source: Source, conditions: tuple[Condition, ...], pattern: str) -> Corpus:
     import fsspec
 
+    if "://" not in pattern:
+        pattern = str(Path(pattern).expanduser())
     try:
-        filesystem, path = fsspec.core.url_to_fs(str(Path(pattern).expanduser()) if "://" not in pattern else pattern)
-        if any(c in path for c in "*?["):
-            found = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
-        elif filesystem.isdir(path):
-            found = [p for p in filesystem.find(path) if p.endswith(SUFFIXES)]
-        else:
-            found = [path] if filesystem.exists(path) else []
-            if not found:
-                raise UserError(f"source {pattern!r}: no such file or folder")
-        sizes = {p: filesystem.size(p) for p in found}
-    except (ImportError, ValueError, OSError) as error:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is not installed
         raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
-    return _checked(Corpus(source, conditions, filesystem, sorted(sizes), [sizes[p] for p in sorted(sizes)]))
+    if any(c in path for c in "*?["):
+        found = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
+    elif filesystem.isdir(path):
+        if Path(pattern, CLEANING_CONFIG).is_file() and not Path(pattern, CLEANING_REPORT).is_file():
+            raise UserError(f"source {pattern!r}: its cleaning has not finished; run the same data_prep.clean again")
+        found = [p for p in filesystem.find(path) if p.endswith(SUFFIXES)]
+    elif filesystem.exists(path):
+        found = [path]
+    else:
+        raise UserError(f"source {pattern!r}: no such file or folder")
+    paths = sorted(found)
+    return _checked(Corpus(source, conditions, filesystem, paths, [filesystem.size(p) for p in paths]))
 
 
 def _corpus_of_the_hub(source: Source, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
     import datasets
     from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         commit = commit or HfApi().dataset_info(source.source, revision=source.revision).sha
         builder = datasets.load_dataset_builder(source.source, source.name, revision=commit)
-    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+    except (HfHubHTTPError, OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        if _is_transient(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"source {source.source!r} is no local file, and the Hub's data set of that name cannot be read: {reason}"
@@ -271,16 +326,11 @@ def _checked(corpus: Corpus) -> Corpus:
         raise UserError(f"source {corpus.source.source!r}: no file in it ends in {', '.join(SUFFIXES)}")
     if wrong := [path for path in corpus.paths if not path.endswith(SUFFIXES)]:
         raise UserError(f"{wrong[0]}: not one of the formats {', '.join(SUFFIXES)}")
+    if unknown := [path for path, size in zip(corpus.paths, corpus.sizes, strict=True) if size is None]:
+        raise UserError(f"{unknown[0]}: its server does not say how large it is; download it first")
+    if corpus.conditions and (plain := [path for path in corpus.paths if ".txt" in path[-8:]]):
+        raise UserError(f"{plain[0]}: plain text has no columns for --where to look at")
     return corpus
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later. By name: the network libraries of fsspec's protocols are many."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
-        return status >= 500 or status in (408, 429)
-    return bool(names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"})
 
 
 def _standard_library() -> list[Path]:
@@ -291,6 +341,13 @@ def _standard_library() -> list[Path]:
     if not files:
         raise UserError(f"the built-in corpus is empty: no Python sources in {root}; give another --source")
     return files
+
+
+def _corpus_of_the_standard_library(source: Source) -> Corpus:
+    if source != Source(BUILTIN):
+        raise UserError(f"source {BUILTIN!r} is plain text; --name, --split, --text_column and --where do not apply")
+    paths = _standard_library()
+    return Corpus(source, (), None, list(map(str, paths)), [path.stat().st_size for path in paths])
 
 
 def _builtin_blocks(paths: Sequence[str], start: int) -> Iterator[Block]:
