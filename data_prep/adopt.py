@@ -5,6 +5,7 @@ python -m data_prep.adopt data/fineweb10B --tokenizer gpt2
 For folders of `.bin` (llm.c, modded-nanogpt) or `.npy` (build-nanogpt) shards with `val` or `train` in their names.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import numpy as np
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.manifest import FILE_NAME, Manifest, Shard
 from data_prep.shards import FORMATS, file_hash, open_shard
-from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, saved_tokenizer
+from data_prep.tokenizer import describe_tokenizer, gpt2_tokenizer, load_tokenizer, tokenizer_hash
 
 
-def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
-    """Describe the shards of `folder`, which `tokenizer` has written; they are read and left as they are.
+def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
+    """Describe the shards of `folder`; they are read and left as they are, and so is a `tokenizer/` that is there.
+
+    Args:
+        tokenizer_name: of the tokenizer that wrote them, where there is none beside them: `gpt2`, or what
+            `AutoTokenizer` loads.
 
     Raises:
         UserError: for a folder that has a manifest, lacks a split, mixes formats or types, or holds ids that are not
@@ -24,11 +29,18 @@ def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
     """
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder} has a {FILE_NAME} already")
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lstrip(".") in FORMATS)
-    val = [path for path in paths if "val" in path.name]
-    train = [path for path in paths if "train" in path.name]
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lstrip(".") in FORMATS)
+    splits = {path: set(re.findall(r"(?<![a-z])(val|train)(?![a-z])", path.stem)) for path in paths}
+    if unclear := [path for path in paths if len(splits[path]) != 1]:
+        raise UserError(f"{unclear[0]}: the name of a shard says either 'val' or 'train', as in name_train_000001")
+    val, train = ([path for path in paths if splits[path] == {split}] for split in ("val", "train"))
     if not val or not train:
         raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
+    own = folder / "tokenizer"
+    if own.exists():
+        tokenizer = load_tokenizer(own)
+    else:
+        tokenizer = gpt2_tokenizer() if tokenizer_name == "gpt2" else load_tokenizer(tokenizer_name)
     shards, dtypes = [], set()
     for split, path in [("val", path) for path in val] + [("train", path) for path in train]:
         tokens = open_shard(path)
@@ -48,7 +60,7 @@ def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
         )
     manifest = Manifest(
         source={"source": "adopted"},
-        tokenizer=saved_tokenizer(tokenizer, folder),
+        tokenizer=describe_tokenizer(tokenizer, tokenizer_hash(own) if own.exists() else tokenizer.save(own)),
         format=formats.pop(),
         dtype=dtypes.pop(),
         shard_tokens=max(shard.tokens for shard in shards),
@@ -62,10 +74,9 @@ def adopt(folder: Path, tokenizer: Tokenizer) -> Manifest:
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.adopt", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="folder of shards")
-    parser.add_option("tokenizer", default="gpt2", help="that wrote them: 'gpt2', or what AutoTokenizer loads")
+    parser.add_option("tokenizer", default="gpt2", help="that wrote them, if there is no tokenizer/ beside them")
     args = parser.parse_args()
-    tokenizer = gpt2_tokenizer() if args.tokenizer == "gpt2" else load_tokenizer(args.tokenizer)
-    manifest = adopt(args.folder, tokenizer)
+    manifest = adopt(args.folder, args.tokenizer)
     print(f"{args.folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
 
 

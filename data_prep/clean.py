@@ -14,7 +14,10 @@ from typing import Any
 
 from data_prep.cleaning.config import CleanConfig, executor_class, read_config
 from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.sources import CLEANING_REPORT
+from data_prep.lock import LOCK_NAME, locked
+from data_prep.sources import CLEANING_CONFIG, CLEANING_REPORT
+
+QUEUED = "queued"  # in work/, once Slurm has the tasks
 
 
 def clean(config: CleanConfig) -> list[dict[str, Any]] | None:
@@ -29,15 +32,20 @@ def clean(config: CleanConfig) -> list[dict[str, Any]] | None:
         UserError: for whatever the user can mend.
     """
     output = Path(config.output)
+    work, report = output / "work", output / CLEANING_REPORT
     _claim(config, output)
-    if not (output / CLEANING_REPORT).exists():
-        (output / "work").mkdir(exist_ok=True)
-        with _output_to(output / "work" / "log.txt"):
-            _run_stages(config, output / "work")
-        if config.executor == "slurm":
-            return None
-    shutil.rmtree(output / "work", ignore_errors=True)
-    return json.loads((output / CLEANING_REPORT).read_text(encoding="utf-8"))
+    with locked(output):
+        if not report.exists():
+            work.mkdir(exist_ok=True)
+            if (work / QUEUED).exists():
+                return None
+            with _output_to(work / "log"):
+                _run_stages(config, work)
+            if config.executor == "slurm":
+                (work / QUEUED).touch()
+                return None
+        shutil.rmtree(work, ignore_errors=True)
+    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def _run_stages(config: CleanConfig, work: Path) -> None:
@@ -55,7 +63,7 @@ def _run_stages(config: CleanConfig, work: Path) -> None:
             depends=previous,
             **config.executor_settings,
         )
-        _run_stage(executor, stage.name, work / "log.txt")
+        _run_stage(executor, stage.name, work / "log")
         previous = executor
 
 
@@ -91,7 +99,7 @@ def _claim(config: CleanConfig, output: Path) -> None:
     """Note in the output folder what makes it, or check that it is the same."""
     # Through JSON, so that what is compared is what was written.
     wanted = json.loads(json.dumps(config.identity()))
-    path = output / "config.json"
+    path = output / CLEANING_CONFIG
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         before, now = _flat(found), _flat(wanted)
@@ -102,7 +110,7 @@ def _claim(config: CleanConfig, output: Path) -> None:
             raise UserError(f"{output} was made with {details}; choose another output, or remove this one")
         return
     temporary = path.with_suffix(".tmp")
-    if output.exists() and any(found != temporary for found in output.iterdir()):
+    if output.exists() and any(found not in (temporary, output / LOCK_NAME) for found in output.iterdir()):
         raise UserError(f"{output} exists and was not made by this program (no {path.name}); choose another output")
     output.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
@@ -143,7 +151,8 @@ def main() -> None:
     report = clean(config)
     if report is None:
         print(
-            f"queued; once the jobs have ended, {config.output}/{CLEANING_REPORT} is there, and this command prints it"
+            f"queued; once the jobs have ended, {config.output}/{CLEANING_REPORT} is there, and this command prints it; "
+            f"if any has failed, remove {config.output}/work/{QUEUED} and run it to queue what is left"
         )
     else:
         print(table(report))

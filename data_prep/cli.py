@@ -39,14 +39,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's `main`: a `UserError` ends it with one line and exit code 2, Ctrl-C with exit code 130."""
+    """Run a command's `main`: what the user or the machine's files are to blame for (`UserError`, `OSError`) ends it
+    with one line and exit code 2, Ctrl-C with exit code 130."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

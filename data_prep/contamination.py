@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_option("fields", nargs="+", help="of a record that make up an item; HellaSwag's, or every string")
     parser.add_option("json", type=Path, metavar="FILE", help="write the report there as well, as JSON")
     args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder")
     found = contamination(args.folder, args.against, args.fields)
     print("\n".join(map(str, found)))
     if args.json:

@@ -16,6 +16,7 @@ from data_prep.shards import open_shard
 from data_prep.tokenizer import bytes_of_tokens
 
 _BAR, _EXCERPT = 40, 400
+_TOKENS_AT_A_TIME = 1 << 22
 
 
 @dataclass
@@ -46,7 +47,12 @@ def statistics(folder: Path, manifest: Manifest) -> Statistics:
             documents += len(length)
             lengths += np.bincount(np.log2(length).astype(int), minlength=len(lengths))
     for shard in manifest.shards:
-        counts += np.bincount(open_shard(folder / shard.file), minlength=len(counts))
+        tokens = open_shard(folder / shard.file)
+        for start in range(0, len(tokens), _TOKENS_AT_A_TIME):  # counted as int64
+            found = np.bincount(tokens[start : start + _TOKENS_AT_A_TIME], minlength=len(counts))
+            if len(found) > len(counts):
+                raise UserError(f"{folder / shard.file}: ids beyond the vocabulary; run python -m data_prep.verify")
+            counts += found
     return Statistics(int(counts.sum()), documents, int(counts @ sizes), lengths)
 
 

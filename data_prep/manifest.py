@@ -37,7 +37,7 @@ class Manifest:
         cleaning: the steps that the documents went through, each with its counts.
         shards: in order; validation first.
         dropped_tokens: the rest of the document that validation ends in.
-        unfinished: where preparation goes on (`data_prep.prepare.Position`); None once it is complete.
+        unfinished: where preparation goes on (`data_prep.writer.Position`); None once it is complete.
     """
 
     source: dict[str, Any]
@@ -78,7 +78,10 @@ class Manifest:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["format_version"]
             if version != FORMAT_VERSION:
-                raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; prepare anew")
+                raise UserError(
+                    f"{path}: format version {version}, this program reads {FORMAT_VERSION}; remove {folder} and "
+                    f"prepare it again"
+                )
             manifest = cls(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
         except FileNotFoundError as error:
             raise UserError(

@@ -7,9 +7,7 @@ Killed at any moment, the same command goes on from the last finished shard and 
 """
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.lock import LOCK_NAME, locked
 from data_prep.manifest import FILE_NAME, TEMPORARY_NAME, Manifest
 from data_prep.shards import FORMATS, smallest_dtype
 from data_prep.sources import Corpus, Source
-from data_prep.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
-from data_prep.writer import Position, Writer
+from data_prep.tokenizer import Tokenizer, describe_tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
+from data_prep.writer import Position, Writer, remove_files
 
 SHARD_TOKENS = 100_000_000
 _BYTES_PER_TOKEN, _SHARDS_OF_A_SMALL_CORPUS = 4, 20
@@ -57,51 +56,43 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifes
     A finished folder is returned if it was made by the same recipe.
 
     Raises:
-        UserError: for whatever the user can mend. Finished shards are kept; without any, nothing is left behind.
+        UserError: for whatever the user can mend. Finished shards are kept; where there are none, nothing is left.
     """
     try:
-        if not (folder / FILE_NAME).exists() and folder.exists() and set(os.listdir(folder)) - {TEMPORARY_NAME}:
+        has_manifest = (folder / FILE_NAME).exists()
+        if not has_manifest and folder.exists() and set(os.listdir(folder)) - {TEMPORARY_NAME, LOCK_NAME}:
             raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
-        with _locked(folder):
+        if has_manifest and (manifest := Manifest.load(folder)).unfinished is None:
+            _check_same(recipe, folder, manifest)
+            return Manifest.read(folder)
+        with locked(folder):
             return _prepare(recipe, folder, workers or _cores())
     except OSError as error:
         raise UserError(f"{folder}: {error}") from error
+    finally:
+        with suppress(OSError):  # the empty folder of a preparation that could not begin
+            folder.rmdir()
 
 
 def _prepare(recipe: Recipe, folder: Path, workers: int) -> Manifest:
+    manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
+    if manifest is not None and manifest.shards:
+        corpus = _check_same(recipe, folder, manifest)
+        if problems := manifest.problems(folder):
+            raise UserError(f"{problems[0]}; remove {folder} and prepare it again")
+        return Writer(folder, manifest).write(corpus, load_tokenizer(folder / "tokenizer"), workers)
+    if manifest is not None:
+        remove_files(folder)  # of a preparation that was killed in its first shard
+    writer = None
     try:
-        manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
-        if manifest is not None and manifest.unfinished is None:
-            _check_same(recipe, folder, manifest)
-            return Manifest.read(folder)
-        if manifest is not None and manifest.shards:
-            corpus = _check_same(recipe, folder, manifest)
-            if problems := manifest.problems(folder):
-                raise UserError(f"{problems[0]}; remove {folder} and prepare it again")
-            tokenizer = load_tokenizer(folder / "tokenizer")
-        else:
-            corpus = recipe.source.resolve()
-            tokenizer, manifest = _begin(recipe, corpus, folder)
-        return Writer(folder, manifest).write(corpus, tokenizer, workers)
-    finally:
-        if not (folder / FILE_NAME).exists() or not Manifest.load(folder).shards:  # nothing is worth keeping
-            shutil.rmtree(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the system lets go of it however the process ends."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is being prepared by another process; wait for it, or stop it") from error
-    finally:
-        os.close(handle)
+        corpus = recipe.source.resolve()
+        tokenizer, manifest = _begin(recipe, corpus, folder)
+        writer = Writer(folder, manifest)
+        return writer.write(corpus, tokenizer, workers)
+    except BaseException:
+        if writer is None or not writer.manifest.shards:
+            remove_files(folder)
+        raise
 
 
 def _cores() -> int:
@@ -175,7 +166,9 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, {dtype} holds {np.iinfo(dtype).max + 1}; use dtype uint32"
         )
-    manifest = replace(manifest, tokenizer=saved_tokenizer(tokenizer, folder), dtype=dtype)
+    manifest = replace(
+        manifest, tokenizer=describe_tokenizer(tokenizer, tokenizer.save(folder / "tokenizer")), dtype=dtype
+    )
     manifest.write(folder)
     return tokenizer, manifest
 
@@ -213,7 +206,11 @@ def main() -> None:
         "dtype", choices=["uint16", "uint32"], help="by default the smaller one that holds the vocabulary"
     )
     parser.add_option("format", choices=FORMATS, default="npy", help="of the shards; bin is llm.c's")
-    parser.add_option("workers", type=int, help="tokenizing threads; by default one for each core")
+    parser.add_option(
+        "workers",
+        type=int,
+        help="tokenizing threads, by default one for each core; what tiktoken cannot run takes all cores anyway",
+    )
     args = parser.parse_args()
     if args.workers is not None and args.workers < 1:
         raise UserError(f"workers={args.workers} must be at least 1")

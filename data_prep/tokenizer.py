@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -129,7 +128,7 @@ class HuggingFaceTokenizer:
         for i, ids in enumerate(documents):
             if self.eos_token_id in ids:  # some models take its spelling for a word of theirs
                 parts = self.backend.encode_batch_fast(self._spelled_apart(texts[i]), add_special_tokens=False)
-                documents[i] = [number for part in parts for number in part.ids]
+                documents[i] = [number for part in parts for number in part.ids if number != self.eos_token_id]
         return np.concatenate([np.array([self.eos_token_id, *ids], dtype=np.uint32) for ids in documents])
 
     def _spelled_apart(self, text: str) -> list[str]:
@@ -144,14 +143,13 @@ class HuggingFaceTokenizer:
         return tokenizer_hash(folder)
 
 
-def saved_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Save a tokenizer as `tokenizer/` of a data folder, in place of what is there; return what the manifest says."""
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+def describe_tokenizer(tokenizer: Tokenizer, sha256: str) -> dict[str, Any]:
+    """What the manifest says of a tokenizer, given the hash of its `tokenizer.json`."""
     return {
         "name": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
-        "sha256": tokenizer.save(folder / "tokenizer"),
+        "sha256": sha256,
     }
 
 
@@ -235,14 +233,15 @@ def bytes_of_tokens(tokenizer: Any) -> np.ndarray:
     """How many bytes of text each id of a `transformers` tokenizer stands for, `[V]` int64; 0 for special tokens.
 
     Tokens are spelled in one of three ways: in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with
-    U+2581 for a space (SentencePiece).
+    U+2581 for a space (SentencePiece). Those that were added to a vocabulary are text.
     """
-    vocab = tokenizer.get_vocab()
+    vocab, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
     counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
-    words = {token: number for token, number in vocab.items() if number not in set(tokenizer.all_special_ids)}
-    byte_level = set("".join(words)) <= _CHARACTER_TO_BYTE.keys()
-    for token, number in words.items():
-        if byte_level:
+    byte_level = set("".join(token for token in vocab if token not in added)) <= _CHARACTER_TO_BYTE.keys()
+    for token, number in vocab.items():
+        if number in special:
+            continue
+        if byte_level and token not in added:
             counts[number] = len(token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             counts[number] = 1

@@ -1,6 +1,7 @@
 """Shards out of blocks of documents: tokenized by threads, written in order, one finished shard after the other."""
 
 import errno
+import glob
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from data_prep.cli import UserError
 from data_prep.manifest import FILE_NAME, Manifest, Shard
 from data_prep.progress import Progress
 from data_prep.readers import Block, Cursor
-from data_prep.shards import ShardFile
+from data_prep.shards import FORMATS, ShardFile
 from data_prep.sources import Corpus
 from data_prep.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ class Writer:
         """Write all that is left, and return the manifest of the finished folder.
 
         Raises:
-            UserError: for a full disk, for too little text (which takes the manifest away), and as `Corpus.blocks`.
+            UserError: for a full disk, for too little text (of which nothing is left), and as `Corpus.blocks`.
         """
         position = Position(**self.manifest.unfinished)
         skipped = position.tokens
@@ -88,7 +89,8 @@ class Writer:
             self.documents += int(np.count_nonzero(taken == self.eos_token_id))
             start += len(taken)
             if self.file.tokens == self.manifest.shard_tokens:
-                self._finish_shard(Position(**asdict(block.start), tokens=start))
+                self._finish_shard(asdict(Position(**asdict(block.start), tokens=start)))
+                self.manifest.write(self.folder)
 
     def _drop(self, tokens: np.ndarray) -> int:
         """How many of these tokens to leave out: where training begins, the rest of validation's last document."""
@@ -106,18 +108,17 @@ class Writer:
     def _split(self) -> str:
         return "train" if len(self.manifest.shards) >= self.manifest.val_shards else "val"
 
-    def _finish_shard(self, position: Position) -> None:
+    def _finish_shard(self, unfinished: dict[str, int] | None) -> None:
         digest = self.file.finish()
         shard = Shard(self.file.path.name, self._split(), self.file.tokens, self.documents, digest)
         self.file = None
-        self.manifest = replace(self.manifest, shards=[*self.manifest.shards, shard], unfinished=asdict(position))
-        self.manifest.write(self.folder)
+        self.manifest = replace(self.manifest, shards=[*self.manifest.shards, shard], unfinished=unfinished)
 
     def _finish(self, corpus: Corpus) -> Manifest:
         if self.file is not None:
-            self._finish_shard(Position(file=len(corpus.paths)))
+            self._finish_shard(None)
         if len(self.manifest.shards) <= self.manifest.val_shards:
-            (self.folder / FILE_NAME).unlink()
+            remove_files(self.folder)
             raise UserError(_too_small(corpus, self.manifest))
         self.manifest = replace(self.manifest, unfinished=None)
         self.manifest.write(self.folder)
@@ -132,6 +133,15 @@ class Writer:
             f"{progress.tokens_to_come() * itemsize / 1e6:,.0f} MB; make room and run the same command again, which "
             f"goes on after the {len(self.manifest.shards)} shards that are finished"
         )
+
+
+def remove_files(folder: Path) -> None:
+    """Remove all that preparation writes into `folder`; the manifest, by which it knows it for its own, last."""
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    name = glob.escape(folder.resolve().name)
+    for pattern in ("*.tmp", *(f"{name}_*.{suffix}" for suffix in FORMATS), FILE_NAME):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def tokenized(

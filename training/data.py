@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cli import UserError
-from data_prep.manifest import Manifest
+from data_prep.manifest import FILE_NAME, Manifest
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import BUILTIN, Source
 from training.batches import Batches
@@ -96,7 +96,8 @@ def load_data(config: TrainingConfig) -> Data:
 
 
 def _prepared(folder: Path) -> Manifest:
-    if folder == Path(QUICKSTART_DATA) and (not folder.exists() or Manifest.load(folder).unfinished is not None):
+    ready = (folder / FILE_NAME).exists() and Manifest.load(folder).unfinished is None
+    if folder == Path(QUICKSTART_DATA) and not ready:
         print(f"preparing {folder} from the Python standard library's sources ...", flush=True)
         return prepare(Recipe(Source(BUILTIN), tokenizer="bpe"), folder)
     return Manifest.read(folder)

@@ -54,10 +54,13 @@ class QualityClassifier:
 
     Attributes:
         curated, raw: files, folders or patterns of the documents that it learns to tell apart.
+        documents: about so many of each kind, the first ones of every file; they are held in memory, at about five
+            bytes for each byte of text.
     """
 
     curated: list[str]
     raw: list[str]
+    documents: int = 100_000
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ def _out_of_range(config: CleanConfig) -> list[str]:
     if not config.steps:
         problems.append(f"steps: none is switched on; known: {', '.join(STEPS)}")
     bounds = [("min_length", "characters", 1, None), ("minhash", "jaccard", 0.5, 0.8), ("minhash", "ngram", 1, None)]
+    bounds.append(("quality_classifier", "documents", 1, None))
     for step, name, least, most in [*bounds, ("decontamination", "common_documents", 1, None)]:
         value = getattr(config.steps.get(step), name, least)
         if value < least or (most is not None and value > most):
@@ -251,6 +255,9 @@ def _bad_files(config: CleanConfig) -> list[str]:
         if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or name in ("work", CLEANING_REPORT):
             problems.append(f"sources.{name}: a name is made of letters, digits, '_', '-' and '.', and is not 'work'")
     patterns = [(f"sources.{name}", pattern) for name, pattern in config.sources.items()]
+    for where, pattern in patterns:
+        if config.output and Path(config.output).resolve().is_relative_to(Path(pattern).resolve()):
+            problems.append(f"output={config.output!r} lies within {where}={pattern!r}; choose a folder beside it")
     if quality := config.steps.get("quality_classifier"):
         for kind in ("curated", "raw"):
             patterns += [(f"steps.quality_classifier.{kind}", pattern) for pattern in getattr(quality, kind)]

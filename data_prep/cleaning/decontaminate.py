@@ -22,6 +22,7 @@ COMMON_DOCUMENTS = 10  # n-grams in more documents than these are phrases that m
 # Odd, so that they have an inverse modulo 2**64.
 _CHARACTER_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 _SEPARATES, _IGNORED = 0xFFFFFFFF, 0xFFFFFFFE
+_KEPT = 1 << 20  # powers of each base: enough for most documents, made once
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,24 @@ def split_words(text: str) -> Words:
 
 def _hash_ranges(values: np.ndarray, first: np.ndarray, last: np.ndarray, base: int) -> np.ndarray:
     """`sum(values[first + i] * base**i)` modulo 2**64 over each range, as a difference of sums from the start."""
-    size = 1 << len(values).bit_length()
+    size = len(values) + 1
     sums = np.zeros(len(values) + 1, dtype=np.uint64)
-    np.cumsum(values * _powers(base, size)[: len(values)], out=sums[1:])
+    np.cumsum(values * _powers(base, size)[:-1], out=sums[1:])
     return (sums[last] - sums[first]) * _powers(base, size, inverse=True)[first]
 
 
-@functools.cache
 def _powers(base: int, size: int, inverse: bool = False) -> np.ndarray:
-    """`base**i`, or `base**-i`, for `i` below `size`, modulo 2**64; kept, as all documents need the same few sizes."""
+    """`base**i`, or `base**-i`, for `i` below `size`, modulo 2**64."""
+    return _kept_powers(base, _KEPT, inverse)[:size] if size <= _KEPT else _make_powers(base, size, inverse)
+
+
+def _make_powers(base: int, size: int, inverse: bool) -> np.ndarray:
     factors = np.full(size, pow(base, -1, 2**64) if inverse else base, dtype=np.uint64)
     factors[0] = 1
     return np.multiply.accumulate(factors)
+
+
+_kept_powers = functools.cache(_make_powers)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What datatrove has no block for: reading as `data_prep.sources` does, counting, the steps of GPT-3's appendices."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter
 
+from data_prep.cleaning.config import local_files
 from data_prep.cleaning.decontaminate import Index, cut
 from data_prep.cleaning.evaluation_sets import read_items
 from data_prep.cleaning.quality import Classifier, keep
@@ -19,7 +21,7 @@ SOURCE = "_source"  # in a document's metadata until it is written: which source
 
 
 class ReadSources(PipelineStep):
-    """Read each file of the sources in one task, as `Source.records` does; documents without text are left out."""
+    """Read each file of the sources in one task, as `Corpus.records` does; documents without text are left out."""
 
     type, name = "READER", "sources"
 
@@ -115,12 +117,23 @@ class QualityFilter(BaseFilter):
 
 
 def train_classifier(
-    data: DocumentsPipeline, rank: int, world_size: int, *, curated: list[str], raw: list[str], column: str, model: Path
+    data: DocumentsPipeline,
+    rank: int,
+    world_size: int,
+    *,
+    curated: list[str],
+    raw: list[str],
+    documents: int,
+    column: str,
+    model: Path,
 ) -> None:
-    """Learn the classifier from the documents of these patterns, and save it as `model`."""
+    """Learn the classifier from the documents of these patterns, about `documents` of each kind, and save it."""
 
     def texts(patterns: list[str]) -> Iterator[str]:
-        return (text for pattern in patterns for text in Source(pattern, text_column=column).resolve().documents())
+        files = [path for pattern in patterns for path in local_files(pattern)]
+        for path in files:
+            found = Source(str(path), text_column=column).resolve().documents()
+            yield from itertools.islice(found, -(-documents // len(files)))
 
     model.parent.mkdir(parents=True, exist_ok=True)
     Classifier.train(texts(curated), texts(raw)).save(model)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -17,6 +18,7 @@ from pyarrow import parquet
 from standin_hub import serve_dataset
 
 from data_prep.cli import UserError
+from data_prep.lock import locked
 from data_prep.manifest import Manifest
 from data_prep.prepare import Recipe, prepare
 from data_prep.readers import Cursor
@@ -92,11 +94,12 @@ def test_several_validation_shards_and_bin(corpus, undisturbed, tmp_path):
 
 
 KILLED = """
-import os, sys
+import os, pathlib, sys
 from data_prep import manifest, prepare, shards
 count, moment = int(sys.argv.pop()), sys.argv.pop()
 kind, name = {"fsync": (os, "fsync"), "add": (shards.ShardFile, "add"), "hash": (shards, "file_hash"),
-              "manifest": (manifest.Manifest, "write")}[moment]
+              "manifest": (manifest.Manifest, "write"), "rename": (pathlib.Path, "rename"),
+              "replace": (pathlib.Path, "replace")}[moment]
 usual = getattr(kind, name)
 def counted(*args):
     global count
@@ -123,7 +126,10 @@ def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path
     folder = tmp_path / "data"
     shards_seen = [0]
     early = rng.sample([("fsync", 0), ("manifest", 0), ("fsync", 1), ("manifest", 1), ("add", 0)], 3)
-    late = [(moment, rng.randrange(4, 16)) for moment in rng.sample(["fsync", "add", "hash", "manifest"] * 2, 6)]
+    late = [
+        (moment, rng.randrange(4, 16))
+        for moment in rng.sample(["fsync", "add", "hash", "manifest", "rename", "replace"], 6)
+    ]
     for moment, calls in early + late:
         words = [program, *command_line(corpus, folder), moment, str(calls)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -221,22 +227,77 @@ def test_files_that_have_changed_are_noticed(tmp_path):
         prepare(options, tmp_path / "out")
 
 
-def test_two_processes_do_not_write_one_folder(undisturbed, corpus):
-    import fcntl
+def test_two_processes_do_not_write_one_folder(corpus, tmp_path):
+    """The second is refused while the first reads from a pipe that nothing has been written to."""
+    folder = tmp_path / "data"
+    with locked(folder), pytest.raises(UserError, match="is in use by another process"):
+        prepare(recipe(corpus), folder)
+    holder = f"from pathlib import Path; from data_prep.lock import locked\nwith locked(Path({str(folder)!r})): "
+    words = [sys.executable, "-c", holder + "print('held', flush=True); input()"]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"):
+            prepare(recipe(corpus), folder)
+        process.kill()
+    prepare(recipe(corpus, shard_tokens=1_000_000), folder)  # what a killed one leaves does not hold it
+    assert not (folder / ".lock").exists()
 
-    with open(undisturbed / "manifest.json") as _:
-        handle = os.open(undisturbed, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            with pytest.raises(UserError, match="is being prepared by another process"):
-                prepare(recipe(corpus), undisturbed)
-        finally:
-            os.close(handle)
-    Manifest.read(undisturbed)
+
+def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):
+    """A data folder that is a link to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8 at byte 0"):
+        prepare(Recipe(Source(str(tmp_path / "a.txt")), tokenizer="bpe", vocab_size=257), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and not list((tmp_path / "disk").iterdir())
+
+
+def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatch):
+    """Stopped before each of the last manifests: nothing is written twice."""
+    monkeypatch.setattr("data_prep.sources._standard_library", lambda: sorted(Path(json.__file__).parent.glob("*.py")))
+    options = Recipe(Source("builtin"), tokenizer=str(data_folder / "tokenizer"), shard_tokens=5_000)
+    whole = prepare(options, tmp_path / "whole")
+    usual = Manifest.write
+
+    class Stop(BaseException):
+        pass
+
+    for count in range(len(whole.shards) - 2, len(whole.shards) + 2):
+
+        def write(self, folder, last=count):
+            if len(self.shards) >= last:
+                raise Stop
+            usual(self, folder)
+
+        folder = tmp_path / str(count) / "whole"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Manifest, "write", write)
+            if count <= len(whole.shards):
+                with pytest.raises(Stop):
+                    prepare(options, folder)
+        prepare(options, folder)
+        assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded(data_folder, tmp_path):
+    """300 MB of repeated long rows, of which parquet keeps three; a document of 10 million letters; a line of 20 MB."""
+    rows = [f"x{' ' * 200_000}{i}" for i in range(3)]
+    parquet.write_table(pyarrow.table({"text": rows * 500}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 10**7
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("é" * 10_000_000, "end")))
+    (tmp_path / "c.txt").write_text("na" * 10_000_000)
+    program = "from data_prep import prepare; prepare.main(); print(open('/proc/self/status').read())"
+    for name in ("a.parquet", "b.jsonl", "c.txt"):
+        flags = ["--source", tmp_path / name, "--tokenizer", data_folder / "tokenizer", "--shard_tokens", "1000000"]
+        done = run_command(sys.executable, "-c", program, tmp_path / f"{name}.data", *flags, cwd=ROOT)
+        peak = next(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("VmHWM"))
+        assert peak < 900 * 1024, f"{name}: {peak} KiB"
 
 
 def test_a_full_disk_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
-    """The limit on the size of files stands in for the disk: the fourth shard does not fit into the process's quota."""
+    """A write that fails as it does on a full disk stands in for one: the fourth shard does not fit."""
     program = (
         "import errno, os, sys; from data_prep import prepare, shards\n"
         "usual, room = shards.ShardFile.add, [700_000]\n"
@@ -370,7 +431,7 @@ def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
         command("one")
         assert len(read()) == 3
         total = len(Manifest.load(tmp_path / "one" / "data").shards)
-        command("two", "fsync", str(total), words=[killed], expect=-signal.SIGKILL)
+        command("two", "fsync", str(total + total // 4), words=[killed], expect=-signal.SIGKILL)
         position = Manifest.load(tmp_path / "two" / "data").unfinished
         assert position["file"] == 1 and position["record"] + position["tokens"] > 0
         requests.clear()

@@ -13,7 +13,6 @@ from data_prep.adopt import adopt
 from data_prep.cli import UserError
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFile, open_shard
-from data_prep.tokenizer import load_tokenizer
 from data_prep.verify import verify
 
 
@@ -165,23 +164,31 @@ def test_commands_show_a_folder(own_copy):
 
 def test_published_shards_are_used_as_they_are(data_folder, tmp_path):
     """A folder of llm.c's files and nothing else, taken on."""
-    tokenizer = load_tokenizer(data_folder / "tokenizer")
+    folder = tmp_path / "retrieval"  # a name with `val` in it, as those of the files
+    folder.mkdir()
     manifest = Manifest.read(data_folder)
     for shard in manifest.shards:
-        bin_file(tmp_path / shard.file.replace("npy", "bin"), np.load(data_folder / shard.file))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    adopted = adopt(tmp_path, tokenizer)
-    assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}.items()
-    assert Manifest.read(tmp_path) == adopted and list(verify(tmp_path)) == []
+        name = shard.file.replace("npy", "bin").replace("small", "medieval")
+        bin_file(folder / name, np.load(data_folder / shard.file))
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    adopted = adopt(folder, str(data_folder / "tokenizer"))
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.iterdir()}.items()
+    assert Manifest.read(folder) == adopted and list(verify(folder)) == []
     for split in ("train", "val"):
         assert adopted.tokens(split) == manifest.tokens(split)
     assert adopted.tokenizer["sha256"] == manifest.tokenizer["sha256"]
     with pytest.raises(UserError, match=r"has a manifest\.json already"):
-        adopt(tmp_path, tokenizer)
+        adopt(folder)
+
+    # Once more, with the tokenizer beside them: it is taken, and left as it is.
+    (folder / "manifest.json").unlink()
+    (folder / "tokenizer" / "notes.txt").write_text("mine")
+    assert adopt(folder, "gpt2").tokenizer["sha256"] == manifest.tokenizer["sha256"]
+    assert (folder / "tokenizer" / "notes.txt").read_text() == "mine"
 
 
 def test_what_cannot_be_taken_on_is_refused(data_folder, tmp_path):
-    tokenizer = load_tokenizer(data_folder / "tokenizer")
+    tokenizer = str(data_folder / "tokenizer")
     bin_file(tmp_path / "x_val_0.bin", [600, 1])
     with pytest.raises(UserError, match=r"no .npy or .bin files with 'val' and with 'train'"):
         adopt(tmp_path, tokenizer)
@@ -191,5 +198,8 @@ def test_what_cannot_be_taken_on_is_refused(data_folder, tmp_path):
     bin_file(tmp_path / "x_train_1.bin", [600, 7])
     np.save(tmp_path / "x_train_2.npy", np.array([600, 7], dtype=np.uint16))
     with pytest.raises(UserError, match="shards of several kinds"):
+        adopt(tmp_path, tokenizer)
+    np.save(tmp_path / "x_test_2.npy", np.array([600, 7], dtype=np.uint16))
+    with pytest.raises(UserError, match=r"x_test_2\.npy: the name of a shard says either 'val' or 'train'"):
         adopt(tmp_path, tokenizer)
     assert not (tmp_path / "manifest.json").exists()

@@ -102,7 +102,7 @@ def test_chunks_have_the_ids_of_the_whole(tokenizers, size):
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "7", "é", "🙂", "ab ", "=-", "\t\n"])
 def test_degenerate_text_is_encoded_whole(tokenizers, unit):
-    """Two million characters of one kind: memory and time stay in proportion, nothing is lost."""
+    """Two million characters of one kind, in which no word ends: in seconds, and nothing is lost."""
     ours, auto = tokenizers
     text = unit * (2_000_000 // len(unit))
     ids = ours.encode([text])
