@@ -151,7 +151,7 @@ def main() -> None:
     report = clean(config)
     if report is None:
         print(
-            f"queued; once the jobs have ended, {config.output}/{CLEANING_REPORT} is there, and this command prints it; "
+            f"queued; once the jobs have ended, {config.output}/{CLEANING_REPORT} is there and this command prints it; "
             f"if any has failed, remove {config.output}/work/{QUEUED} and run it to queue what is left"
         )
     else:

@@ -282,12 +282,12 @@ def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatc
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded(data_folder, tmp_path):
-    """300 MB of repeated long rows, of which parquet keeps three; a document of 10 million letters; a line of 20 MB."""
+    """120 MB of repeated long rows, of which parquet keeps three; a document of 4 million letters; a line of 8 MB."""
     rows = [f"x{' ' * 200_000}{i}" for i in range(3)]
-    parquet.write_table(pyarrow.table({"text": rows * 500}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": rows * 200}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 10**7
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("é" * 10_000_000, "end")))
-    (tmp_path / "c.txt").write_text("na" * 10_000_000)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("é" * 4_000_000, "end")))
+    (tmp_path / "c.txt").write_text("na" * 4_000_000)
     program = "from data_prep import prepare; prepare.main(); print(open('/proc/self/status').read())"
     for name in ("a.parquet", "b.jsonl", "c.txt"):
         flags = ["--source", tmp_path / name, "--tokenizer", data_folder / "tokenizer", "--shard_tokens", "1000000"]
