@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.manifest import Manifest
 from data_prep.shards import open_shard
-from data_prep.tokenizer import bytes_of_tokens
 
 _BAR, _EXCERPT = 40, 400
 _TOKENS_AT_A_TIME = 1 << 22

@@ -1,21 +1,18 @@
 """Where documents come from: the built-in corpus, files, data sets of the Hub. All but the first are lists of files."""
 
-import ast
 import hashlib
 import json
-import operator
 import random
-import re
-import sys
 import sysconfig
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.cli import UserError
+from data_prep.conditions import Condition
 from data_prep.readers import SUFFIXES, Block, Cursor, read_file
+from data_prep.retries import Retries, is_transient
 
 BUILTIN = "builtin"
 # What data_prep.clean leaves in its output: at the start, and once all is done.
@@ -24,57 +21,6 @@ CLEANING_CONFIG, CLEANING_REPORT = "config.json", "cleaning.json"
 # through starts them anew.
 RESOLVE_DELAYS, RETRY_DELAYS = (1, 2, 4), (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
 _RAW_BLOCK = 1 << 20
-
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-    "in": lambda value, allowed: value in allowed,
-}
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a column of a record must satisfy: `int_score >= 3`, `language == en`, `lang in ['en', 'de']`."""
-
-    column: str
-    comparison: str
-    value: Any
-
-    @classmethod
-    def parse(cls, text: str) -> "Condition":
-        """Read `COLUMN OPERATOR VALUE`; a value that is no Python literal is a string.
-
-        Raises:
-            UserError: for text of another form.
-        """
-        match = re.fullmatch(r"\s*([\w.-]+?)\s*(==|!=|>=|<=|>|<|\bin\b)\s*(.+?)\s*", text)
-        if match is None:
-            raise UserError(f"--where {text!r}: expected COLUMN OPERATOR VALUE, with one of {', '.join(_OPERATORS)}")
-        try:
-            value = ast.literal_eval(match[3])
-        except (ValueError, SyntaxError):
-            value = match[3]
-        if match[2] == "in" and not isinstance(value, list | tuple | set):
-            raise UserError(f"--where {text!r}: `in` takes a list, as in \"language in ['en', 'de']\"")
-        return cls(match[1], match[2], value)
-
-    def holds(self, record: dict[str, Any]) -> bool:
-        """Whether a record satisfies this; one whose column is null does not.
-
-        Raises:
-            UserError: for a column that cannot be compared with the value.
-        """
-        found = record[self.column]
-        if found is None:
-            return False
-        try:
-            return bool(_OPERATORS[self.comparison](found, self.value))
-        except TypeError as error:
-            raise UserError(f"--where {self.column} {self.comparison} {self.value!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -102,7 +48,7 @@ class Source:
             UserError: for a name that stands for no files that we can read.
         """
         conditions = tuple(map(Condition.parse, self.where))
-        retries = _Retries(RESOLVE_DELAYS, "run the same command again")
+        retries = Retries(RESOLVE_DELAYS, "run the same command again")
         while True:
             try:
                 if self.source == BUILTIN:
@@ -187,7 +133,7 @@ class Corpus:
             UserError: for a file or record that cannot be read as text, with its name and place, and for a network
                 that fails for longer than all delays.
         """
-        retries = _Retries(retry_delays, "the same command goes on from the last finished shard")
+        retries = Retries(retry_delays, "the same command goes on from the last finished shard")
         while True:
             try:
                 for block in self._read_from(start):
@@ -225,38 +171,6 @@ class _Unreadable(Exception):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path
-
-
-class _Retries:
-    """What to do about an error: wait and try again, or give up in one line that says what to do."""
-
-    def __init__(self, delays: Sequence[float], remedy: str) -> None:
-        self.delays, self.remedy = delays, remedy
-        self.failures = 0
-
-    def wait(self, where: str, error: BaseException) -> None:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not _is_transient(error):
-            raise UserError(f"{where}: {reason}") from error
-        if self.failures == len(self.delays):
-            raise UserError(
-                f"{where}: the network fails ({reason}), {self.failures + 1} times in a row; {self.remedy}"
-            ) from error
-        delay = self.delays[self.failures]
-        self.failures += 1
-        print(f"{where}: {reason}; attempt {self.failures + 1} in {delay} s", file=sys.stderr, flush=True)
-        time.sleep(delay)
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later. By name: the network libraries of fsspec's protocols are many."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
-        return status >= 500 or status in (408, 429)
-    if "OfflineModeIsEnabled" in names:
-        return False
-    return bool(names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"})
 
 
 def names_files(source: str) -> bool:
@@ -303,7 +217,7 @@ def _corpus_of_the_hub(source: Source, conditions: tuple[Condition, ...], commit
         commit = commit or HfApi().dataset_info(source.source, revision=source.revision).sha
         builder = datasets.load_dataset_builder(source.source, source.name, revision=commit)
     except (HfHubHTTPError, OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
-        if _is_transient(error):
+        if is_transient(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

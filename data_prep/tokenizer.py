@@ -1,17 +1,17 @@
 """Tokenizers: GPT-2's, one trained on the corpus, or any that `AutoTokenizer` loads. tiktoken runs all that it can."""
 
 import hashlib
-import itertools
 import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data_prep.byte_level import byte_level_ranks, chunks, merges, printable, unprintable
 from data_prep.cli import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # Longer documents are encoded in chunks, each of which takes about 100 bytes of memory a character at worst.
 _CHUNK_CHARACTERS = 1 << 20
-_CHUNK_END = re.compile(r"\S(?=[ \n])")
 
 
 class Tokenizer(Protocol):
@@ -88,9 +87,9 @@ class ByteLevelTokenizer:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
-        vocab = {_printable(token): rank for token, rank in self.ranks.items()}
-        merges = [(_printable(left), _printable(right)) for left, right in _merges(self.ranks)]
-        backend = Backend(models.BPE(vocab=vocab, merges=merges))
+        vocab = {printable(token): rank for token, rank in self.ranks.items()}
+        pairs = [(printable(left), printable(right)) for left, right in merges(self.ranks)]
+        backend = Backend(models.BPE(vocab=vocab, merges=pairs))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
@@ -197,7 +196,7 @@ def load_tokenizer(source: str | Path, name: str | None = None) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"tokenizer {name!r} has no tokenizer.json; only those run by the tokenizers library are read")
-    ranks = _byte_level_ranks(json.loads(backend.to_str()), tokenizer.eos_token_id)
+    ranks = byte_level_ranks(json.loads(backend.to_str()), tokenizer.eos_token_id)
     if ranks is not None:
         return ByteLevelTokenizer(name, ranks, tokenizer.eos_token_id)
     return HuggingFaceTokenizer(name, tokenizer)
@@ -225,108 +224,5 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size={vocab_size}: the corpus yields only {backend.get_vocab_size() + 1} tokens; "
             f"choose at most that many, or more text"
         )
-    ranks = {_unprintable(token): rank for token, rank in backend.get_vocab().items()}
+    ranks = {unprintable(token): rank for token, rank in backend.get_vocab().items()}
     return ByteLevelTokenizer(f"bpe-{vocab_size}", ranks, vocab_size - 1)
-
-
-def bytes_of_tokens(tokenizer: Any) -> np.ndarray:
-    """How many bytes of text each id of a `transformers` tokenizer stands for, `[V]` int64; 0 for special tokens.
-
-    Tokens are spelled in one of three ways: in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with
-    U+2581 for a space (SentencePiece). Those that were added to a vocabulary are text.
-    """
-    vocab, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
-    counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
-    byte_level = set("".join(token for token in vocab if token not in added)) <= _CHARACTER_TO_BYTE.keys()
-    for token, number in vocab.items():
-        if number in special:
-            continue
-        if byte_level and token not in added:
-            counts[number] = len(token)
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            counts[number] = 1
-        else:
-            counts[number] = len(token.replace("\u2581", " ").encode("utf-8"))
-    return counts
-
-
-def chunks(text: str, size: int) -> Iterator[str]:
-    """A text in chunks of at most `size` characters that GPT-2's split into words treats as it treats the whole.
-
-    It never joins a space or a line's end to what is before it, unless that is white space too, so a chunk may end
-    there. A chunk without any such place is cut where it is full: `size` characters in a row are no words.
-    """
-    start = 0
-    while len(text) - start > size:
-        stop = start + size
-        for looked_at in (4096, size):
-            places = [match.end() for match in _CHUNK_END.finditer(text, max(start, stop - looked_at), stop + 1)]
-            if places:
-                stop = places[-1]
-                break
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
-def _byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, int] | None:
-    """The ranks with which tiktoken merges as this tokenizer of the `tokenizers` library does; None if it cannot."""
-    model, split = state["model"], state["pre_tokenizer"] or {}
-    plain = (
-        model["type"] == "BPE"
-        and split.get("type") == "ByteLevel"
-        and not split["add_prefix_space"]
-        and split.get("use_regex", True)
-        and state["normalizer"] is None
-        and not any(model.get(name) for name in ("dropout", "byte_fallback", "ignore_merges"))
-        and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
-        and [token["id"] for token in state["added_tokens"]] == [eos_token_id]
-    )
-    if not plain:
-        return None
-    words = {token: number for token, number in model["vocab"].items() if number != eos_token_id}
-    if set(words.values()) != set(range(eos_token_id)) or not set("".join(words)) <= _CHARACTER_TO_BYTE.keys():
-        return None
-    ranks = {_unprintable(token): number for token, number in words.items()}
-    merges = [(_unprintable(left), _unprintable(right)) for left, right in model["merges"]]
-    return ranks if merges == list(_merges(ranks)) else None
-
-
-def _byte_to_character() -> dict[int, str]:
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = (byte for byte in range(256) if byte not in visible)
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
-# GPT-2's spelling of bytes: Latin-1 where that is visible, characters from 256 on for the others.
-_BYTE_TO_CHARACTER = _byte_to_character()
-_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
-
-
-def _printable(token: bytes) -> str:
-    return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
-
-
-def _unprintable(token: str) -> bytes:
-    return bytes(map(_CHARACTER_TO_BYTE.__getitem__, token))
-
-
-def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each token was merged from, in order of rank: what is left of it under the ranks below its own."""
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        possible = [
-            (left, right)
-            for i in range(1, len(token))
-            if ranks.get(left := token[:i], rank) < rank and ranks.get(right := token[i:], rank) < rank
-        ]
-        if len(possible) == 1:  # nearly always
-            yield possible[0]
-            continue
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-            best = min(range(len(pairs)), key=pairs.__getitem__)
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        yield parts[0], parts[1]

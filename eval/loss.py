@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.tokenizer import bytes_of_tokens
 from modeling import GPTModel
 from modeling.loss import IGNORE_INDEX
 

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import UserError
-from data_prep.tokenizer import bytes_of_tokens
 from modeling import GPTConfig, GPTModel, flops_per_token
 from training.batches import Ahead, Batches
 from training.checkpoint import RunState, complete_checkpoints, load_state, load_training_state

@@ -13,8 +13,9 @@ from pyarrow import parquet
 from standin_hub import serve_dataset
 
 from data_prep.cli import UserError
+from data_prep.conditions import Condition
 from data_prep.readers import MAX_TEXT_DOCUMENT, Cursor
-from data_prep.sources import Condition, Source
+from data_prep.sources import Source
 
 TEXTS = ["first\nof two lines", "", "zweiter, ünïcode 🙂", "   ", "third"]
 EXPECTED = [TEXTS[0], TEXTS[2], TEXTS[4]]

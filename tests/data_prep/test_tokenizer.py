@@ -6,13 +6,12 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
+from data_prep.byte_level import bytes_of_tokens, chunks
 from data_prep.cli import UserError
 from data_prep.tokenizer import (
     END_OF_TEXT,
     ByteLevelTokenizer,
     HuggingFaceTokenizer,
-    bytes_of_tokens,
-    chunks,
     gpt2_tokenizer,
     load_tokenizer,
     train_tokenizer,

@@ -1,0 +1,115 @@
+"""Byte-level BPE, GPT-2's kind: how its tokens are spelled, merged and counted in bytes."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+_CHUNK_END = re.compile(r"\S(?=[ \n])")
+
+
+def _byte_to_character() -> dict[int, str]:
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = (byte for byte in range(256) if byte not in visible)
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+# GPT-2's spelling of bytes: Latin-1 where that is visible, characters from 256 on for the others.
+_BYTE_TO_CHARACTER = _byte_to_character()
+_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
+
+
+def printable(token: bytes) -> str:
+    """GPT-2's spelling of a token."""
+    return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
+
+
+def unprintable(token: str) -> bytes:
+    """The bytes that a token of GPT-2's spelling stands for."""
+    return bytes(map(_CHARACTER_TO_BYTE.__getitem__, token))
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """A text in chunks of at most `size` characters that GPT-2's split into words treats as it treats the whole.
+
+    It never joins a space or a line's end to what is before it, unless that is white space too, so a chunk may end
+    there. A chunk without any such place is cut where it is full: `size` characters in a row are no words.
+    """
+    start = 0
+    while len(text) - start > size:
+        stop = start + size
+        for looked_at in (4096, size):
+            places = [match.end() for match in _CHUNK_END.finditer(text, max(start, stop - looked_at), stop + 1)]
+            if places:
+                stop = places[-1]
+                break
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token was merged from, in order of rank: what is left of it under the ranks below its own."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        possible = [
+            (left, right)
+            for i in range(1, len(token))
+            if ranks.get(left := token[:i], rank) < rank and ranks.get(right := token[i:], rank) < rank
+        ]
+        if len(possible) == 1:  # nearly always
+            yield possible[0]
+            continue
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            best = min(range(len(pairs)), key=pairs.__getitem__)
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        yield parts[0], parts[1]
+
+
+def byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, int] | None:
+    """The ranks with which tiktoken merges as this tokenizer of the `tokenizers` library does; None if it cannot."""
+    model, split = state["model"], state["pre_tokenizer"] or {}
+    plain = (
+        model["type"] == "BPE"
+        and split.get("type") == "ByteLevel"
+        and not split["add_prefix_space"]
+        and split.get("use_regex", True)
+        and state["normalizer"] is None
+        and not any(model.get(name) for name in ("dropout", "byte_fallback", "ignore_merges"))
+        and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and [token["id"] for token in state["added_tokens"]] == [eos_token_id]
+    )
+    if not plain:
+        return None
+    words = {token: number for token, number in model["vocab"].items() if number != eos_token_id}
+    if set(words.values()) != set(range(eos_token_id)) or not set("".join(words)) <= _CHARACTER_TO_BYTE.keys():
+        return None
+    ranks = {unprintable(token): number for token, number in words.items()}
+    found = [(unprintable(left), unprintable(right)) for left, right in model["merges"]]
+    return ranks if found == list(merges(ranks)) else None
+
+
+def bytes_of_tokens(tokenizer: Any) -> np.ndarray:
+    """How many bytes of text each id of a `transformers` tokenizer stands for, `[V]` int64; 0 for special tokens.
+
+    Tokens are spelled in one of three ways: in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with
+    U+2581 for a space (SentencePiece). Those that were added to a vocabulary are text.
+    """
+    vocab, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
+    counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
+    byte_level = set("".join(token for token in vocab if token not in added)) <= _CHARACTER_TO_BYTE.keys()
+    for token, number in vocab.items():
+        if number in special:
+            continue
+        if byte_level and token not in added:
+            counts[number] = len(token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            counts[number] = 1
+        else:
+            counts[number] = len(token.replace("\u2581", " ").encode("utf-8"))
+    return counts
