@@ -148,22 +148,25 @@ def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path
 
 @pytest.mark.slow
 def test_killed_from_outside_at_random_times(corpus, undisturbed, tmp_path):
-    """`kill -9` by another process after random times, thirty times over."""
+    """`kill -9` by another process after random times, over and over until it is done, for several folders."""
     rng = random.Random(0)
-    folder = tmp_path / "data"
-    words = [sys.executable, "-m", "data_prep.prepare", *command_line(corpus, folder)]
     kills = 0
-    for _ in range(30):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            process.communicate(timeout=rng.uniform(0.5, 6))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-    assert kills > 3
-    run_command(*words, cwd=ROOT)
-    assert contents(folder) == contents(undisturbed)
+    for number in range(6):
+        folder = tmp_path / str(number) / "data"
+        words = [sys.executable, "-m", "data_prep.prepare", *command_line(corpus, folder)]
+        finished = False
+        while not finished:
+            begun = (folder / "manifest.json").exists() and Manifest.load(folder).shards
+            patience = rng.uniform(1, 6) if begun else rng.uniform(0.5, 2.5)
+            with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+                try:
+                    finished = process.wait(timeout=patience) == 0
+                    assert finished, process.stderr.read()
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    kills += 1
+        assert contents(folder) == contents(undisturbed)
+    assert kills > 6
 
 
 def test_it_goes_on_from_every_shard(corpus, undisturbed, tmp_path):
