@@ -230,8 +230,9 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
     begin = f"from step {state.step}" if state.step else "from random weights"
     total = optimizer.max_steps * optimizer.batch_tokens
     sources = [
-        f"data    {folder}: {manifest.tokens('train'):,} training tokens, {manifest.tokens('val'):,} for validation; "
-        f"{share:.1%} of the run, {share * total / manifest.tokens('train'):.2f} epochs"
+        f"data    {folder}: {manifest.tokens('train'):,} training tokens "
+        f"({share * total / manifest.tokens('train'):.2f} epochs), {manifest.tokens('val'):,} for validation"
+        + (f", {share:.1%} of the run" if len(data.folders) > 1 else "")
         for folder, manifest, share in zip(data.folders, data.manifests, data.shares, strict=True)
     ]
     return "\n".join(

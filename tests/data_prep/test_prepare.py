@@ -1,5 +1,6 @@
 """What preparation writes, however often it is killed and however many threads take part."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -93,6 +94,26 @@ def test_several_validation_shards_and_bin(corpus, undisturbed, tmp_path):
     assert list(verify(tmp_path / "data")) == []
 
 
+class Stop(BaseException):
+    """Stands in for a kill."""
+
+
+@contextlib.contextmanager
+def stopped(shards: int, written: bool):
+    """Stop where the manifest of so many shards, of which it is not the last, has been written, or would be."""
+    usual = Manifest.write
+
+    def write(self, folder):
+        if written or len(self.shards) < shards:
+            usual(self, folder)
+        if len(self.shards) >= shards and (self.unfinished is not None or not written):
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stop):
+        patch.setattr(Manifest, "write", write)
+        yield
+
+
 KILLED = """
 import os, pathlib, sys
 from data_prep import manifest, prepare, shards
@@ -171,30 +192,14 @@ def test_killed_from_outside_at_random_times(corpus, undisturbed, tmp_path):
 
 def test_it_goes_on_from_every_shard(corpus, undisturbed, tmp_path):
     """From the manifests of a folder in all its stages, in particular from where validation ends."""
-    stages = []
-    usual = Manifest.write
-
-    class Stop(BaseException):
-        pass
-
     for stage in range(1, 5):
-
-        def write(self, folder, stage=stage):
-            usual(self, folder)
-            if len(self.shards) == stage:
-                raise Stop
-
         folder = tmp_path / str(stage) / "data"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Manifest, "write", write)
-            with pytest.raises(Stop):
-                prepare(recipe(corpus), folder)
-        stages.append(len(Manifest.load(folder).shards))
+        with stopped(stage, written=True):
+            prepare(recipe(corpus), folder)
         with pytest.raises(UserError, match=f"has not finished .{stage} shards so far."):
             Manifest.read(folder)
         prepare(recipe(corpus), folder)
         assert contents(folder) == contents(undisturbed)
-    assert stages == [1, 2, 3, 4]
 
 
 def test_preparing_again_changes_nothing(corpus, undisturbed):
@@ -256,31 +261,27 @@ def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):
     assert (tmp_path / "link").is_symlink() and not list((tmp_path / "disk").iterdir())
 
 
-def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatch):
-    """Stopped before each of the last manifests: nothing is written twice."""
+@pytest.mark.parametrize("written", [True, False])
+def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatch, written):
+    """Stopped at each of the last manifests: nothing is written twice."""
     monkeypatch.setattr("data_prep.sources._standard_library", lambda: sorted(Path(json.__file__).parent.glob("*.py")))
     options = Recipe(Source("builtin"), tokenizer=str(data_folder / "tokenizer"), shard_tokens=5_000)
     whole = prepare(options, tmp_path / "whole")
-    usual = Manifest.write
-
-    class Stop(BaseException):
-        pass
-
-    for count in range(len(whole.shards) - 2, len(whole.shards) + 2):
-
-        def write(self, folder, last=count):
-            if len(self.shards) >= last:
-                raise Stop
-            usual(self, folder)
-
+    for count in range(len(whole.shards) - 2, len(whole.shards) + 1):
         folder = tmp_path / str(count) / "whole"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Manifest, "write", write)
-            if count <= len(whole.shards):
-                with pytest.raises(Stop):
-                    prepare(options, folder)
+        with stopped(count, written):
+            prepare(options, folder)
         prepare(options, folder)
         assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_killed_beginning_leaves_nothing_to_another_recipe(corpus, tmp_path):
+    """Killed between the first shard and its manifest; then the folder is made in another format."""
+    with stopped(1, written=False):
+        prepare(recipe(corpus), tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").glob("*.npy")] == ["data_val_000000.npy"]
+    prepare(recipe(corpus, format="bin"), tmp_path / "data")
+    assert list(verify(tmp_path / "data")) == [] and not list((tmp_path / "data").glob("*.npy"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
