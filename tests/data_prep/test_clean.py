@@ -233,6 +233,7 @@ def test_all_that_is_wrong_with_a_configuration_is_said_at_once(tmp_path):
         yaml.safe_dump(
             {
                 "sources": {"web": str(tmp_path / "none"), "../up": str(tmp_path / "web"), "code": "builtin"},
+                "output": str(tmp_path / "web" / "out"),
                 "ouput": "x",
                 "tasks": 0,
                 "executor": "slrum",
@@ -252,7 +253,7 @@ def test_all_that_is_wrong_with_a_configuration_is_said_at_once(tmp_path):
         read_config(tmp_path / "c.yaml")
     for problem in (
         "unknown 'ouput'; did you mean 'output'?",
-        "output: no folder is named",
+        "lies within sources.../up=",
         "tasks=0: should be at least 1",
         "executor: unknown 'slrum'; did you mean 'slurm'?",
         "language='klingon'",

@@ -233,6 +233,10 @@ def test_files_that_have_changed_are_noticed(tmp_path):
     (tmp_path / "in" / "b.txt").write_text("more")
     with pytest.raises(UserError, match=r"files=1 \(now: 2\), bytes="):
         prepare(options, tmp_path / "out")
+    (tmp_path / "in" / "b.txt").unlink()
+    (tmp_path / "in" / "a.jsonl").rename(tmp_path / "in" / "c.jsonl")
+    with pytest.raises(UserError, match="was made with names_and_sizes="):
+        prepare(options, tmp_path / "out")
 
 
 def test_two_processes_do_not_write_one_folder(corpus, tmp_path):

@@ -9,6 +9,7 @@ import sys
 
 import pyarrow
 import pytest
+from conftest import ROOT
 from pyarrow import parquet
 from standin_hub import serve_dataset
 
@@ -262,3 +263,40 @@ def test_what_is_no_name_of_a_data_set():
     for missing in ("user/corpus.txt", "./user/corpus", "a/b/c", "corpus"):
         with pytest.raises(UserError, match="no such file or folder"):
             documents(missing)
+
+
+def test_the_file_that_is_broken_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "b.jsonl.gz")
+    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:20] + b"rubbish")
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz: "):
+        documents(tmp_path)
+
+
+def test_conditions_need_columns(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    with pytest.raises(UserError, match=r"a\.txt: plain text has no columns for --where"):
+        documents(tmp_path, where=("n > 3",))
+    with pytest.raises(UserError, match=r"'builtin' is plain text; --name, .* and --where do not apply"):
+        documents("builtin", where=("n > 3",))
+
+
+def test_an_unfinished_cleaning_is_no_source(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="its cleaning has not finished"):
+        documents(tmp_path)
+    (tmp_path / "cleaning.json").write_text("[]")
+    assert documents(tmp_path) == EXPECTED
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path):
+    program = "from data_prep import cli, prepare, sources; sources.RESOLVE_DELAYS = (0,); cli.run(prepare.main)"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    words = [sys.executable, "-c", program, "data", "--source", "user/corpus"]
+    done = subprocess.run(
+        words, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path
+    )
+    *retried, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last.startswith("error: source 'user/corpus': the network fails ("), done.stderr
+    assert len(retried) == 1 and "attempt 2 in 0 s" in retried[0] and not (tmp_path / "data").exists()

@@ -149,6 +149,7 @@ def test_any_tokenizer_has_the_ids_of_autotokenizer(other_kinds, kind, tmp_path)
     assert isinstance(ours, HuggingFaceTokenizer) and ours.vocab_size == len(auto)
     looks_special = "a </s> b <|im_start|> </s></s>"
     assert ours.eos_token_id not in ours.encode([looks_special])[1:]
+    assert ours.eos_token_id not in ours.encode(["full width \uff1c/s\uff1e, which NFKC makes <\uff0fs>"])[1:]
     if kind == "unigram":  # to which the special tokens' spelling is a word like any other
         assert ours.encode([looks_special])[1:].tolist() != ours.encode(["a  b <|im_start|> "])[1:].tolist()
         looks_special = "nothing special"
@@ -158,6 +159,14 @@ def test_any_tokenizer_has_the_ids_of_autotokenizer(other_kinds, kind, tmp_path)
         assert ids == [auto.eos_token_id, *expected] and auto.eos_token_id not in ids[1:], repr(text)
     ours.save(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == auto.get_vocab()
+
+
+def test_added_tokens_count_as_the_text_that_they_are(other_kinds):
+    auto = AutoTokenizer.from_pretrained(other_kinds / "llama3")
+    auto.add_tokens(["  ", "über"])
+    text = "a  b über  c"
+    ids = auto(text)["input_ids"]
+    assert len(auto) - 1 in ids and bytes_of_tokens(auto)[ids].sum() == len(text.encode())
 
 
 def test_tokenizers_that_cannot_be_used_are_refused(other_kinds, tmp_path):
