@@ -27,6 +27,7 @@ VARIANTS = {
 def random_stock_model(seed=0, **fields) -> GPT2LMHeadModel:
     """Stock GPT-2 with every weight random, biases and norms too: a wrong one must show."""
     config = GPT2Config(**{**SMALL, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **fields})
+    torch.manual_seed(seed)
     model = GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,7 +53,7 @@ def test_logits_loss_and_gradients_are_those_of_stock(fields, attention, tmp_pat
     ids = tokens(3, 40)
     theirs, mine = stock(ids, labels=ids), ours(ids, labels=ids)
     torch.testing.assert_close(mine.logits, theirs.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(mine.loss, theirs.loss, atol=5e-6, rtol=0)  # ten units in the last place
     theirs.loss.backward()
     mine.loss.backward()
     gradients = {name: p.grad for name, p in stock.named_parameters()}
