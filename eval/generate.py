@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_prep.cli import ArgumentParser, UserError, run
-from eval.loss import load_model
+from eval.models import load_model
 from modeling import GPTModel
 
 

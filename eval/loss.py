@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
-from modeling import GPTModel
+from eval.models import load_model
 from modeling.loss import IGNORE_INDEX
 
 
@@ -39,25 +39,6 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """Cross entropy for each byte of text: comparable between tokenizers, as nats per token are not."""
     return nats / math.log(2) / text_bytes if text_bytes else math.nan
-
-
-def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
-    """A model in evaluation mode and its tokenizer, from a folder or the Hub.
-
-    Raises:
-        UserError: where there is none, or one that is not GPT-2's.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: {str(error).strip().splitlines()[0]}") from error
-    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
 def read_tokens(data: Path, tokenizer: Any) -> Tensor:

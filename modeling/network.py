@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling.configuration import GPTConfig
 from modeling.conversion import to_disk_layout
-from modeling.loss import IGNORE_INDEX, linear_cross_entropy
+from modeling.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
 
 
 def eager_attention(
@@ -237,6 +237,7 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_reduction: Literal["mean", "none"] = "mean",
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
@@ -251,11 +252,13 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             labels: `[B, T]`, usually `input_ids` itself: shifted here. -100 is ignored.
             shift_labels: `[B, T]`, already shifted: position t holds the token that follows `input_ids[:, t]`.
             num_items_in_batch: divides the summed loss in place of the number of labels (gradient accumulation).
+            loss_reduction: "none" for the loss of each token, `[B, T]`, 0 where ignored: for evaluation, as all logits
+                would be kept for a backward pass.
             logits_to_keep: compute only the last so many logits (0: all), or those at the given indices.
             skip_logits: leave the logits out where the loss is what is wanted; by default, when training with labels.
 
         Returns:
-            `loss`, a float32 scalar in nats per token, and `logits` `[B, T, V]`, each None where not computed.
+            `loss`, float32 in nats per token, a scalar if reduced, and `logits` `[B, T, V]`, each None where not computed.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids,
@@ -273,7 +276,10 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         loss = None
         if shift_labels is not None:
             targets = shift_labels.reshape(-1).to(hidden.device)
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch)
+            if loss_reduction == "none":
+                loss = token_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets).view_as(shift_labels)
+            else:
+                loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch)
         if skip_logits is None:
             skip_logits = self.training and loss is not None
         return CausalLMOutputWithPast(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -301,8 +300,3 @@ def _raise(problems: list[str]) -> None:
         raise UserError(problems[0])
     if problems:
         raise UserError(f"{len(problems)} problems with the settings:" + "".join(f"\n  - {p}" for p in problems))
-
-
-def processes_launched() -> int:
-    """The number of processes of this launch, known before any of them has joined the others."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

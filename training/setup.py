@@ -12,15 +12,17 @@ from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import UserError
+from eval.launch import on_cpu
+from eval.models import compile_blocks
 from modeling import GPTConfig, GPTModel, flops_per_token
 from training.batches import Ahead, Batches
 from training.checkpoint import RunState, complete_checkpoints, load_state, load_training_state
-from training.config import TrainingConfig, processes_launched
+from training.config import TrainingConfig
 from training.data import Data, load_data, validation_sequences
 from training.environment import write_environment
 from training.metrics import RunLog, peak_flops
 from training.optimizer import make_optimizer
-from training.topology import describe_device, make_accelerator, on_cpu
+from training.topology import describe_device, make_accelerator
 
 
 @dataclass
@@ -93,7 +95,7 @@ def setup(config: TrainingConfig) -> Run:
 
     transformers_logging.disable_progress_bar()
     checkpoint = find_checkpoint(config)
-    accelerator = make_accelerator(config, processes_launched())
+    accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         data = load_data(config)
     state = RunState(data=data.identity(config))
@@ -217,8 +219,7 @@ def make_model(config: TrainingConfig, data: Data, checkpoint: Path | None) -> G
         # Renamed between the versions of transformers that this runs with.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available() and not on_cpu()):
-        for block in model.transformer.h:  # in place, so that no wrapper's name gets into the weights
-            block.compile()
+        compile_blocks(model)
     return model.train()
 
 

@@ -14,9 +14,10 @@ import torch
 from data_prep import cli
 from data_prep.cli import UserError
 from eval.generate import generate
+from eval.launch import processes_launched
 from eval.loss import bits_per_byte, summed_loss
 from training.checkpoint import complete_checkpoints, prune_checkpoints, save_checkpoint
-from training.config import check_config, parse_config, processes_launched
+from training.config import check_config, parse_config
 from training.metrics import peak_memory
 from training.schedule import cosine_with_warmup
 from training.setup import Run, setup

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.cli import UserError, run
 from eval.generate import generate
-from eval.loss import load_model, read_tokens
+from eval.loss import read_tokens
+from eval.models import load_model
 from eval.plot import plot_losses, read_log
 
 

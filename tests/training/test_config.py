@@ -5,9 +5,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from data_prep.cli import UserError
+from eval.launch import on_cpu
 from modeling import PRESETS
 from training.config import check_config, parse_config
-from training.topology import _precision, make_accelerator, on_cpu
+from training.topology import _precision, make_accelerator
 
 from conftest import ROOT  # isort: skip
 
@@ -131,7 +132,7 @@ def test_every_launch_file_is_there():
 def test_deepspeed_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="the launch file asks for DeepSpeed"):
-        make_accelerator(parse_config([]), 1)
+        make_accelerator(parse_config([]))
 
 
 def test_a_launch_file_for_the_cpu_means_the_cpu(monkeypatch):

@@ -1,0 +1,58 @@
+"""Processes and devices: what a launch asked for, and what it got."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from data_prep.cli import UserError
+
+
+def make_accelerator(**kwargs: Any) -> Accelerator:
+    """The Accelerator of this process; `kwargs` are passed on.
+
+    Raises:
+        UserError: where the launch asked for processes or devices that it did not get.
+    """
+    cpu_only = on_cpu()
+    _check_launch(cpu_only, processes_launched())
+    if cpu_only:
+        torch.set_num_threads(_threads())
+    # Without an accelerator, several processes join through gloo only if the script says that it means the CPU.
+    return Accelerator(cpu=cpu_only, **kwargs)
+
+
+def processes_launched() -> int:
+    """The number of processes of this launch, known before any of them has joined the others."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_cpu() -> bool:
+    """Whether this process is on the CPU, for want of an accelerator or because the launch file says so."""
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+
+
+def _threads() -> int:
+    """Threads for this process: its share of the cores, unless OMP_NUM_THREADS asks for another number than 1, which
+    is what `accelerate launch` sets where nobody chose."""
+    chosen = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return chosen if chosen > 1 else max(1, cores // local_processes)
+
+
+def _check_launch(cpu_only: bool, num_processes: int) -> None:
+    # The launcher of a single process names a master address only where the launch file asked for more than one.
+    asked_for_more = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if asked_for_more and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise UserError(
+            "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
+            "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"
+        )
+    # cpu_ddp.yaml hides the GPUs on purpose; a launch that does not meant to have them.
+    if cpu_only and num_processes > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"):
+        raise UserError(
+            f"the launch asked for {num_processes} processes on GPUs, and torch sees none; for several processes on "
+            f"CPUs use accelerate_configs/cpu_ddp.yaml"
+        )

@@ -1,0 +1,61 @@
+"""A trained model and its tokenizer, from a folder or the Hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.cli import UserError
+from modeling import GPTModel
+
+
+def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
+    """A model in float32 and evaluation mode, and its tokenizer, from a folder or the Hub.
+
+    Raises:
+        UserError: where there is none, or one that is not GPT-2's, or no tokenizer beside it.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+        raise UserError(
+            f"model {name!r}: no tokenizer in that folder; copy tokenizer.json and tokenizer_config.json to it"
+        )
+    try:
+        model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
+
+
+def compile_blocks(model: GPTModel) -> None:
+    """Compile each block, in place, so that no wrapper's name gets into the weights."""
+    for block in model.transformer.h:
+        block.compile()
+
+
+def is_compiled(model: GPTModel) -> bool:
+    """Whether the model or its blocks run compiled, and so should see few shapes."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def evaluating(model: GPTModel, attn_implementation: str | None = None) -> Iterator[None]:
+    """Evaluate without gradients and dropout, with another attention kernel if one is named; then all is as before."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        if attn_implementation is not None:
+            model.set_attn_implementation(attention)
