@@ -78,7 +78,7 @@ def score(
     slots = sum(len(question.endings) for question in questions)
     nats = torch.zeros(slots, dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64)
     width = min(_ROW_TOKENS, model.config.n_positions) if is_compiled(model) else None
-    rows = _pack(_trees(questions, model.config.n_positions, width), width)
+    rows = _pack(_trees(questions, model.config.n_positions, width or model.config.n_positions), width)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with evaluating(model, "sdpa"):  # the one kernel that takes any mask on any device
         for turn in range(0, len(batches), accelerator.num_processes):
@@ -100,8 +100,8 @@ def score(
     return [[next(summed) for _ in question.endings] for question in questions]
 
 
-def _trees(questions: Sequence[Question], n_positions: int, width: int | None) -> Iterator[_Tree]:
-    """Each question as one tree; as several where endings leave different contexts, or exceed the `width` of a row."""
+def _trees(questions: Sequence[Question], n_positions: int, room: int) -> Iterator[_Tree]:
+    """Each question as one tree; as several where endings leave different contexts, or exceed the `room` of a row."""
     slot = 0
     for question in questions:
         trees: dict[int, _Tree] = {}
@@ -113,7 +113,7 @@ def _trees(questions: Sequence[Question], n_positions: int, width: int | None) -
                 )
             context = question.context[-(n_positions + 1 - len(ending)) :]
             tree = trees.get(len(context))
-            if tree is None or (width and len(tree) + len(ending) > width):
+            if tree is None or len(tree) + len(ending) > room:
                 if tree is not None:
                     yield tree
                 tree = trees[len(context)] = _Tree(context[:-1], [])

@@ -258,7 +258,8 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             skip_logits: leave the logits out where the loss is what is wanted; by default, when training with labels.
 
         Returns:
-            `loss`, float32 in nats per token, a scalar if reduced, and `logits` `[B, T, V]`, each None where not computed.
+            `loss`, float32 in nats per token, a scalar if reduced, and `logits` `[B, T, V]`, each None if not
+            computed.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids,

@@ -1,0 +1,154 @@
+"""HellaSwag against EleutherAI's harness and against the peer's loop over items, one at a time."""
+
+import contextlib
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_command
+from torch.nn import functional as F
+
+from data_prep.tokenizer import gpt2_tokenizer
+from eval.hellaswag import HellaSwag, read_items
+from eval.launch import make_accelerator
+from eval.models import compile_blocks, load_model
+from modeling import GPTConfig, GPTModel
+
+TOLERANCE = 2e-3  # nats, of sums of some 300: float32 logits summed in another order
+
+
+@pytest.fixture(scope="module")
+def data(shared):
+    return shared / "data" / "hellaswag_val.jsonl"
+
+
+@pytest.fixture(scope="module")
+def random_model(shared, tmp_path_factory):
+    """A checkpoint of random weights with GPT-2's tokenizer; weights large enough that endings differ in likelihood."""
+    folder = tmp_path_factory.mktemp("random")
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_positions=256, initializer_range=0.2))
+    model.save_pretrained(folder)
+    gpt2_tokenizer().save(folder)
+    return folder
+
+
+def one_item_at_a_time(folder, items):
+    """Summed and mean loss of each ending, as build-nanogpt's loop finds them: four padded rows an item."""
+    import tiktoken
+    from transformers import GPT2LMHeadModel
+
+    model, encoding = GPT2LMHeadModel.from_pretrained(folder).eval(), tiktoken.get_encoding("gpt2")
+    for item in items:
+        context = encoding.encode(item["ctx"])
+        endings = [encoding.encode(" " + ending) for ending in item["endings"]]
+        width = len(context) + max(map(len, endings))
+        tokens = torch.tensor([context + ending + [0] * (width - len(context + ending)) for ending in endings])
+        with torch.no_grad():
+            logits = model(tokens).logits
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        sums = [losses[n, len(context) - 1 :][: len(ending)].sum().item() for n, ending in enumerate(endings)]
+        yield sums, [total / len(ending) for total, ending in zip(sums, endings, strict=True)]
+
+
+def in_the_harness(folder, data, limit, here):
+    """Of each item: the summed loss of its endings, and whether it counts for acc and for acc_norm; the two scores."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    (here / "data" / "evaluation").mkdir(parents=True)
+    (here / "data" / "evaluation" / data.name).symlink_to(data.resolve())
+    with contextlib.chdir(here):
+        found = lm_eval.simple_evaluate(
+            "hf",
+            {"pretrained": str(folder), "dtype": "float32"},
+            ["hellaswag_local"],
+            task_manager=TaskManager(include_path=str(ROOT / "eval" / "tasks")),
+            limit=limit,
+            batch_size=16,
+            device="cpu",
+            bootstrap_iters=0,
+        )
+    samples = sorted(found["samples"]["hellaswag_local"], key=lambda sample: sample["doc_id"])
+    scores = found["results"]["hellaswag_local"]
+    return (
+        [[-float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples],
+        [(sample["acc"], sample["acc_norm"]) for sample in samples],
+        (scores["acc,none"], scores["acc_norm,none"]),
+    )
+
+
+def evaluate(folder, items, rule, batch_size=16, compiled=False):
+    accelerator = make_accelerator()
+    model, tokenizer = load_model(str(folder), accelerator.device)
+    if compiled:
+        compile_blocks(model)
+    return HellaSwag.prepare(items, rule, tokenizer).evaluate(accelerator, model, batch_size)
+
+
+def chosen(costs):
+    return [row.index(min(row)) for row in costs]
+
+
+def check_against_both(folder, data, limit, here):
+    """Every item's losses and choices, by both rules."""
+    items = read_items(data)[:limit]
+    result = evaluate(folder, items, "completion")
+    sums, means = zip(*one_item_at_a_time(folder, items), strict=True)
+    torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(sums), atol=TOLERANCE, rtol=0, check_dtype=False)
+    labels = [item["label"] for item in items]
+    assert result.acc == sum(a == b for a, b in zip(chosen(sums), labels, strict=True)) / len(items)
+    assert result.acc_norm == sum(a == b for a, b in zip(chosen(means), labels, strict=True)) / len(items)
+    assert chosen(result.nats) == chosen(sums)
+
+    result = evaluate(folder, items, "lm_eval")
+    losses, correct, scores = in_the_harness(folder, data, limit, here)
+    torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(losses), atol=TOLERANCE, rtol=0)
+    assert chosen(result.nats) == chosen(losses)
+    normed = [
+        [n / len(e) for n, e in zip(*pair, strict=True)] for pair in zip(result.nats, choices(items), strict=True)
+    ]
+    ours = [
+        (float(sums == label), float(norm == label))
+        for sums, norm, label in zip(chosen(result.nats), chosen(normed), labels, strict=True)
+    ]
+    assert ours == correct
+    assert (result.acc, result.acc_norm) == pytest.approx(scores, abs=1e-12)
+
+
+def choices(items):
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    return [[preprocess(ending) for ending in item["endings"]] for item in items]
+
+
+def test_items_agree_with_the_harness_and_with_the_loop_over_items(random_model, data, tmp_path):
+    check_against_both(random_model, data, 60, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_items_agree(random_model, data, tmp_path):
+    check_against_both(random_model, data, 10_042, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_items_agree_after_some_training(data, tmp_path):
+    """As above, for a model trained on some text, in real processes."""
+    from conftest import launch
+
+    text, prepared = data.with_name("wikitext2_valid.txt"), tmp_path / "data" / "wikitext"
+    run_command(sys.executable, "-m", "data_prep.prepare", prepared, "--source", text, cwd=ROOT)
+    size = ["--n_layer", "2", "--n_embd", "48", "--n_head", "3", "--n_positions", "256", "--max_steps", "60"]
+    launch("--data", prepared, "--run_name", "some", "--val_tokens", "4096", "--sample_every", "0", *size, cwd=tmp_path)
+    check_against_both(tmp_path / "runs" / "some" / "checkpoints" / "step_00000060", data, 10_042, tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["completion", "lm_eval"])
+def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
+    items = read_items(data)[5000:5040]
+    expected = evaluate(random_model, items, rule, batch_size=64)
+    for options in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 3, "compiled": True}):
+        result = evaluate(random_model, items, rule, **options)
+        assert (result.acc, result.acc_norm) == (expected.acc, expected.acc_norm)
+        assert chosen(result.nats) == chosen(expected.nats)
+        torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(expected.nats), atol=1e-3, rtol=0)
