@@ -1,6 +1,8 @@
 """Report which evaluation items are in the finished shards of a data folder.
 
 python -m data_prep.contamination data/fineweb-edu --against hellaswag_val.jsonl
+
+The folder's `contamination.json` keeps it, for the report of a run on this data.
 """
 
 import itertools
@@ -8,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.manifest import Manifest
 from data_prep.shards import open_shard
 
+FILE_NAME = "contamination.json"
 EXAMPLES = 5
 _CHUNK_TOKENS, _BATCH_DOCUMENTS = 2**20, 256
 
@@ -147,6 +151,27 @@ def contamination(folder: Path, against: list[Path], fields: list[str] | None = 
     return [search.result() for search in searches]
 
 
+def record(folder: Path, found: list[Contamination]) -> None:
+    """Write what was found to `contamination.json` of the data folder, beside what was found of other sets before."""
+    kept = [one for one in recorded(folder) or [] if one["file"] not in {new.file for new in found}]
+    content = {"shards_sha256": Manifest.read(folder).shards_sha256, "sets": kept + [asdict(one) for one in found]}
+    temporary = folder / f".{FILE_NAME}.partial"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(folder / FILE_NAME)
+
+
+def recorded(folder: Path) -> list[dict[str, Any]] | None:
+    """What was found in the shards that `folder` has now, by evaluation set; None if they were not searched."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["sets"] if content["shards_sha256"] == Manifest.read(folder).shards_sha256 else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what data_prep.contamination writes ({error}); remove it") from error
+
+
 def documents(folder: Path, manifest: Manifest) -> Iterator[str]:
     """The text of each document of a data folder, in order, whether or not it lies in one shard."""
     from tokenizers import Tokenizer
@@ -182,14 +207,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="data folder, as data_prep.prepare makes it")
     parser.add_option("against", type=Path, nargs="+", required=True, metavar="FILE", help="sets: .jsonl, .txt")
     parser.add_option("fields", nargs="+", help="of a record that make up an item; HellaSwag's, or every string")
-    parser.add_option("json", type=Path, metavar="FILE", help="write the report there as well, as JSON")
     args = parser.parse_args()
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: no such folder")
     found = contamination(args.folder, args.against, args.fields)
     print("\n".join(map(str, found)))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n", encoding="utf-8")
+    record(args.folder, found)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`manifest.json`: what a data folder holds, where it came from, and how to tell that it is whole."""
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -55,6 +56,11 @@ class Manifest:
     def tokens(self, split: str) -> int:
         """The number of tokens in `train` or `val`."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    @property
+    def shards_sha256(self) -> str:
+        """One hash for all shards, in their order."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`; it is replaced as a whole or not at all."""

@@ -47,6 +47,10 @@ class Result:
     truncated: int
     nats: list[list[float]]
 
+    def metrics(self) -> dict[str, float]:
+        """The scores under names that say which rule they follow."""
+        return {f"hellaswag/{self.rule}/acc": self.acc, f"hellaswag/{self.rule}/acc_norm": self.acc_norm}
+
     def __str__(self) -> str:
         def shown(share: float) -> str:
             return f"{share:.4f} ± {math.sqrt(share * (1 - share) / max(self.items - 1, 1)):.4f}"

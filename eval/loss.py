@@ -1,11 +1,11 @@
-"""Validation loss and bits per byte of a model, on a data folder or a text file.
+"""Loss, perplexity and bits per byte of a model, on a data folder or a text file.
 
 python -m eval.loss runs/quickstart/checkpoints/step_00000800 --data data/quickstart
-python -m eval.loss gpt2 --data some.txt
+python -m eval.loss gpt2 --data some.txt --stride 512
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,39 @@ from torch import Tensor, nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
-from eval.models import load_model
+from eval.models import evaluating, load_model
 from modeling.loss import IGNORE_INDEX
 
 
-@torch.no_grad()
 def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
     """The summed cross entropy in nats, and the number of labels, over `batches` of `input_ids`, `shift_labels` and
     whatever else the model takes, `[B, T]` each.
 
     Labels of -100 are not counted. The model is evaluated without dropout and left in the mode it was in.
     """
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        total += model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss.item()
-        count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            total += model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss.item()
+            count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     return total, count
+
+
+def language_modeling_scores(nats: float, tokens: int, text_bytes: int) -> dict[str, float]:
+    """What a summed cross entropy says of a text.
+
+    Args:
+        nats: the summed cross entropy, in nats.
+        tokens, text_bytes: that it was summed over.
+
+    Returns:
+        `loss` in nats per token and `perplexity`, comparable for one tokenizer; `bits_per_byte`, comparable between
+        tokenizers; NaN where there is nothing to divide by.
+    """
+    loss = nats / tokens if tokens else math.nan
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte(nats, text_bytes)}
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
@@ -69,16 +82,23 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
     return torch.tensor([tokenizer.eos_token_id, *ids])
 
 
-def windows(tokens: Tensor, length: int, batch_size: int) -> Iterable[dict[str, Tensor]]:
-    """All of `tokens` `[N]` as labels once, in consecutive windows of `length`; the last batch may be shorter."""
-    count = (len(tokens) - 1) // length
-    for first in range(0, count, batch_size):
-        rows = min(batch_size, count - first)
-        chunk = tokens[first * length : (first + rows) * length + 1]
-        yield {"input_ids": chunk[:-1].view(rows, length), "shift_labels": chunk[1:].view(rows, length)}
-    rest = tokens[count * length :]
-    if len(rest) > 1:
-        yield {"input_ids": rest[None, :-1], "shift_labels": rest[None, 1:]}
+def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """All of `tokens` `[N]` but the first as labels once, in windows of `length` that move on by `stride`.
+
+    A window predicts what the one before did not, from all that it has room for: with `stride` equal to `length` these
+    are the windows of the rolling log-likelihood of EleutherAI's harness, with a smaller one each token but the first
+    `length` is predicted from at least `length - stride` before it.
+    """
+    last = len(tokens) - 1
+    ends = [min(length, last)]
+    while ends[-1] < last:
+        ends.append(min(ends[-1] + stride, last))
+    for first in range(0, len(ends), batch_size):
+        stops = torch.tensor(ends[first : first + batch_size])[:, None]
+        places = stops - ends[0] + torch.arange(ends[0])
+        predicted = torch.tensor([0, *ends])[first : first + len(stops), None]
+        labels = tokens[places + 1].where(places >= predicted, IGNORE_INDEX)
+        yield {"input_ids": tokens[places], "shift_labels": labels}
 
 
 def main() -> None:
@@ -86,22 +106,28 @@ def main() -> None:
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=Path, required=True, help="data folder (its validation split) or text file")
     parser.add_option("length", type=int, help="tokens in a window; the model's n_positions by default")
+    parser.add_option("stride", type=int, help="tokens from one window to the next; the length by default")
     parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
     length = model.config.n_positions if args.length is None else args.length
+    stride = length if args.stride is None else args.stride
     if args.batch_size < 1:
         raise UserError(f"batch_size={args.batch_size} must be at least 1")
     if not 1 <= length <= model.config.n_positions:
         raise UserError(f"length={length}: a window has between 1 and n_positions={model.config.n_positions} tokens")
+    if not 1 <= stride <= length:
+        raise UserError(f"stride={stride} must lie between 1 and the length of a window, {length}")
     tokens = read_tokens(args.data, tokenizer)
     if len(tokens) < 2:
         raise UserError(f"{args.data}: no text in it")
-    nats, count = summed_loss(model, windows(tokens, length, args.batch_size))
+    nats, count = summed_loss(model, windows(tokens, length, stride, args.batch_size))
     text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum())
+    scores = language_modeling_scores(nats, count, text_bytes)
     print(
-        f"loss {nats / count:.4f} nats per token, perplexity {math.exp(nats / count):.2f}, "
-        f"{bits_per_byte(nats, text_bytes):.4f} bits per byte ({count:,} tokens, windows of {length})"
+        f"loss {scores['loss']:.4f} nats per token, perplexity {scores['perplexity']:.2f}, "
+        f"{scores['bits_per_byte']:.4f} bits per byte ({count:,} tokens, windows of {length}"
+        + (f" every {stride})" if stride < length else ")")
     )
 
 

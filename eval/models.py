@@ -34,6 +34,12 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
+def check_folder(name: str) -> None:
+    """Check that a folder, if `name` is one, holds a tokenizer beside the model (`UserError`)."""
+    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+        raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
+
+
 def compile_blocks(model: GPTModel) -> None:
     """Compile each block, in place, so that no wrapper's name gets into the weights."""
     for block in model.transformer.h:

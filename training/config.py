@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from data_prep.cli import UserError, unknown_name
+from eval.hellaswag import RULES
 from modeling import PRESETS
 
 QUICKSTART_DATA = "data/quickstart"
@@ -90,6 +91,17 @@ class RunSettings:
         default_factory=lambda: ["def", "import", "class"], metadata={"help": "texts to continue"}
     )
     sample_tokens: int = _field(64, "tokens to continue each of them by")
+    hellaswag_every: int = _field(0, "steps between two evaluations on HellaSwag; 0 for none")
+    hellaswag_data: str | None = _field(None, "hellaswag_val.jsonl; downloaded if not given")
+    hellaswag_limit: int | None = _field(None, "only the first so many of its items")
+    hellaswag_rules: list[str] = dataclasses.field(
+        default_factory=lambda: ["completion"], metadata={"help": "to score by: completion, lm_eval or both"}
+    )
+    lm_eval_every: int = _field(0, "steps between two runs of the lm-evaluation-harness; 0 for none")
+    lm_eval_tasks: list[str] = dataclasses.field(
+        default_factory=lambda: ["gpt2_zero_shot"], metadata={"help": "its tasks and groups"}
+    )
+    lm_eval_limit: int | None = _field(None, "only the first so many items of each task")
     save_every: int = _field(400, "steps between two checkpoints; the last step always has one")
     keep_last: int = _field(2, "checkpoints to keep beside the one with the best validation loss")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _field(
@@ -230,6 +242,7 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
                 f"warmup_steps={optimizer.warmup_steps} exceeds max_steps={optimizer.max_steps}; warm up for fewer"
             )
     problems += _data_problems(config)
+    problems += _evaluation_problems(run)
     if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
         problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
     if Path(run.run_name).name != run.run_name:
@@ -240,8 +253,8 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
 def _out_of_range(config: TrainingConfig) -> list[str]:
     at_least = {
         1: "n_layer n_embd n_head n_positions sequence_length max_steps batch_tokens micro_batch log_every val_every "
-        "val_tokens sample_tokens save_every keep_last",
-        0: "warmup_steps weight_decay sample_every seed adam_epsilon",
+        "val_tokens sample_tokens save_every keep_last hellaswag_limit lm_eval_limit",
+        0: "warmup_steps weight_decay sample_every seed adam_epsilon hellaswag_every lm_eval_every",
     }
     settings = config.to_dict()
     problems = [
@@ -279,6 +292,15 @@ def _data_problems(config: TrainingConfig) -> list[str]:
             f"document_mask does not work with attn_implementation={config.model.attn_implementation!r}; use sdpa or "
             f"flex_attention"
         )
+    return problems
+
+
+def _evaluation_problems(run: RunSettings) -> list[str]:
+    problems = [f"hellaswag_rules: {unknown_name(rule, RULES)}" for rule in run.hellaswag_rules if rule not in RULES]
+    if run.hellaswag_data is not None and not Path(run.hellaswag_data).is_file():
+        problems.append(f"hellaswag_data={run.hellaswag_data!r}: no such file; leave it out to download it")
+    if run.lm_eval_every and find_spec("lm_eval") is None:
+        problems.append('lm_eval_every needs the harness; pip install "lm-eval[hf]"')
     return problems
 
 

@@ -11,13 +11,14 @@ import yaml
 from accelerate import Accelerator
 
 from training.config import TrainingConfig
+from training.data import Data
 from training.topology import describe_device
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")
 
 
-def write_environment(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Write the resolved settings, and the versions, revision and hardware, into the run's folder."""
+def write_environment(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int) -> None:
+    """Write the resolved settings, and the versions, revision, hardware and data, into the run's folder."""
     settings = config.to_dict()
     del settings["resume"]  # of this start, not of the run
     environment = {
@@ -30,6 +31,18 @@ def write_environment(config: TrainingConfig, accelerator: Accelerator) -> None:
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
+        "parameters": parameters,
+        "data": [
+            {
+                "folder": str(folder),
+                "source": manifest.source["source"],
+                "name": manifest.source.get("name"),
+                "tokenizer": manifest.tokenizer["name"],
+                "training_tokens": manifest.tokens("train"),
+                "share": share,
+            }
+            for folder, manifest, share in zip(data.folders, data.manifests, data.shares, strict=True)
+        ],
     }
     _write(config.run_folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     _write(config.run_folder / "environment.json", json.dumps(environment, indent=2) + "\n")

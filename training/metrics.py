@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
+
+from eval.hellaswag import Result
 
 # Dense bf16 tensor-core peaks of the vendors' data sheets, in FLOP/s. A device that is not here has no known peak.
 _PEAK_FLOPS = {
@@ -42,13 +45,29 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> None:
+    """Show pictures in a tracker, each kind of which takes them in its own way."""
+    if tracker.name == "trackio":
+        import trackio
+
+        tracker.log({path.stem: trackio.Image(path) for path in pictures}, step=step)
+        return
+    import numpy as np
+    from PIL import Image
+
+    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    for path in pictures:
+        with Image.open(path) as image:
+            tracker.log_images({path.stem: np.array(image.convert("RGB"))[None]}, step=step, **options)
+
+
 class RunLog:
     """The files and the screen of a run; does nothing on processes other than the main one."""
 
     def __init__(self, folder: Path, from_step: int, max_steps: int, log_every: int, enabled: bool) -> None:
         """Open the logs in `folder`, cut back to the steps before `from_step`."""
         self.folder, self.log_every, self.enabled = folder, log_every, enabled
-        self.pending: dict[str, Any] = {}  # a validation, until the step that follows it is recorded with it
+        self.pending: dict[str, Any] = {}  # evaluations, until the step that follows them is recorded with them
         if not enabled:
             return
         self.text = _open_from(folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
@@ -85,10 +104,27 @@ class RunLog:
         if not self.enabled:
             return
         self.text.write(f"{step} val {loss:.4f}\n")
-        self.pending = {"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte, "data": consumed}
+        self._evaluated(step, {"val_loss": loss, "val_bits_per_byte": bits_per_byte, "data": consumed})
         self.print(f"step {step:>6}  validation loss {loss:.4f}, {bits_per_byte:.3f} bits per byte")
         for folder, read in consumed.items() if len(consumed) > 1 else ():
             self.print(f"{'':13}{folder}: {read['share']:.1%}, {read['tokens']:,} tokens, {read['epochs']:.2f} epochs")
+
+    def hellaswag(self, step: int, result: Result) -> None:
+        """Record a result on HellaSwag; build-nanogpt's line has the acc_norm of the completion rule."""
+        if not self.enabled:
+            return
+        if result.rule == "completion":
+            self.text.write(f"{step} hella {result.acc_norm:.4f}\n")
+        self._evaluated(step, result.metrics())
+        self.print(f"step {step:>6}  HellaSwag ({result.rule}) {result}")
+
+    def harness(self, step: int, scores: dict[str, float]) -> None:
+        """Record scores of the lm-evaluation-harness, by task and metric."""
+        if not self.enabled:
+            return
+        self._evaluated(step, scores)
+        for name, score in scores.items():
+            self.print(f"step {step:>6}  {name} {score:.4f}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record and show one continued prompt."""
@@ -104,14 +140,18 @@ class RunLog:
             file.flush()
 
     def close(self) -> None:
-        """End the bar and the files; a validation that no step followed is written as it is."""
+        """End the bar and the files; an evaluation that no step followed is written as it is."""
         if not self.enabled:
             return
+        self.enabled = False
         self.bar.close()
         if self.pending:
             self._write_metrics(self.pending)
         for file in (self.text, self.metrics, self.samples):
             file.close()
+
+    def _evaluated(self, step: int, values: dict[str, Any]) -> None:
+        self.pending = {**self.pending, "step": step, **values}
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(values) + "\n")

@@ -12,6 +12,8 @@ from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import UserError
+from eval.harness import check_tasks
+from eval.hellaswag import HellaSwag, read_items
 from eval.launch import on_cpu
 from eval.models import compile_blocks
 from modeling import GPTConfig, GPTModel, flops_per_token
@@ -34,6 +36,8 @@ class Run:
         train_ahead: this rank's share of a global batch, by its position.
         val_sequences: sequences of a validation, always the first ones of the validation split.
         val_bytes: bytes of text that their labels stand for.
+        hellaswag: its items under each rule that is asked for.
+        task_manager: what the lm-evaluation-harness knows of its tasks; None if none are asked for.
     """
 
     config: TrainingConfig
@@ -47,6 +51,8 @@ class Run:
     val_data: Batches
     val_sequences: int
     val_bytes: int
+    hellaswag: list[HellaSwag]
+    task_manager: Any
     state: RunState
     log: RunLog
 
@@ -102,6 +108,11 @@ def setup(config: TrainingConfig) -> Run:
     if checkpoint is not None:
         state = resumed_state(config, checkpoint, state.data)
 
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
+    with accelerator.main_process_first():
+        hellaswag = load_hellaswag(config, tokenizer)
+    task_manager = check_tasks(config.run.lm_eval_tasks) if config.run.lm_eval_every else None
+
     model = make_model(config, data, checkpoint)
     parameters = model.num_parameters()
     optimizer = make_optimizer(model, config.optimizer)
@@ -110,7 +121,6 @@ def setup(config: TrainingConfig) -> Run:
     if checkpoint is not None:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
 
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
     train_data, val_data = (data.batches(config, split) for split in ("train", "val"))
     train_ahead = Ahead(
         partial(
@@ -127,7 +137,7 @@ def setup(config: TrainingConfig) -> Run:
 
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        write_environment(config, accelerator)
+        write_environment(config, accelerator, data, parameters)
         print(header(config, accelerator, data, parameters, state))
     if config.run.report_to != "none":
         accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
@@ -146,9 +156,21 @@ def setup(config: TrainingConfig) -> Run:
         val_data=val_data,
         val_sequences=val_sequences,
         val_bytes=int(bytes_of_tokens(tokenizer)[val_labels.numpy()].sum()),
+        hellaswag=hellaswag,
+        task_manager=task_manager,
         state=state,
         log=log,
     )
+
+
+def load_hellaswag(config: TrainingConfig, tokenizer: Any) -> list[HellaSwag]:
+    """The items of HellaSwag under each of the run's rules; none if the run does not evaluate on it."""
+    settings = config.run
+    if not settings.hellaswag_every:
+        return []
+    file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
+    items = read_items(file)[: settings.hellaswag_limit]
+    return [HellaSwag.prepare(items, rule, tokenizer) for rule in settings.hellaswag_rules]
 
 
 def checkpoints_folder(config: TrainingConfig) -> Path:

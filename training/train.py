@@ -13,12 +13,13 @@ import torch
 
 from data_prep import cli
 from data_prep.cli import UserError
-from eval.generate import generate
+from eval.generate import Sampling, generate, isolated_random_state
+from eval.harness import evaluate_tasks
 from eval.launch import processes_launched
 from eval.loss import bits_per_byte, summed_loss
 from training.checkpoint import complete_checkpoints, prune_checkpoints, save_checkpoint
 from training.config import check_config, parse_config
-from training.metrics import peak_memory
+from training.metrics import log_pictures, peak_memory
 from training.schedule import cosine_with_warmup
 from training.setup import Run, setup
 from training.step import training_step
@@ -35,6 +36,7 @@ def main() -> None:
     run = setup(config)
     try:
         fit(run)
+        report(run)
     except KeyboardInterrupt:
         if complete_checkpoints(run.checkpoints):
             run.log.print(f"\nstopped in step {run.state.step}; --resume goes on from the last checkpoint")
@@ -55,6 +57,10 @@ def fit(run: Run) -> None:
             save(run)
         if saving or state.step % settings.val_every == 0:
             validate(run, saved=saving)
+        if settings.hellaswag_every and (last or state.step % settings.hellaswag_every == 0):
+            hellaswag(run)
+        if settings.lm_eval_every and (last or (state.step > 0 and state.step % settings.lm_eval_every == 0)):
+            harness(run)
         if settings.sample_every and (last or (state.step > 0 and state.step % settings.sample_every == 0)):
             sample(run)
         if saving and run.accelerator.is_main_process:
@@ -105,9 +111,35 @@ def validate(run: Run, saved: bool) -> None:
     loss = nats / tokens
     consumed = run.data.consumed(run.train_data, state.position)
     run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes), consumed)
-    accelerator.log({"val_loss": loss}, step=state.step)
+    accelerator.log({"val_loss": loss, "val_bits_per_byte": bits_per_byte(nats, run.val_bytes)}, step=state.step)
     if saved and (state.best_val_loss is None or not loss >= state.best_val_loss):
         state.best_val_loss, state.best_step = loss, state.step
+
+
+def hellaswag(run: Run) -> None:
+    """The accuracy on HellaSwag under each of the run's rules, the processes sharing the items."""
+    for task in run.hellaswag:
+        result = task.evaluate(run.accelerator, run.bare_model)
+        run.log.hellaswag(run.state.step, result)
+        run.accelerator.log(result.metrics(), step=run.state.step)
+
+
+def harness(run: Run) -> None:
+    """The scores on tasks of the lm-evaluation-harness; its results are kept beside the checkpoints."""
+    settings, step = run.config.run, run.state.step
+    run.checkpoints.mkdir(exist_ok=True)
+    with isolated_random_state(settings.seed, run.accelerator.device), torch.compiler.set_stance("force_eager"):
+        scores = evaluate_tasks(
+            run.accelerator,
+            run.bare_model,
+            run.tokenizer,
+            settings.lm_eval_tasks,
+            run.task_manager,
+            output=run.checkpoints / f"step_{step:08d}.lm_eval.json",
+            limit=settings.lm_eval_limit,
+        )
+    run.log.harness(step, scores)
+    run.accelerator.log(scores, step=step)
 
 
 def sample(run: Run) -> None:
@@ -116,14 +148,10 @@ def sample(run: Run) -> None:
     for number, prompt in enumerate(settings.sample_prompts):
         # Generation asks for a new compilation at every layer and length; past their limit training would lose its own.
         with torch.compiler.set_stance("force_eager"):
-            text = generate(
-                run.bare_model,
-                run.tokenizer,
-                prompt,
-                max_new_tokens=settings.sample_tokens,
-                seed=settings.seed + number,
-            )
+            sampling = Sampling(max_new_tokens=settings.sample_tokens, seed=settings.seed + number)
+            (text,) = generate(run.bare_model, run.tokenizer, prompt, sampling).texts
         run.log.sample(run.state.step, prompt, text)
+        run.accelerator.log({f"sample/{number}": prompt + text}, step=run.state.step)
 
 
 def save(run: Run) -> None:
@@ -135,16 +163,27 @@ def save(run: Run) -> None:
     run.log.print(f"step {run.state.step:>6}  saved {folder}")
 
 
-def finish(run: Run) -> None:
-    """Plot the run, and say what can be done with it."""
+def report(run: Run) -> None:
+    """Write the report of the run, and show its pictures in the trackers."""
+    run.log.close()
     if not run.accelerator.is_main_process:
         return
-    from eval.plot import plot_losses
+    from eval.logs import read_run
+    from eval.report import write_report
 
+    folder = write_report([read_run(run.config.run_folder)], run.config.run_folder / "report").parent
+    for tracker in run.accelerator.trackers:
+        log_pictures(tracker, sorted(folder.glob("*.png")), run.state.step)
+
+
+def finish(run: Run) -> None:
+    """Say what has become of the run, and what can be done with it."""
+    if not run.accelerator.is_main_process:
+        return
     folder, last = run.config.run_folder, run.checkpoints / f"step_{run.state.step:08d}"
     best = run.checkpoints / f"step_{run.state.best_step:08d}"
     print(
-        f"\nplot             {plot_losses(folder)}\n"
+        f"\nreport           {folder / 'report' / 'report.md'}\n"
         f"last checkpoint  {last}\n"
         f"best checkpoint  {best} (validation loss {run.state.best_val_loss:.4f})\n"
         f"\nNow try\n"

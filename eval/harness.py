@@ -1,0 +1,131 @@
+"""EleutherAI's lm-evaluation-harness on any GPT-2, in this process.
+
+python -m eval.harness runs/quickstart/checkpoints/step_00000800 --tasks lambada_openai,wikitext
+python -m eval.harness gpt2 --tasks gpt2_zero_shot --limit 100 --batch_size 16
+
+Whatever other options there are go to the harness (`lm_eval run --help`). The plain `lm_eval --model hf --model_args
+pretrained=CHECKPOINT` works as well; add `--include_path eval/tasks` for the tasks over local files.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from data_prep.cli import ArgumentParser, UserError, run, unknown_name
+from eval.models import check_folder, evaluating
+from modeling import GPTModel
+
+TASKS = Path(__file__).with_name("tasks")
+
+
+def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
+    """The harness's `TaskManager`, which knows all of `tasks`.
+
+    Raises:
+        UserError: where the harness is not installed or does not know one of them, with the nearest that it knows.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError('the harness is not installed; pip install "lm-eval[hf]"')
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    known = [*manager.all_tasks, *manager.all_groups, *manager.all_tags]
+    problems = [
+        f"task {unknown_name(task, known)}"
+        for task in tasks
+        if not manager.match_tasks([task]) and not task.endswith(".yaml") and not Path(task).is_dir()
+    ]
+    if problems:
+        raise UserError("; ".join(problems) + " (all: lm_eval ls tasks)")
+    return manager
+
+
+def evaluate_tasks(
+    accelerator: Accelerator,
+    model: GPTModel,
+    tokenizer: Any,
+    tasks: list[str],
+    task_manager: Any,
+    *,
+    output: Path,
+    limit: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Run tasks of the harness on a model in memory; called by all processes together, which share the work.
+
+    It seeds the random numbers of Python, numpy and torch.
+
+    Args:
+        task_manager: as `check_tasks` gives it.
+
+    Returns:
+        The scores as `lm_eval/TASK/METRIC`, on the main process, which writes the harness's results to `output`.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import handle_non_serializable
+
+    with evaluating(model):
+        evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        evaluated.accelerator = accelerator
+        evaluated._rank, evaluated._world_size = accelerator.process_index, accelerator.num_processes
+        results = lm_eval.simple_evaluate(
+            evaluated,
+            tasks=tasks,
+            task_manager=task_manager,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+    if results is None:
+        return {}
+    temporary = output.with_name(f".{output.name}.partial")
+    temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
+    temporary.rename(output)
+    return {
+        f"lm_eval/{task}/{metric.removesuffix(',none')}": value
+        for task, scores in results["results"].items()
+        for metric, value in scores.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+
+
+def results_path(model: str) -> Path:
+    """Where the results of a model are kept: beside a checkpoint's folder, here for a model of the Hub."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder.with_name(f"{folder.name}.lm_eval.json")
+    return Path(f"{model.replace('/', '__')}.lm_eval.json")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
+    parser.add_option("tasks", required=True, metavar="A,B,...", help="tasks and groups; gpt2_zero_shot: GPT-2's paper")
+    parser.add_option("stock", action="store_true", help="run it as transformers' own GPT-2, not as GPTModel")
+    parser.add_option("model_args", default="", metavar="A=B,...", help="of the harness's model, as dtype=bfloat16")
+    parser.add_option("include_path", default=str(TASKS), help="folder of task files")
+    parser.add_option("output_path", help="results; beside the checkpoint if not given")
+    args, others = parser.parse_known_args()
+    check_folder(args.model)
+    check_tasks(args.tasks.split(","), args.include_path)
+    from lm_eval._cli.harness import HarnessCLI
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+    @register_model("gpt-accelerate")
+    class GPTModelLM(HFLM):
+        AUTO_MODEL_CLASS = GPTModel
+
+    command = HarnessCLI()
+    words = ["run", "--model", "hf" if args.stock else "gpt-accelerate", "--tasks", args.tasks]
+    words += ["--model_args", ",".join(filter(None, [f"pretrained={args.model}", args.model_args]))]
+    words += ["--include_path", args.include_path, "--output_path", args.output_path or str(results_path(args.model))]
+    command.execute(command._parser.parse_args([*words, *others]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""The records of runs: our own, build-nanogpt's `log.txt` and llm.c's `main.log`."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.cli import UserError
+
+# What the other trainers call our metrics. Their HellaSwag is that of the completion rule, by the mean loss.
+_HELLASWAG = "hellaswag/completion/acc_norm"
+_BUILD_NANOGPT = {"train": "loss", "val": "val_loss", "hella": _HELLASWAG}
+_LLM_C = {"trl": "loss", "tel": "val_loss", "eval": _HELLASWAG, "lr": "learning_rate", "norm": "grad_norm"}
+
+
+@dataclass
+class Curve:
+    """A metric at the steps that it was measured at."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """What a run has left behind.
+
+    Attributes:
+        curves: by the name of the metric.
+        tokens_per_step: None where the log does not say.
+        settings, environment: of `config.yaml` and `environment.json`; empty for logs of other trainers.
+        samples: lines of `samples.jsonl`.
+        harness: results of EleutherAI's harness, by the name of the checkpoint.
+    """
+
+    name: str
+    curves: dict[str, Curve]
+    tokens_per_step: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric, None where it was never measured."""
+        return self.curves[metric].values[-1] if metric in self.curves else None
+
+    def seconds(self) -> list[float] | None:
+        """Seconds of training up to each step, without evaluations and checkpoints; None where the log does not say."""
+        speed = self.curves.get("tokens_per_second")
+        if speed is None or self.tokens_per_step is None:
+            return None
+        return list(accumulate((self.tokens_per_step / value for value in speed.values), initial=0.0))
+
+
+def read_run(path: Path, batch_tokens: int | None = None) -> Record:
+    """The record of a run's folder, or of one log file.
+
+    Args:
+        batch_tokens: of a step, for a log that does not say.
+
+    Raises:
+        UserError: for a folder without a log, and a file that is not one.
+    """
+    if path.is_dir() and (path / "metrics.jsonl").exists():
+        return _read_our_run(path)
+    files = [path] if path.is_file() else [path / name for name in ("log.txt", "main.log") if (path / name).exists()]
+    if not files:
+        raise UserError(f"{path}: no run there, for want of a metrics.jsonl, log.txt or main.log")
+    return Record("/".join(files[0].resolve().parts[-2:]), _read_log(files[0]), batch_tokens)
+
+
+def _read_our_run(folder: Path) -> Record:
+    settings = yaml.safe_load(_text(folder / "config.yaml")) or {}
+    curves: dict[str, Curve] = {}
+    for line in _json_lines(folder / "metrics.jsonl"):
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                curve = curves.setdefault(name, Curve())
+                curve.steps.append(line["step"])
+                curve.values.append(value)
+    environment = _text(folder / "environment.json")
+    return Record(
+        name=folder.resolve().name,
+        curves=curves,
+        tokens_per_step=settings.get("batch_tokens"),
+        settings=settings,
+        environment=json.loads(environment) if environment else {},
+        samples=_json_lines(folder / "samples.jsonl"),
+        harness={
+            path.name.partition(".")[0]: json.loads(_text(path))["results"]
+            for path in sorted((folder / "checkpoints").glob("step_*.lm_eval*.json"))
+        },
+    )
+
+
+def _read_log(path: Path) -> dict[str, Curve]:
+    """Lines of `STEP KIND VALUE` or of `s:STEP KIND:VALUE ...`; of a step that stands twice the later value holds."""
+    values: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if pairs := re.fullmatch(r"s:(\d+)((?: \w+:\S+)+)\s*", line):
+            step, found, names = pairs[1], dict(pair.split(":") for pair in pairs[2].split()), _LLM_C
+        elif words := re.fullmatch(r"(\d+) (\w+) (\S+)\s*", line):
+            step, found, names = words[1], {words[2]: words[3]}, _BUILD_NANOGPT
+        else:
+            raise UserError(f"{path}, line {number}: neither build-nanogpt's nor llm.c's kind of log ({line[:60]!r})")
+        for kind, value in found.items():
+            try:
+                values.setdefault(names.get(kind, kind), {})[int(step)] = float(value)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {value!r} is not a number") from error
+    if not values:
+        raise UserError(f"{path}: there is nothing in it")
+    return {name: Curve(sorted(points), [points[s] for s in sorted(points)]) for name, points in values.items()}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    lines = _text(path).splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a run that goes on may be writing the last
+    except ValueError as error:
+        raise UserError(f"{path}: not lines of JSON ({error})") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,196 @@
+"""Pictures of runs: losses, HellaSwag, and how the training went."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.logs import Curve, Record
+from eval.published import of_the_same_size
+
+_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+_REFERENCES = {"GPT-2": "#555555", "GPT-3": "#999999"}
+Axis = Callable[[Record, Sequence[int]], np.ndarray | None]
+
+
+def plot_all(records: list[Record], folder: Path) -> list[Path]:
+    """Draw what the records hold into `folder`: the paths of the pictures."""
+    pictures = {"loss.png": _losses(records), "hellaswag.png": _hellaswag(records), "training.png": _training(records)}
+    paths = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            path = folder / name
+            temporary = path.with_name(f".{path.stem}.partial.png")
+            figure.savefig(temporary, dpi=130)
+            temporary.rename(path)
+            paths.append(path)
+    return paths
+
+
+def _losses(records: list[Record]) -> Any:
+    """Training and validation loss against steps, tokens and time; None for logs of neither."""
+    every = [v for r in records for name in ("loss", "val_loss") if name in r.curves for v in r.curves[name].values]
+    if not every:
+        return None
+    axes_of = {"step": _steps, "tokens": _tokens, "time": _time}
+    shown = {name: axis for name, axis in axes_of.items() if any(axis(r, [0]) is not None for r in records)}
+    figure, panels = _figure(1, len(shown), width=5.2 * max(len(shown), 1.4), height=4.6, sharey=True)
+    for panel, (name, axis) in zip(panels, shown.items(), strict=True):
+        unit = _set_axis(panel, name, records)
+        for record, color in zip(records, _cycled(), strict=False):
+            loss, val = record.curves.get("loss", Curve()), record.curves.get("val_loss", Curve())
+            if (x := axis(record, loss.steps)) is not None and len(x):
+                panel.plot(x / unit, loss.values, color=color, linewidth=0.6, alpha=0.25)
+                panel.plot(x / unit, _smoothed(loss.values), color=color, linewidth=1.2, alpha=0.8,
+                           label=f"{record.name}, training (smoothed)")  # fmt: skip
+            if (x := axis(record, val.steps)) is not None and len(x):
+                panel.plot(x / unit, val.values, color=color, linewidth=1.6, marker="o", markersize=4,
+                           markeredgecolor="white", markeredgewidth=0.5,
+                           label=f"{record.name}, validation: {val.values[-1]:.3f}")  # fmt: skip
+    for reference in _fineweb_references(records):
+        for panel in panels:
+            panel.axhline(reference.fineweb_edu_loss, color=_REFERENCES["GPT-2"], linestyle="--", linewidth=1,
+                          label=f"{reference.name}: {reference.fineweb_edu_loss:.4f}")  # fmt: skip
+    low, high = min(every), float(np.percentile(every, 98))
+    panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    panels[0].set_ylabel("loss (nats per token)")
+    panels[0].legend(loc="upper right", fontsize=8, framealpha=0.9)
+    figure.suptitle(_title("Loss", records), fontweight="bold")
+    return figure
+
+
+def _fineweb_references(records: list[Record]) -> list[Any]:
+    """GPT-2's loss, where all runs are validated on the data that it was measured on."""
+    sources = [one.get("source", "") for r in records for one in r.environment.get("data", [{}])]
+    if not all("fineweb-edu" in str(source).lower() for source in sources):
+        return []
+    return [p for p in _same_size(records) if p.fineweb_edu_loss is not None]
+
+
+def _hellaswag(records: list[Record]) -> Any:
+    """HellaSwag against tokens (steps, where a log does not say), with GPT-2 and GPT-3 of the same size."""
+    rules = {"completion": "hellaswag_completion", "lm_eval": "hellaswag_lm_eval"}
+    shown = [rule for rule in rules if any(f"hellaswag/{rule}/acc_norm" in r.curves for r in records)]
+    if not shown:
+        return None
+    figure, panels = _figure(1, len(shown), width=6.4 * len(shown), height=4.4, sharey=False)
+    axis, name = (_tokens, "tokens") if all(r.tokens_per_step for r in records) else (_steps, "step")
+    for panel, rule in zip(panels, shown, strict=True):
+        unit = _set_axis(panel, name, records)
+        for record, color in zip(records, _cycled(), strict=False):
+            if curve := record.curves.get(f"hellaswag/{rule}/acc_norm"):
+                panel.plot(axis(record, curve.steps) / unit, curve.values, color=color, linewidth=1.6, marker="o",
+                           markersize=4, label=f"{record.name}: {curve.values[-1]:.4f}")  # fmt: skip
+        for model in _same_size(records):
+            if (score := getattr(model, rules[rule])) is not None:
+                color = _REFERENCES[model.name.split()[0]]
+                panel.axhline(score, color=color, linestyle="--", linewidth=1, label=f"{model.name}: {score:.4f}")
+        panel.axhline(0.25, color="black", linestyle=":", linewidth=1, label="chance: 0.25")
+        panel.set(ylabel="accuracy (acc_norm)", title=f"{rule} rule")
+        panel.legend(fontsize=8, framealpha=0.9)
+    figure.suptitle(_title("HellaSwag", records), fontweight="bold")
+    return figure
+
+
+def _training(records: list[Record]) -> Any:
+    """Learning rate, gradient norm, throughput and MFU against the step; None for a log of none of these."""
+    titles = {
+        "learning_rate": "learning rate",
+        "grad_norm": "gradient norm before clipping",
+        "tokens_per_second": "tokens per second",
+        "mfu": "model FLOPs utilisation",
+    }
+    shown = [metric for metric in titles if any(metric in r.curves for r in records)]
+    if not shown:
+        return None
+    figure, panels = _figure(1, len(shown), width=4.2 * max(len(shown), 1.6), height=3.6, sharey=False)
+    for panel, metric in zip(panels, shown, strict=True):
+        _set_axis(panel, "step", records)
+        for record, color in zip(records, _cycled(), strict=False):
+            if curve := record.curves.get(metric):
+                panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
+                panel.plot(curve.steps, _smoothed(curve.values), color=color, linewidth=1.3, label=record.name)
+        panel.set_title(titles[metric], fontsize=10)
+        if metric == "grad_norm":
+            panel.set_yscale("log")
+        elif metric == "tokens_per_second":
+            panel.set_ylim(bottom=0)
+            panel.yaxis.set_major_formatter(_thousands())
+        elif metric == "mfu":
+            panel.set_ylim(0, 1)
+            panel.yaxis.set_major_formatter("{x:.0%}")
+    if len(records) > 1:
+        panels[0].legend(fontsize=8)
+    figure.suptitle(_title("Training", records), fontweight="bold")
+    return figure
+
+
+def _figure(rows: int, columns: int, width: float, height: float, sharey: bool) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _steps(record: Record, steps: Sequence[int]) -> np.ndarray:
+    return np.asarray(steps, dtype=float)
+
+
+def _tokens(record: Record, steps: Sequence[int]) -> np.ndarray | None:
+    return None if record.tokens_per_step is None else _steps(record, steps) * record.tokens_per_step
+
+
+def _time(record: Record, steps: Sequence[int]) -> np.ndarray | None:
+    seconds = record.seconds()
+    return None if seconds is None else np.interp(steps, np.arange(len(seconds)), seconds)
+
+
+def _set_axis(panel: Any, name: str, records: list[Record]) -> float:
+    """Label the x axis; what its values are to be divided by."""
+    if name != "time":
+        panel.set_xlabel(name)
+        panel.xaxis.set_major_formatter(_thousands())
+        return 1.0
+    longest = max(r.seconds()[-1] for r in records if r.seconds() is not None)
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    label, unit = next((label, unit) for label, unit in units.items() if longest >= 2 * unit or unit == 1)
+    panel.set_xlabel(f"training time ({label})")
+    return float(unit)
+
+
+def _thousands() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _smoothed(values: Sequence[float]) -> np.ndarray:
+    """The mean over a fiftieth of the run around each value."""
+    window = max(1, len(values) // 50)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _same_size(records: list[Record]) -> list[Any]:
+    models = [model for record in records for model in of_the_same_size(record.environment.get("parameters"))]
+    return list(dict.fromkeys(models))
+
+
+def _cycled() -> list[str]:
+    return list(_COLORS) * 8
+
+
+def _title(what: str, records: list[Record]) -> str:
+    if len(records) > 1:
+        return f"{what} of {len(records)} runs"
+    parameters = records[0].environment.get("parameters")
+    return f"{what} of {records[0].name}" + (f" ({parameters / 1e6:,.1f}M parameters)" if parameters else "")
