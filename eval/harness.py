@@ -8,6 +8,7 @@ pretrained=CHECKPOINT` works as well; add `--include_path eval/tasks` for the ta
 """
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import handle_non_serializable
 
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of being given a model and a limit
     with evaluating(model):
         evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         evaluated.accelerator = accelerator
@@ -80,6 +84,7 @@ def evaluate_tasks(
             log_samples=False,
             bootstrap_iters=0,
         )
+    logger.setLevel(level)
     if results is None:
         return {}
     temporary = output.with_name(f".{output.name}.partial")

@@ -42,7 +42,7 @@ def _losses(records: list[Record]) -> Any:
             loss, val = record.curves.get("loss", Curve()), record.curves.get("val_loss", Curve())
             if (x := axis(record, loss.steps)) is not None and len(x):
                 panel.plot(x / unit, loss.values, color=color, linewidth=0.6, alpha=0.25)
-                panel.plot(x / unit, _smoothed(loss.values), color=color, linewidth=1.2, alpha=0.8,
+                panel.plot(x / unit, _smoothed(loss.values), color=color, linewidth=1.2, alpha=0.6,
                            label=f"{record.name}, training (smoothed)")  # fmt: skip
             if (x := axis(record, val.steps)) is not None and len(x):
                 panel.plot(x / unit, val.values, color=color, linewidth=1.6, marker="o", markersize=4,

@@ -1,5 +1,6 @@
 """A stand-in for the Hub on 127.0.0.1: as much of its protocol as reading a data set takes."""
 
+import hashlib
 import json
 import re
 import threading
@@ -59,7 +60,11 @@ def serve_dataset(name: str, files: dict[str, bytes]) -> Iterator[tuple[str, lis
             self.send_bytes(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
         def send_file(self, content: bytes):
-            headers = {"ETag": '"abc"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            headers = {
+                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+                "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes",
+            }
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
                 headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"

@@ -1,14 +1,18 @@
 """HellaSwag against EleutherAI's harness and against the peer's loop over items, one at a time."""
 
 import contextlib
+import json
+import os
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, run_command
-from torch.nn import functional as F
+from standin_hub import serve_dataset
 
+from data_prep.cli import UserError
 from data_prep.tokenizer import gpt2_tokenizer
+from eval.benchmark import one_item_at_a_time
 from eval.hellaswag import HellaSwag, read_items
 from eval.launch import make_accelerator
 from eval.models import compile_blocks, load_model
@@ -33,22 +37,13 @@ def random_model(shared, tmp_path_factory):
     return folder
 
 
-def one_item_at_a_time(folder, items):
-    """Summed and mean loss of each ending, as build-nanogpt's loop finds them: four padded rows an item."""
+def peer(folder, items):
+    """Summed and mean loss of each ending, as the peer's loop finds them with tiktoken and stock GPT-2."""
     import tiktoken
     from transformers import GPT2LMHeadModel
 
     model, encoding = GPT2LMHeadModel.from_pretrained(folder).eval(), tiktoken.get_encoding("gpt2")
-    for item in items:
-        context = encoding.encode(item["ctx"])
-        endings = [encoding.encode(" " + ending) for ending in item["endings"]]
-        width = len(context) + max(map(len, endings))
-        tokens = torch.tensor([context + ending + [0] * (width - len(context + ending)) for ending in endings])
-        with torch.no_grad():
-            logits = model(tokens).logits
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
-        sums = [losses[n, len(context) - 1 :][: len(ending)].sum().item() for n, ending in enumerate(endings)]
-        yield sums, [total / len(ending) for total, ending in zip(sums, endings, strict=True)]
+    return zip(*one_item_at_a_time(model, encoding.encode, items), strict=True)
 
 
 def in_the_harness(folder, data, limit, here):
@@ -94,7 +89,7 @@ def check_against_both(folder, data, limit, here):
     """Every item's losses and choices, by both rules."""
     items = read_items(data)[:limit]
     result = evaluate(folder, items, "completion")
-    sums, means = zip(*one_item_at_a_time(folder, items), strict=True)
+    sums, means = peer(folder, items)
     torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(sums), atol=TOLERANCE, rtol=0, check_dtype=False)
     labels = [item["label"] for item in items]
     assert result.acc == sum(a == b for a, b in zip(chosen(sums), labels, strict=True)) / len(items)
@@ -152,3 +147,73 @@ def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
         assert (result.acc, result.acc_norm) == (expected.acc, expected.acc_norm)
         assert chosen(result.nats) == chosen(expected.nats)
         torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(expected.nats), atol=1e-3, rtol=0)
+
+
+def test_two_processes_score_as_one_does(random_model, data, tmp_path):
+    command = ["-m", "eval.hellaswag", random_model, "--data", data, "--limit", "30", "--output"]
+    run_command(sys.executable, *command, tmp_path / "one.json", cwd=ROOT)
+    config = ROOT / "accelerate_configs" / "cpu_ddp.yaml"
+    done = run_command(
+        "accelerate", "launch", "--config_file", config, *command, tmp_path / "two.json", "--batch_size", "7", cwd=ROOT
+    )
+    assert done.stdout.count("completion") == 1, "every process reported"
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    for first, second in zip(one, two, strict=True):
+        nats = torch.tensor(first.pop("nats")), torch.tensor(second.pop("nats"))
+        torch.testing.assert_close(*nats, atol=1e-3, rtol=0)
+        assert first == second
+    assert [result["rule"] for result in one] == ["completion", "lm_eval"] and one[0]["items"] == 30
+
+
+def test_contexts_that_do_not_fit_are_cut_and_counted(data, tmp_path):
+    torch.manual_seed(0)
+    GPTModel(GPTConfig(n_layer=1, n_embd=16, n_head=2, n_positions=96)).save_pretrained(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
+    items = read_items(data)[5000:5020]
+    result = evaluate(tmp_path, items, "completion")
+    question = HellaSwag.prepare(items, "completion", load_model(str(tmp_path))[1]).questions
+    too_long = sum(len(q.context) + max(map(len, q.endings)) > 97 for q in question)
+    assert result.truncated == too_long > 0
+    assert f"{too_long} contexts cut from the left" in str(result)
+
+
+GOOD = {"activity_label": "A", "ctx": "a b", "ctx_a": "a", "ctx_b": "b", "endings": ["c", "d", "e", "f"], "label": 3}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{", ""], r"not a readable .jsonl file"),
+        ([json.dumps(GOOD), "[1]"], "line 2: expected a JSON object, found list"),
+        ([json.dumps({**GOOD, "label": 4})], "line 1: label 4 is not one of 0 to 3"),
+        ([json.dumps(GOOD), "", json.dumps({**GOOD, "label": ""})], "line 3: label '' is not one of 0 to 3"),
+        ([json.dumps({k: v for k, v in GOOD.items() if k != "ctx_b"})], "line 1: no usable ctx_b among the fields"),
+        ([json.dumps({**GOOD, "endings": ["c", " "]})], "line 1: no usable endings among the fields"),
+        ([""], "there is nothing in it"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_line(tmp_path, lines, message):
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        read_items(path)
+
+
+def test_items_come_from_the_hub_or_else_from_their_address(tmp_path):
+    """In processes of their own, with a stand-in for the network; the Hub has labels as text."""
+    program = (
+        "import sys; from pathlib import Path; from eval.hellaswag import read_items; from data_prep.cli import run\n"
+        "run(lambda: print(read_items(None, sys.argv[1], sys.argv[2])))"
+    )
+    hub, address = {**GOOD, "label": "1", "ctx": "from the hub"}, {**GOOD, "ctx": "from its address"}
+    files = {"data/validation.jsonl": json.dumps(hub).encode(), "x.jsonl": json.dumps(address).encode()}
+    with serve_dataset("someone/swag", files) as (endpoint, _):
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        url = f"{endpoint}/datasets/someone/swag/resolve/main/x.jsonl"
+        done = run_command(sys.executable, "-c", program, "someone/swag", "none", cwd=ROOT, env=env)
+        assert "from the hub" in done.stdout and "'label': '1'" in done.stdout
+        done = run_command(sys.executable, "-c", program, "someone/other", url, cwd=ROOT, env=env)
+        assert "from its address" in done.stdout
+        done = run_command(sys.executable, "-c", program, "someone/other", url + "x", cwd=ROOT, env=env, expect=2)
+        assert done.stderr.startswith("error: HellaSwag: neither the data set someone/other")
+        assert done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import modeling.loss
 from modeling import GPTConfig, GPTModel
-from modeling.loss import linear_cross_entropy
+from modeling.loss import linear_cross_entropy, token_cross_entropy
 
 
 def problem(vocab_size=201, count=50, width=16):
@@ -87,3 +87,17 @@ def test_labels_are_shifted_and_shift_labels_are_not():
     torch.testing.assert_close(model(text, labels=text).loss, shifted)
     logits = model(text[:, :-1]).logits
     torch.testing.assert_close(shifted, F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_the_loss_of_each_token(monkeypatch, chunk):
+    monkeypatch.setattr(modeling.loss, "CHUNK_TOKENS", chunk)
+    hidden, weight, labels = problem()
+    losses = token_cross_entropy(hidden, weight, labels)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    assert (losses[labels == -100] == 0).all() and (labels == -100).any()
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(losses.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), (hidden, weight))
+    )
+    assert token_cross_entropy(hidden, weight, torch.full_like(labels, -100)).tolist() == [0] * len(labels)
