@@ -22,10 +22,7 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
-        raise UserError(
-            f"model {name!r}: no tokenizer in that folder; copy tokenizer.json and tokenizer_config.json to it"
-        )
+    check_folder(name)
     try:
         model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -37,7 +34,7 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
 def check_folder(name: str) -> None:
     """Check that a folder, if `name` is one, holds a tokenizer beside the model (`UserError`)."""
     if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
-        raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
+        raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and its config there")
 
 
 def compile_blocks(model: GPTModel) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,10 @@ SHARED = ROOT.parent / "shared"
 # A vocabulary that is no multiple of 128, as GPT-2's 50257 is none.
 VOCAB_SIZE = 601
 TINY_MODEL = ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--n_positions", "32"]
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on the CPU"
+)
 
 
 @pytest.fixture(scope="session")
@@ -118,9 +123,9 @@ def train(tmp_path_factory, data_folder):
     fixed = ["--data", data_folder, "--mixed_precision", "no", "--order", "sequential", "--sample_every", "0"]
     fixed += ["--batch_tokens", "512", "--learning_rate", "1e-2", "--val_tokens", "4096", "--warmup_steps", "3"]
 
-    def start(name: str, *flags: str, **options) -> Finished:
-        done = launch("--run_name", name, *fixed, *TINY_MODEL, *flags, cwd=folder, **options)
-        return Finished(folder / "runs" / name, done.stdout)
+    def start(name: str, *flags: str, cwd: Path = folder, **options) -> Finished:
+        done = launch("--run_name", name, *fixed, *TINY_MODEL, *flags, cwd=cwd, **options)
+        return Finished(cwd / "runs" / name, done.stdout)
 
     return start
 

@@ -3,19 +3,20 @@
 import importlib
 import math
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import needs_compiler, run_command
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.cli import UserError, run
-from eval.generate import generate
-from eval.loss import read_tokens
+from eval.generate import Sampling, generate
+from eval.loss import bytes_of_tokens, language_modeling_scores, read_tokens, summed_loss, windows
 from eval.models import load_model
-from eval.plot import plot_losses, read_log
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +24,32 @@ def checkpoint(tiny_run):
     return tiny_run.checkpoints[-1]
 
 
-def test_loss_of_a_text_file(checkpoint, text_files, tmp_path):
+@pytest.mark.parametrize("stride", [32, 20, 1])
+def test_loss_of_a_text_file(checkpoint, text_files, tmp_path, stride):
     """Loss, perplexity and bits per byte of a whole file, against stock GPT-2 window by window."""
     file = text_files / "json_decoder.txt"
-    done = run_command(sys.executable, "-m", "eval.loss", checkpoint, "--data", file, cwd=tmp_path)
+    if stride == 1:
+        file = tmp_path / "short.txt"
+        file.write_text((text_files / "json_decoder.txt").read_text()[:1000])
+    command = [sys.executable, "-m", "eval.loss", checkpoint, "--data", file, "--stride", stride]
+    done = run_command(*command, cwd=tmp_path)
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(checkpoint).eval(),
         AutoTokenizer.from_pretrained(checkpoint),
     )
     ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(file.read_text(), verbose=False)["input_ids"]])
-    nats = 0.0
+    nats, end = 0.0, 0
     with torch.no_grad():
-        for start in range(0, len(ids) - 1, 32):
-            window = ids[start : start + 33]
-            nats += F.cross_entropy(model(window[None, :-1]).logits[0].double(), window[1:], reduction="sum").item()
+        while end < len(ids) - 1:
+            predicted, end = end, min(end + stride if end else 32, len(ids) - 1)
+            window = ids[max(0, end - 32) : end + 1]
+            losses = F.cross_entropy(model(window[None, :-1]).logits[0].double(), window[1:], reduction="none")
+            nats += losses[predicted - end :].sum().item()
     loss, size = nats / (len(ids) - 1), len(file.read_bytes())
     expected = f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {nats / math.log(2) / size:.4f} bits"
     assert done.stdout.startswith(expected), done.stdout
-    assert f"({len(ids) - 1:,} tokens, windows of 32)" in done.stdout
+    shown = "windows of 32" if stride == 32 else f"windows of 32 every {stride}"
+    assert f"({len(ids) - 1:,} tokens, {shown})" in done.stdout
 
 
 def test_loss_of_a_data_folder_covers_its_whole_validation_split(checkpoint, data_folder, tmp_path):
@@ -60,30 +69,33 @@ def test_generated_text_is_that_of_stock(checkpoint, tmp_path):
 def test_samples_depend_on_their_seed_alone(checkpoint):
     model, tokenizer = load_model(str(checkpoint))
     model.train()
-    options = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0}
+    one, other = (Sampling(max_new_tokens=16, temperature=1.0, top_k=0, seed=seed) for seed in (1, 2))
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    first = generate(model, tokenizer, "import ", seed=1, **options)
+    first = generate(model, tokenizer, "import ", one)
     assert torch.equal(torch.rand(3), expected), "training's random numbers were drawn from"
     assert model.training
-    assert first == generate(model, tokenizer, "import ", seed=1, **options)
-    assert first != generate(model, tokenizer, "import ", seed=2, **options)
+    assert first == generate(model, tokenizer, "import ", one)
+    assert first != generate(model, tokenizer, "import ", other)
 
 
 def test_a_prompt_longer_than_the_context_is_cut_from_its_left(checkpoint):
     model, tokenizer = load_model(str(checkpoint))
-    options = {"max_new_tokens": 8, "seed": 0, "temperature": 0}
-    long, short = "x = 1\n" * 100 + "def f", "x = 1\n" * 90 + "def f"
-    assert generate(model, tokenizer, long, **options) == generate(model, tokenizer, short, **options) != ""
+    long, short = ("x = 1\n" * count + "def f" for count in (100, 90))
+    results = [
+        generate(model, tokenizer, prompt, Sampling(max_new_tokens=8, temperature=0)) for prompt in (long, short)
+    ]
+    assert results[0].texts == results[1].texts != [""]
+    assert results[0].left_out == 1 + len(tokenizer(long, verbose=False)["input_ids"]) - (32 - 8)
 
 
 def test_a_short_prompt_is_kept_whole_however_much_is_asked_for(checkpoint):
     """The continuation is what gives way to the context of 32 tokens."""
     model, tokenizer = load_model(str(checkpoint))
-    options = {"seed": 0, "temperature": 0}
-    some = generate(model, tokenizer, "def f", max_new_tokens=10, **options)
-    many = generate(model, tokenizer, "def f", max_new_tokens=200, **options)
+    (some,), (many,) = (
+        generate(model, tokenizer, "def f", Sampling(max_new_tokens=count, temperature=0)).texts for count in (10, 200)
+    )
     assert many.startswith(some) and len(tokenizer("def f" + many)["input_ids"]) <= 31
 
 
@@ -105,15 +117,50 @@ def test_another_tokenizer_is_refused(checkpoint, text_files, tmp_path):
         read_tokens(other, AutoTokenizer.from_pretrained(checkpoint))
 
 
-def test_log_lines_are_read_and_plotted(tmp_path):
-    """Those of build-nanogpt too."""
-    (tmp_path / "log.txt").write_text("0 val 10.9\n0 hella 0.25\n0 train 10.95\n1 train 10.5\n")
-    curves = read_log(tmp_path / "log.txt")
-    assert curves == {"val": ([0], [10.9]), "hella": ([0], [0.25]), "train": ([0, 1], [10.95, 10.5])}
-    assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "log.txt").write_text("what is this\nand this\n")
-    with pytest.raises(UserError, match="not a log"):
-        read_log(tmp_path / "log.txt")
+def test_loss_is_the_rolling_loglikelihood_of_the_harness(checkpoint, text_files):
+    """In its windows: loss, perplexity and bits per byte of the same text."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    file = text_files / "email_message.txt"
+    text = file.read_text()
+    harness = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", batch_size=8)
+    (loglikelihood,) = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+
+    model, tokenizer = load_model(str(checkpoint))
+    tokens = read_tokens(file, tokenizer)
+    nats, count = summed_loss(model, windows(tokens, 32, 32, 8))
+    scores = language_modeling_scores(nats, count, int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum()))
+    assert count == len(harness.tok_encode(text))
+    assert scores["loss"] == pytest.approx(-loglikelihood / count, rel=1e-6)
+    assert scores["perplexity"] == pytest.approx(math.exp(-loglikelihood / count), rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(-loglikelihood / math.log(2) / len(text.encode()), rel=1e-6)
+
+
+def test_several_continuations_a_line_of_input_each(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "eval.generate", str(checkpoint), "--num_return_sequences", "2", "--top_p", "0.9"]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "5"], cwd=tmp_path, input="def f\nx = \n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("---")] == ["--- 1", "--- 2"] * 2
+    assert done.stdout.count("def f") == 2 <= done.stdout.count("x = ")
+    assert done.stderr.count(" a second]") == 2
+
+
+@needs_compiler
+def test_a_compiled_model_generates_the_same(checkpoint):
+    """With one graph, whatever the prompt's length."""
+    torch.compiler.reset()
+    counters.clear()
+    model, tokenizer = load_model(str(checkpoint))
+    graphs = []
+    for prompt in ("def f", "import os, sys", "x"):
+        sampling = Sampling(max_new_tokens=10, temperature=1.0)
+        expected = generate(model, tokenizer, prompt, sampling)
+        assert generate(model, tokenizer, prompt, sampling, compiled=True) == expected
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +173,23 @@ def test_log_lines_are_read_and_plotted(tmp_path):
         (["eval.loss", "CHECKPOINT", "--data", "x", "--batch_size", "-1"], "error: batch_size=-1 must be at least 1"),
         (["eval.generate", "CHECKPOINT", "--promt", "x"], "unknown '--promt'; did you mean '--prompt'?"),
         (["eval.generate", "CHECKPOINT", "--temperature", "-1"], "error: temperature and top_k must be at least 0"),
-        (["eval.plot", "no/such/run"], "error: no/such/run/log.txt: not a log"),
+        (["eval.generate", "CHECKPOINT", "--top_p", "0"], "error: top_p=0.0 must be greater than 0 and at most 1"),
+        (["eval.loss", "CHECKPOINT", "--data", "x", "--stride", "33"], "error: stride=33 must lie between 1 and"),
+        (["eval.loss", "BARE", "--data", "x"], "bare': no tokenizer in it; copy tokenizer.json"),
+        (["eval.hellaswag", "CHECKPOINT", "--data", "x"], "error: x: not a readable .jsonl file"),
+        (["eval.hellaswag", "CHECKPOINT", "--rules", "mine"], "invalid choice: 'mine'"),
+        (["eval.harness", "BARE", "--tasks", "hellaswag"], "bare': no tokenizer in it"),
+        (["eval.harness", "CHECKPOINT", "--tasks", "helaswag"], "task unknown 'helaswag'; did you mean 'hellaswag'?"),
+        (["eval.report", "no/such/run"], "error: no/such/run: no run there"),
+        (["eval.report", "x", "--batch_tokens", "0"], "error: batch_tokens=0 must be at least 1"),
     ],
 )
 def test_bad_input_gets_one_line(checkpoint, tmp_path, words, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [str(checkpoint) if word == "CHECKPOINT" else word for word in words])
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    named = {"CHECKPOINT": str(checkpoint), "BARE": str(bare)}
+    monkeypatch.setattr("sys.argv", [named.get(word, word) for word in words])
     with pytest.raises(SystemExit) as ended:
         run(importlib.import_module(words[0]).main)
     assert ended.value.code == 2

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT, needs_compiler, run_command
 from standin_hub import serve_dataset
 
 from data_prep.cli import UserError
@@ -138,6 +138,7 @@ def test_all_items_agree_after_some_training(data, tmp_path):
     check_against_both(tmp_path / "runs" / "some" / "checkpoints" / "step_00000060", data, 10_042, tmp_path)
 
 
+@needs_compiler
 @pytest.mark.parametrize("rule", ["completion", "lm_eval"])
 def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
     items = read_items(data)[5000:5040]

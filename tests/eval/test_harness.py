@@ -1,0 +1,102 @@
+"""EleutherAI's harness: the plain command on our checkpoints, ours in this process, and within a run."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run_command
+
+TASKS = "lambada_local,wikitext_local"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, text_files):
+    """A folder to run in, with files for the tasks that read local ones."""
+    here = tmp_path_factory.mktemp("harness")
+    evaluation = here / "data" / "evaluation"
+    evaluation.mkdir(parents=True)
+    texts = [path.read_text() for path in sorted(text_files.glob("json*.txt"))]
+    sentences = [" ".join(text.split()[20 * n : 20 * n + 12]) for text in texts for n in range(4)]
+    write_lines(evaluation / "lambada_test.jsonl", [{"text": text} for text in sentences])
+    write_lines(evaluation / "wikitext2_test.jsonl", [{"page": text[:600]} for text in texts])
+    item = {"activity_label": "A", "ctx": "the a", "ctx_a": "the", "ctx_b": "a"}
+    items = [{**item, "endings": ["b", "of it", "in (", f"{n}"], "label": n % 4} for n in range(9)]
+    write_lines(evaluation / "hellaswag_val.jsonl", items)
+    return here
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def scores(path):
+    results = json.loads(path.read_text())["results"]
+    return {
+        f"{task}/{metric.removesuffix(',none')}": value
+        for task, found in results.items()
+        for metric, value in found.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run, folder):
+    """What the plain command finds of a checkpoint, with no flags of ours."""
+    arguments = f"pretrained={tiny_run.checkpoints[-1]}"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", TASKS]
+    run_command(*command, "--include_path", ROOT / "eval" / "tasks", "--output_path", "plain.json", cwd=folder)
+    (results,) = folder.glob("plain_*.json")
+    return scores(results)
+
+
+def test_the_plain_command_works_on_a_checkpoint(plain):
+    assert {"lambada_local/acc", "lambada_local/perplexity", "wikitext_local/bits_per_byte"} <= plain.keys()
+    assert plain["lambada_local/perplexity"] > 1 and 1 < plain["wikitext_local/bits_per_byte"] < 6
+
+
+def test_gptmodel_scores_as_the_plain_command_finds(tiny_run, plain, folder):
+    """Options that are not ours are passed on; the results lie beside the checkpoint."""
+    checkpoint = folder / "step_00000020"
+    checkpoint.symlink_to(tiny_run.checkpoints[-1])
+    command = [sys.executable, "-m", "eval.harness", checkpoint, "--tasks", TASKS, "--batch_size", "3"]
+    done = run_command(*command, cwd=folder)
+    assert "gpt-accelerate (" in done.stdout and "batch_size: 3" in done.stdout
+    (results,) = folder.glob("step_00000020.lm_eval_*.json")
+    assert scores(results) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("launch_file", ["cpu", "cpu_ddp"])
+def test_evaluations_in_a_run_change_nothing_and_agree_with_those_alone(tiny_run, train, plain, folder, launch_file):
+    """In one process and in two: the losses of a run without them, the scores of the commands on its checkpoint."""
+    flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--sample_every", "10"]
+    flags += ["--hellaswag_every", "10", "--hellaswag_data", folder / "data" / "evaluation" / "hellaswag_val.jsonl"]
+    flags += [
+        "--hellaswag_rules",
+        "completion",
+        "lm_eval",
+        "--lm_eval_every",
+        "20",
+        "--lm_eval_tasks",
+        *TASKS.split(","),
+    ]
+    run = train(f"evaluated_{launch_file}", *flags, launch_file=launch_file, cwd=folder)
+    if launch_file == "cpu":
+        assert run.losses() == tiny_run.losses()
+    else:
+        assert run.losses() == pytest.approx(tiny_run.losses(), rel=1e-5)
+
+    metrics = run.metrics()
+    last = metrics[20]
+    found = {name.removeprefix("lm_eval/"): value for name, value in last.items() if name.startswith("lm_eval/")}
+    assert found == pytest.approx(plain, rel=1e-4)
+    assert found == pytest.approx(scores(run.folder / "checkpoints" / "step_00000020.lm_eval.json"))
+
+    command = [sys.executable, "-m", "eval.hellaswag", run.folder / "checkpoints" / "step_00000020"]
+    run_command(*command, "--data", "data/evaluation/hellaswag_val.jsonl", "--output", "swag.json", cwd=folder)
+    for result in json.loads((folder / "swag.json").read_text()):
+        for score in ("acc", "acc_norm"):
+            assert last[f"hellaswag/{result['rule']}/{score}"] == result[score]
+    lines = (run.folder / "log.txt").read_text().splitlines()
+    hella = [line.split() for line in lines if " hella " in line]
+    assert [int(step) for step, _, _ in hella] == [0, 10, 20]
+    assert float(hella[-1][2]) == pytest.approx(last["hellaswag/completion/acc_norm"], abs=1e-4)

@@ -1,0 +1,157 @@
+"""Reports: read back from what real runs and other trainers have logged."""
+
+import email.message
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+
+from data_prep.cli import UserError
+from data_prep.contamination import contamination, record, recorded
+from eval.logs import Curve, read_run
+from eval.plots import plot_all
+from eval.published import of_the_same_size
+from eval.report import write_report
+
+NANOGPT_LOG = "0 val 10.9512\n0 hella 0.2463\n0 train 10.955029\n1 train 9.5\n2 val 9.7\n2 hella 0.2501\n"
+LLM_C_LOG = (
+    "s:0 tel:11.0100\ns:0 eval:0.2440\ns:0 trl:10.9900 lr:0.000001 norm:15.20\n"
+    "s:1 trl:10.5000 lr:0.000002 norm:12.20\ns:1 trl:10.4000 lr:0.000002 norm:12.10\n"
+)
+
+
+def table(text, heading):
+    """The rows of the table under a heading, by its first column, each a dictionary by the columns' names."""
+    lines = text.split(f"## {heading}\n\n", 1)[1].split("\n\n")[0].splitlines()
+    columns, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+
+
+def is_picture(path, at_least):
+    content = path.read_bytes()
+    width, height = (int.from_bytes(content[start : start + 4]) for start in (16, 20))
+    return content.startswith(b"\x89PNG") and width >= at_least and height >= at_least // 3
+
+
+def test_a_run_writes_its_report(tiny_run):
+    folder = tiny_run.folder / "report"
+    text = (folder / "report.md").read_text()
+    metrics = tiny_run.metrics()
+    row = table(text, "Results")["**tiny**"]
+    assert float(row["validation loss"]) == pytest.approx(metrics[20]["val_loss"], abs=1e-4)
+    assert float(row["bits per byte"]) == pytest.approx(metrics[20]["val_bits_per_byte"], abs=1e-4)
+    assert row["tokens"] == f"{20 * 512:,}"
+    assert int(row["parameters"].replace(",", "")) == 32 * (601 + 32) + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+    assert table(text, "Settings")["`n_embd`"] == {"tiny": "32"}
+    assert "has not been searched for evaluation sets" in text
+    assert "commit " in text and "training/train.py" in text
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures == ["loss.png", "training.png"]
+    assert all(is_picture(folder / name, at_least=900) for name in pictures)
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_what_the_curves_say(tiny_run):
+    run, metrics = read_run(tiny_run.folder), tiny_run.metrics()
+    assert run.curves["loss"].values == tiny_run.losses()
+    assert run.curves["val_loss"].steps == [0, 5, 10, 15, 20]
+    seconds = run.seconds()
+    assert len(seconds) == 21
+    assert seconds[3] == pytest.approx(sum(512 / metrics[step]["tokens_per_second"] for step in range(3)))
+
+
+def test_logs_of_the_peers(tmp_path):
+    (tmp_path / "log.txt").write_text(NANOGPT_LOG)
+    (tmp_path / "main.log").write_text(LLM_C_LOG)
+    run = read_run(tmp_path / "log.txt")
+    assert run.curves == {
+        "val_loss": Curve([0, 2], [10.9512, 9.7]),
+        "hellaswag/completion/acc_norm": Curve([0, 2], [0.2463, 0.2501]),
+        "loss": Curve([0, 1], [10.955029, 9.5]),
+    }
+    run = read_run(tmp_path / "main.log", batch_tokens=524288)
+    assert run.curves["loss"] == Curve([0, 1], [10.99, 10.4]), "of a step that was done again the later value holds"
+    assert run.curves["grad_norm"].values == [15.2, 12.1] and run.tokens_per_step == 524288
+
+
+def test_several_runs_are_compared(tiny_run, tmp_path):
+    (tmp_path / "log.txt").write_text(NANOGPT_LOG)
+    other = shutil.copytree(tiny_run.folder, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    done = run_command(sys.executable, "-m", "eval.report", tiny_run.folder, other, tmp_path / "log.txt", cwd=tmp_path)
+    assert done.stdout.strip() == "report/report.md"
+    text = (tmp_path / "report" / "report.md").read_text()
+    rows = table(text, "Results")
+    assert [*rows] == ["**tiny**", "**other**", f"**{tmp_path.name}/log.txt**"]
+    assert rows[f"**{tmp_path.name}/log.txt**"]["HellaSwag, completion"] == "0.2501"
+    assert table(text, "Settings that differ") == {"`learning_rate`": {"tiny": "0.01", "other": "0.02"}}
+    assert is_picture(tmp_path / "report" / "hellaswag.png", at_least=500)
+
+
+def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
+    (tmp_path / "log.txt").write_text(NANOGPT_LOG)
+    run = read_run(tmp_path / "log.txt", batch_tokens=524288)
+    run.environment = {"parameters": 124_439_808, "packages": {}, "mixed_precision": "bf16", "num_processes": 8,
+                       "device": "NVIDIA A100", "platform": "Linux", "python": "3.11", "git_revision": None,
+                       "command": [], "data": []}  # fmt: skip
+    rows = table(write_report([run], tmp_path / "report").read_text(), "Results")
+    assert rows["GPT-2 124M"]["HellaSwag, completion"] == "0.2955"
+    assert rows["GPT-2 124M"]["HellaSwag, lm_eval"] == "0.3114"
+    assert rows["GPT-3 125M"]["HellaSwag, completion"] == "0.3370"
+    assert rows[f"**{tmp_path.name}/log.txt**"]["tokens"] == f"{2 * 524288:,}"
+
+
+def test_sizes():
+    names = {size: [model.name for model in of_the_same_size(size)] for size in (2e6, 124e6, 1.5e9, None)}
+    assert names == {2e6: [], 124e6: ["GPT-2 124M", "GPT-3 125M"], 1.5e9: ["GPT-2 1558M", "GPT-3 1.3B"], None: []}
+
+
+def test_contamination_is_reported_of_the_shards_that_are_there(tiny_run, data_folder, tmp_path):
+    """By evaluation set, beside what was found before; not for shards that were prepared anew."""
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    environment = json.loads((run / "environment.json").read_text())
+    environment["data"][0]["folder"] = str(data)
+    (run / "environment.json").write_text(json.dumps(environment))
+
+    (tmp_path / "clean.txt").write_text(
+        "Nothing that a module of the standard library would ever say of itself or others"
+    )
+    source = Path(email.message.__file__).read_text().split()
+    (tmp_path / "found.txt").write_text(" ".join(source[100:160]))
+    for name in ("clean.txt", "found.txt"):
+        record(data, contamination(data, [tmp_path / name]))
+    assert [one["file"] for one in recorded(data)] == [str(tmp_path / name) for name in ("clean.txt", "found.txt")]
+    text = write_report([read_run(run)], tmp_path / "report").read_text()
+    assert "Contamination: of clean.txt, 0 of 1 items (0.00%)" in text
+    assert "Contamination: of found.txt, 1 of 1 items (100.00%)" in text
+
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    assert recorded(data) is None
+    assert "has not been searched" in write_report([read_run(run)], tmp_path / "report").read_text()
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("0 val 1.0\nwhat is this\n", "line 2: neither build-nanogpt's nor llm.c's kind of log"),
+        ("s:0 tel:high\n", "line 1: 'high' is not a number"),
+        ("", "there is nothing in it"),
+    ],
+)
+def test_a_file_that_is_no_log_is_refused(tmp_path, log, message):
+    (tmp_path / "log.txt").write_text(log)
+    with pytest.raises(UserError, match=message):
+        read_run(tmp_path)
+
+
+def test_a_log_of_something_else_has_no_pictures(tmp_path):
+    (tmp_path / "log.txt").write_text("0 other 1.0\n")
+    assert plot_all([read_run(tmp_path)], tmp_path) == []
