@@ -28,7 +28,7 @@ RULES = ("completion", "lm_eval")
 BATCH_SIZE = 16
 _DATASET = "Rowan/hellaswag"
 _ADDRESS = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-_TEXTS = ("activity_label", "ctx", "ctx_a", "ctx_b")
+_TEXTS = ("activity_label", "ctx", "ctx_a", "ctx_b")  # of which ctx_b may be empty
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,14 @@ class HellaSwag:
         """Tokenize `items`, as `read_items` gives them, by `rule`."""
         render = _render_completion if rule == "completion" else _render_lm_eval
         texts = [render(item) for item in items]
-        contexts = _tokenize(tokenizer, [context for context, _ in texts])
+        contexts = _tokenize(tokenizer, [context.rstrip() if rule == "lm_eval" else context for context, _ in texts])
         if rule == "completion":
             endings = iter(_tokenize(tokenizer, [f" {ending}" for _, choices in texts for ending in choices]))
             questions = [Question(ids, [next(endings) for _ in texts[n][1]]) for n, ids in enumerate(contexts)]
             lengths = [[len(ending) for ending in question.endings] for question in questions]
         else:
-            # The harness tokenizes context and ending together, and takes what is beyond the context's own length.
+            # The harness tokenizes context and ending together, and takes what is beyond the context's own length; to
+            # the ending belong the spaces before it.
             whole = iter(_tokenize(tokenizer, [f"{text} {ending}" for text, choices in texts for ending in choices]))
             questions = [
                 Question(ids, [next(whole)[len(ids) :] for _ in texts[n][1]]) for n, ids in enumerate(contexts)
@@ -145,9 +146,9 @@ def read_items(path: Path | None = None, dataset: str = _DATASET, address: str =
 def _check(item: Any, where: str) -> None:
     if not isinstance(item, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(item).__name__}")
-    missing = [name for name in _TEXTS if not isinstance(item.get(name), str)]
+    missing = [name for name in _TEXTS if not isinstance(item.get(name), str) or not (item[name] or name == "ctx_b")]
     endings = item.get("endings")
-    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e.strip() for e in endings):
+    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and _clean(e) for e in endings):
         missing.append("endings")
     if missing:
         raise UserError(f"{where}: no usable {', '.join(missing)} among the fields {', '.join(item)}")
