@@ -12,6 +12,11 @@ class UserError(Exception):
     """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def unknown_name(name: str, known: Iterable[str]) -> str:
     """`unknown NAME`, with the nearest of the `known` names where one is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -153,7 +153,11 @@ def contamination(folder: Path, against: list[Path], fields: list[str] | None = 
 
 def record(folder: Path, found: list[Contamination]) -> None:
     """Write what was found to `contamination.json` of the data folder, beside what was found of other sets before."""
-    kept = [one for one in recorded(folder) or [] if one["file"] not in {new.file for new in found}]
+    kept = [
+        one
+        for one in recorded(folder) or []
+        if Path(one["file"]).resolve() not in {Path(new.file).resolve() for new in found}
+    ]
     content = {"shards_sha256": Manifest.read(folder).shards_sha256, "sets": kept + [asdict(one) for one in found]}
     temporary = folder / f".{FILE_NAME}.partial"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -208,6 +212,7 @@ def main() -> None:
     parser.add_option("against", type=Path, nargs="+", required=True, metavar="FILE", help="sets: .jsonl, .txt")
     parser.add_option("fields", nargs="+", help="of a record that make up an item; HellaSwag's, or every string")
     args = parser.parse_args()
+    recorded(args.folder)  # before the search, which takes its time, what is there is known to be readable
     found = contamination(args.folder, args.against, args.fields)
     print("\n".join(map(str, found)))
     record(args.folder, found)

@@ -56,10 +56,14 @@ class Generated:
 @contextmanager
 def isolated_random_state(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a generator of one's own: seeded inside, and outside as if nothing had been drawn."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng knows nothing of MPS
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            if state is not None:
+                torch.mps.set_rng_state(state)
 
 
 def generate(

@@ -9,13 +9,16 @@ pretrained=CHECKPOINT` works as well; add `--include_path eval/tasks` for the ta
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from data_prep.cli import ArgumentParser, UserError, run, unknown_name
+from data_prep.cli import ArgumentParser, UserError, first_line, run, unknown_name
+from eval.logs import harness_scores
 from eval.models import check_folder, evaluating
 from modeling import GPTModel
 
@@ -44,6 +47,26 @@ def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
     return manager
 
 
+def load_tasks(tasks: list[str], n_positions: int) -> Any:
+    """The harness's `TaskManager`, the data of all of `tasks` having been loaded once.
+
+    Raises:
+        UserError: for what `check_tasks` finds, data that cannot be had, and a task that generates more than a context.
+    """
+    from datasets.exceptions import DatasetsError
+
+    manager = check_tasks(tasks)
+    try:
+        loaded = manager.load(tasks)["tasks"]
+    except (OSError, ImportError, ValueError, DatasetsError) as error:
+        raise UserError(f"lm_eval_tasks={tasks}: {first_line(error)}") from error
+    for name, task in loaded.items():
+        wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+        if task.OUTPUT_TYPE == "generate_until" and wanted >= n_positions:
+            raise UserError(f"task {name!r} generates {wanted} tokens, n_positions={n_positions} is less; leave it out")
+    return manager
+
+
 def evaluate_tasks(
     accelerator: Accelerator,
     model: GPTModel,
@@ -60,20 +83,18 @@ def evaluate_tasks(
     It seeds the random numbers of Python, numpy and torch.
 
     Args:
-        task_manager: as `check_tasks` gives it.
+        task_manager: as `load_tasks` gives it.
 
     Returns:
         The scores as `lm_eval/TASK/METRIC`, on the main process, which writes the harness's results to `output`.
     """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import handle_non_serializable
 
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of being given a model and a limit
-    with evaluating(model):
-        evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    from eval.harness_model import GPTModelLM
+
+    with evaluating(model), _without_warnings():
+        evaluated = GPTModelLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         evaluated.accelerator = accelerator
         evaluated._rank, evaluated._world_size = accelerator.process_index, accelerator.num_processes
         results = lm_eval.simple_evaluate(
@@ -84,24 +105,33 @@ def evaluate_tasks(
             log_samples=False,
             bootstrap_iters=0,
         )
-    logger.setLevel(level)
     if results is None:
         return {}
     temporary = output.with_name(f".{output.name}.partial")
     temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
     temporary.rename(output)
     return {
-        f"lm_eval/{task}/{metric.removesuffix(',none')}": value
-        for task, scores in results["results"].items()
+        f"lm_eval/{task}/{metric}": value
+        for task, scores in harness_scores(results).items()
         for metric, value in scores.items()
-        if isinstance(value, float) and "stderr" not in metric
     }
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The harness warns of being given a model in memory, and of a limit."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def results_path(model: str) -> Path:
     """Where the results of a model are kept: beside a checkpoint's folder, here for a model of the Hub."""
-    folder = Path(model)
-    if folder.is_dir():
+    if (folder := Path(model).resolve()).is_dir():
         return folder.with_name(f"{folder.name}.lm_eval.json")
     return Path(f"{model.replace('/', '__')}.lm_eval.json")
 
@@ -118,12 +148,8 @@ def main() -> None:
     check_folder(args.model)
     check_tasks(args.tasks.split(","), args.include_path)
     from lm_eval._cli.harness import HarnessCLI
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
 
-    @register_model("gpt-accelerate")
-    class GPTModelLM(HFLM):
-        AUTO_MODEL_CLASS = GPTModel
+    import eval.harness_model  # noqa: F401  registers "gpt-accelerate"
 
     command = HarnessCLI()
     words = ["run", "--model", "hf" if args.stock else "gpt-accelerate", "--tasks", args.tasks]

@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.cli import ArgumentParser, UserError, first_line, run
 from eval.launch import make_accelerator
 from eval.models import compile_blocks, load_model
 from eval.multiple_choice import Question, accuracy, count_truncated, score
@@ -130,17 +130,29 @@ def read_items(path: Path | None = None, dataset: str = _DATASET, address: str =
     if path is None:
         records, where = _download(dataset, address), dataset
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            records, where = [json.loads(line) if line.strip() else None for line in lines], str(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable .jsonl file ({error})") from error
+        records, where = _read_lines(path), str(path)
     for number, record in enumerate(records, start=1):
         if record is not None:
             _check(record, f"{where}, line {number}")
     if not (items := [record for record in records if record is not None]):
         raise UserError(f"{where}: there is nothing in it")
     return items
+
+
+def _read_lines(path: Path) -> list[Any]:
+    """The value of each line, None for an empty one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable .jsonl file ({error})") from error
+    records = []
+    # Not splitlines: it would also split at separators that JSON leaves unescaped within strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            records.append(json.loads(line) if line.strip() else None)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
 
 
 def _check(item: Any, where: str) -> None:
@@ -157,23 +169,23 @@ def _check(item: Any, where: str) -> None:
 
 
 def _download(dataset: str, address: str) -> list[dict[str, Any]]:
-    from datasets import disable_progress_bars, load_dataset
+    try:
+        from datasets import disable_progress_bars, load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise UserError("HellaSwag: to download it, pip install datasets; or name a file that you have") from error
 
     disable_progress_bars()
     try:
         return load_dataset(dataset, split="validation").to_list()
-    except (OSError, ValueError) as from_hub:
+    except (OSError, ValueError, DatasetsError) as from_hub:
         try:
             return load_dataset("json", data_files=address, split="train").to_list()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             raise UserError(
-                f"HellaSwag: neither the data set {dataset} ({_first_line(from_hub)}) nor {address} "
-                f"({_first_line(error)}) can be had; name a file that you have"
+                f"HellaSwag: neither the data set {dataset} ({first_line(from_hub)}) nor {address} "
+                f"({first_line(error)}) can be had; name a file that you have"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def main() -> None:
@@ -188,6 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise UserError(f"batch_size={args.batch_size} and limit={args.limit} must be at least 1")
+    if args.output and not args.output.parent.is_dir():
+        raise UserError(f"output={args.output}: no such folder {args.output.parent}")
     accelerator = make_accelerator()
     with accelerator.main_process_first():
         items = read_items(args.data)[: args.limit]
@@ -200,7 +214,9 @@ def main() -> None:
         results.append(HellaSwag.prepare(items, rule, tokenizer).evaluate(accelerator, model, args.batch_size))
         accelerator.print(f"{rule:10}  {results[-1]}")
     if args.output and accelerator.is_main_process:
-        args.output.write_text(json.dumps([asdict(one) for one in results]) + "\n", encoding="utf-8")
+        temporary = args.output.with_name(f".{args.output.name}.partial")
+        temporary.write_text(json.dumps([asdict(one) for one in results]) + "\n", encoding="utf-8")
+        temporary.rename(args.output)
     accelerator.end_training()
 
 

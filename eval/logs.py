@@ -34,7 +34,7 @@ class Record:
         tokens_per_step: None where the log does not say.
         settings, environment: of `config.yaml` and `environment.json`; empty for logs of other trainers.
         samples: lines of `samples.jsonl`.
-        harness: results of EleutherAI's harness, by the name of the checkpoint.
+        harness: scores of the lm-evaluation-harness by checkpoint, task and metric.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Record:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+    harness: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric, None where it was never measured."""
@@ -83,19 +83,37 @@ def _read_our_run(folder: Path) -> Record:
                 curve = curves.setdefault(name, Curve())
                 curve.steps.append(line["step"])
                 curve.values.append(value)
-    environment = _text(folder / "environment.json")
+    if not curves:
+        raise UserError(f"{folder / 'metrics.jsonl'}: there is nothing in it yet")
     return Record(
         name=folder.resolve().name,
         curves=curves,
         tokens_per_step=settings.get("batch_tokens"),
         settings=settings,
-        environment=json.loads(environment) if environment else {},
+        environment=_json(folder / "environment.json") or {},
         samples=_json_lines(folder / "samples.jsonl"),
-        harness={
-            path.name.partition(".")[0]: json.loads(_text(path))["results"]
-            for path in sorted((folder / "checkpoints").glob("step_*.lm_eval*.json"))
-        },
+        harness=_harness_results(folder / "checkpoints"),
     )
+
+
+def _harness_results(checkpoints: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """The harness's scores by checkpoint, task and metric, of all of its results that lie beside a checkpoint."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for path in sorted(checkpoints.glob("step_*.lm_eval*.json")):
+        found.setdefault(path.name.partition(".")[0], {}).update(harness_scores(_json(path)))
+    return found
+
+
+def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Scores by task and metric, without their errors, of what the lm-evaluation-harness returns or writes."""
+    return {
+        task: {
+            metric.removesuffix(",none"): value
+            for metric, value in scores.items()
+            if isinstance(value, float) and "stderr" not in metric
+        }
+        for task, scores in results["results"].items()
+    }
 
 
 def _read_log(path: Path) -> dict[str, Curve]:
@@ -120,10 +138,21 @@ def _read_log(path: Path) -> dict[str, Curve]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     lines = _text(path).splitlines(keepends=True)
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):  # a run that goes on may be writing the last
+            try:
+                values.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    return values
+
+
+def _json(path: Path) -> Any:
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a run that goes on may be writing the last
+        return json.loads(_text(path) or "null")
     except ValueError as error:
-        raise UserError(f"{path}: not lines of JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error})") from error
 
 
 def _text(path: Path) -> str:

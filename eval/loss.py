@@ -45,7 +45,7 @@ def language_modeling_scores(nats: float, tokens: int, text_bytes: int) -> dict[
         tokenizers; NaN where there is nothing to divide by.
     """
     loss = nats / tokens if tokens else math.nan
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss >= 700 else math.exp(loss)
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte(nats, text_bytes)}
 
 

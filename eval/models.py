@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 from modeling import GPTModel
 
 
@@ -27,13 +27,13 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
         model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"model {name!r}: {first_line(error)}") from error
     return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
 def check_folder(name: str) -> None:
     """Check that a folder, if `name` is one, holds a tokenizer beside the model (`UserError`)."""
-    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+    if Path(name).is_dir() and not any((*Path(name).glob("tokenizer*"), *Path(name).glob("vocab.json"))):
         raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and its config there")
 
 

@@ -1,13 +1,15 @@
 """Pictures of runs: losses, HellaSwag, and how the training went."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.logs import Curve, Record
-from eval.published import of_the_same_size
+from eval.published import Published, of_the_same_size
 
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
 _REFERENCES = {"GPT-2": "#555555", "GPT-3": "#999999"}
@@ -30,7 +32,14 @@ def plot_all(records: list[Record], folder: Path) -> list[Path]:
 
 def _losses(records: list[Record]) -> Any:
     """Training and validation loss against steps, tokens and time; None for logs of neither."""
-    every = [v for r in records for name in ("loss", "val_loss") if name in r.curves for v in r.curves[name].values]
+    every = [
+        v
+        for r in records
+        for name in ("loss", "val_loss")
+        if name in r.curves
+        for v in r.curves[name].values
+        if math.isfinite(v)
+    ]
     if not every:
         return None
     axes_of = {"step": _steps, "tokens": _tokens, "time": _time}
@@ -38,7 +47,7 @@ def _losses(records: list[Record]) -> Any:
     figure, panels = _figure(1, len(shown), width=5.2 * max(len(shown), 1.4), height=4.6, sharey=True)
     for panel, (name, axis) in zip(panels, shown.items(), strict=True):
         unit = _set_axis(panel, name, records)
-        for record, color in zip(records, _cycled(), strict=False):
+        for record, color in zip(records, cycle(_COLORS), strict=False):
             loss, val = record.curves.get("loss", Curve()), record.curves.get("val_loss", Curve())
             if (x := axis(record, loss.steps)) is not None and len(x):
                 panel.plot(x / unit, loss.values, color=color, linewidth=0.6, alpha=0.25)
@@ -61,11 +70,11 @@ def _losses(records: list[Record]) -> Any:
 
 
 def _fineweb_references(records: list[Record]) -> list[Any]:
-    """GPT-2's loss, where all runs are validated on the data that it was measured on."""
-    sources = [one.get("source", "") for r in records for one in r.environment.get("data", [{}])]
-    if not all("fineweb-edu" in str(source).lower() for source in sources):
+    """GPT-2's loss, where all runs are validated on the data that it was measured on, in its tokens."""
+    data = [one for record in records for one in record.environment.get("data", [{}])]
+    if not all("fineweb-edu" in one.get("source", "").lower() and one.get("tokenizer") == "gpt2" for one in data):
         return []
-    return [p for p in _same_size(records) if p.fineweb_edu_loss is not None]
+    return [p for p in models_beside(records) if p.fineweb_edu_loss is not None]
 
 
 def _hellaswag(records: list[Record]) -> Any:
@@ -78,11 +87,11 @@ def _hellaswag(records: list[Record]) -> Any:
     axis, name = (_tokens, "tokens") if all(r.tokens_per_step for r in records) else (_steps, "step")
     for panel, rule in zip(panels, shown, strict=True):
         unit = _set_axis(panel, name, records)
-        for record, color in zip(records, _cycled(), strict=False):
+        for record, color in zip(records, cycle(_COLORS), strict=False):
             if curve := record.curves.get(f"hellaswag/{rule}/acc_norm"):
                 panel.plot(axis(record, curve.steps) / unit, curve.values, color=color, linewidth=1.6, marker="o",
                            markersize=4, label=f"{record.name}: {curve.values[-1]:.4f}")  # fmt: skip
-        for model in _same_size(records):
+        for model in models_beside(records):
             if (score := getattr(model, rules[rule])) is not None:
                 color = _REFERENCES[model.name.split()[0]]
                 panel.axhline(score, color=color, linestyle="--", linewidth=1, label=f"{model.name}: {score:.4f}")
@@ -107,7 +116,7 @@ def _training(records: list[Record]) -> Any:
     figure, panels = _figure(1, len(shown), width=4.2 * max(len(shown), 1.6), height=3.6, sharey=False)
     for panel, metric in zip(panels, shown, strict=True):
         _set_axis(panel, "step", records)
-        for record, color in zip(records, _cycled(), strict=False):
+        for record, color in zip(records, cycle(_COLORS), strict=False):
             if curve := record.curves.get(metric):
                 panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
                 panel.plot(curve.steps, _smoothed(curve.values), color=color, linewidth=1.3, label=record.name)
@@ -173,20 +182,15 @@ def _thousands() -> Any:
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
     """The mean over a fiftieth of the run around each value."""
-    window = max(1, len(values) // 50)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    window = 2 * (len(values) // 100) + 1
+    around = np.pad(np.asarray(values, dtype=float), window // 2, mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(around, window).mean(axis=1)
 
 
-def _same_size(records: list[Record]) -> list[Any]:
+def models_beside(records: list[Record]) -> list[Published]:
+    """The published models of the sizes of the runs."""
     models = [model for record in records for model in of_the_same_size(record.environment.get("parameters"))]
     return list(dict.fromkeys(models))
-
-
-def _cycled() -> list[str]:
-    return list(_COLORS) * 8
 
 
 def _title(what: str, records: list[Record]) -> str:

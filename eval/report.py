@@ -12,8 +12,8 @@ from data_prep import contamination
 from data_prep.cli import ArgumentParser, UserError, run
 from eval.logs import Record, read_run
 from eval.loss import language_modeling_scores
-from eval.plots import plot_all
-from eval.published import Published, of_the_same_size
+from eval.plots import models_beside, plot_all
+from eval.published import Published
 
 _CAPTIONS = {
     "loss.png": "Training and validation loss",
@@ -44,14 +44,14 @@ def write_report(records: list[Record], folder: Path) -> Path:
 
 def _results(records: list[Record]) -> str:
     """The table of all runs, and of the published models of their sizes."""
-    published = dict.fromkeys(m for r in records for m in of_the_same_size(r.environment.get("parameters")))
+    published = models_beside(records)
     heading = ["", "parameters", "tokens", "validation loss", "perplexity", "bits per byte", "HellaSwag, completion",
                "HellaSwag, lm_eval", "training time", "tokens/s"]  # fmt: skip
     rows = [_result(record) for record in records] + [_published(model) for model in published]
     notes = ["HellaSwag is acc_norm. Time and speed are those of training alone."]
     if not published:
         notes.append("No GPT-2 or GPT-3 of this size was published.")
-    return f"## Results\n\n{_table(heading, rows)}\n\n{' '.join(notes)}" if rows else ""
+    return f"## Results\n\n{_table(heading, rows)}\n\n{' '.join(notes)}"
 
 
 def _result(record: Record) -> list[str]:
@@ -85,12 +85,7 @@ def _harness(records: list[Record]) -> str:
     for record in records:
         for checkpoint, results in record.harness.items():
             for task, scores in results.items():
-                shown = {
-                    metric.removesuffix(",none"): value
-                    for metric, value in scores.items()
-                    if isinstance(value, float) and "stderr" not in metric
-                }
-                text = ", ".join(f"{metric} {value:.4f}" for metric, value in shown.items())
+                text = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
                 rows.append([record.name, checkpoint, task, text])
     return f"## lm-evaluation-harness\n\n{_table(['run', 'checkpoint', 'task', 'scores'], rows)}" if rows else ""
 
@@ -127,7 +122,9 @@ def _data(record: Record) -> str:
 
 
 def _contamination(folder: Path) -> list[str]:
-    found = contamination.recorded(folder) if folder.is_dir() else None
+    if not folder.is_dir():
+        return [f"- Contamination: `{folder}` is not here to ask."]
+    found = contamination.recorded(folder)
     if not found:
         return [
             f"- Contamination: `{folder}` has not been searched for evaluation sets "

@@ -99,7 +99,7 @@ class RunSettings:
     )
     lm_eval_every: int = _field(0, "steps between two runs of the lm-evaluation-harness; 0 for none")
     lm_eval_tasks: list[str] = dataclasses.field(
-        default_factory=lambda: ["gpt2_zero_shot"], metadata={"help": "its tasks and groups"}
+        default_factory=lambda: ["lambada_openai", "wikitext"], metadata={"help": "its tasks and groups"}
     )
     lm_eval_limit: int | None = _field(None, "only the first so many items of each task")
     save_every: int = _field(400, "steps between two checkpoints; the last step always has one")
@@ -242,7 +242,7 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
                 f"warmup_steps={optimizer.warmup_steps} exceeds max_steps={optimizer.max_steps}; warm up for fewer"
             )
     problems += _data_problems(config)
-    problems += _evaluation_problems(run)
+    problems += _evaluation_problems(run, num_processes)
     if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
         problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
     if Path(run.run_name).name != run.run_name:
@@ -295,12 +295,18 @@ def _data_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
-def _evaluation_problems(run: RunSettings) -> list[str]:
-    problems = [f"hellaswag_rules: {unknown_name(rule, RULES)}" for rule in run.hellaswag_rules if rule not in RULES]
+def _evaluation_problems(run: RunSettings, num_processes: int) -> list[str]:
+    problems = [
+        f"hellaswag_rules: {unknown_name(rule, RULES)}; known: {', '.join(RULES)}"
+        for rule in run.hellaswag_rules
+        if rule not in RULES
+    ]
     if run.hellaswag_data is not None and not Path(run.hellaswag_data).is_file():
         problems.append(f"hellaswag_data={run.hellaswag_data!r}: no such file; leave it out to download it")
     if run.lm_eval_every and find_spec("lm_eval") is None:
         problems.append('lm_eval_every needs the harness; pip install "lm-eval[hf]"')
+    if run.lm_eval_every and run.lm_eval_limit is not None and run.lm_eval_limit < num_processes:
+        problems.append(f"lm_eval_limit={run.lm_eval_limit} leaves some of {num_processes} processes without an item")
     return problems
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import UserError
-from eval.harness import check_tasks
+from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
 from eval.launch import on_cpu
 from eval.models import compile_blocks
@@ -111,7 +111,9 @@ def setup(config: TrainingConfig) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
     with accelerator.main_process_first():
         hellaswag = load_hellaswag(config, tokenizer)
-    task_manager = check_tasks(config.run.lm_eval_tasks) if config.run.lm_eval_every else None
+        task_manager = (
+            load_tasks(config.run.lm_eval_tasks, config.model.n_positions) if config.run.lm_eval_every else None
+        )
 
     model = make_model(config, data, checkpoint)
     parameters = model.num_parameters()

@@ -171,7 +171,11 @@ def report(run: Run) -> None:
     from eval.logs import read_run
     from eval.report import write_report
 
-    folder = write_report([read_run(run.config.run_folder)], run.config.run_folder / "report").parent
+    try:
+        folder = write_report([read_run(run.config.run_folder)], run.config.run_folder / "report").parent
+    except UserError as error:  # of data that has changed since: the run is none the worse for it
+        print(f"no report: {error}")
+        return
     for tracker in run.accelerator.trackers:
         log_pictures(tracker, sorted(folder.glob("*.png")), run.state.step)
 

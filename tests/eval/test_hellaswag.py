@@ -195,7 +195,7 @@ GOOD = {"activity_label": "A", "ctx": "a b", "ctx_a": "a", "ctx_b": "b", "ending
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{", ""], r"not a readable .jsonl file"),
+        ([json.dumps(GOOD), "{"], "line 2: not JSON"),
         ([json.dumps(GOOD), "[1]"], "line 2: expected a JSON object, found list"),
         ([json.dumps({**GOOD, "label": 4})], "line 1: label 4 is not one of 0 to 3"),
         ([json.dumps(GOOD), "", json.dumps({**GOOD, "label": ""})], "line 3: label '' is not one of 0 to 3"),

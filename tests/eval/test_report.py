@@ -155,3 +155,27 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, log, message):
 def test_a_log_of_something_else_has_no_pictures(tmp_path):
     (tmp_path / "log.txt").write_text("0 other 1.0\n")
     assert plot_all([read_run(tmp_path)], tmp_path) == []
+
+
+def test_a_run_that_diverged_has_its_report(tmp_path):
+    (tmp_path / "log.txt").write_text("0 train 10.0\n1 train nan\n1 val nan\n2 train inf\n3 train 9.0\n3 val 9.5\n")
+    text = write_report([read_run(tmp_path)], tmp_path / "report").read_text()
+    assert "9.5000" in text and is_picture(tmp_path / "report" / "loss.png", at_least=500)
+
+
+def test_results_of_the_harness_add_up(tiny_run, tmp_path):
+    """Those of a run and of later commands on the same checkpoint."""
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    for name, task in (("lm_eval.json", "a"), ("lm_eval_2026-01-01.json", "b"), ("lm_eval_2026-01-02.json", "c")):
+        scores = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": task}
+        (run / "checkpoints" / f"step_00000020.{name}").write_text(json.dumps({"results": {task: scores}}))
+    rows = write_report([read_run(run)], tmp_path / "report").read_text()
+    for task in "abc":
+        assert f"| run | step_00000020 | {task} | acc 0.5000 |" in rows
+
+
+def test_a_run_that_has_just_begun_has_nothing_to_report(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="there is nothing in it yet"):
+        read_run(run)

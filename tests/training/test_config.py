@@ -198,3 +198,12 @@ def test_validation_reads_no_source_beyond_its_end(data_folder, tmp_path, text_f
     fits = [all(u <= e for u, e in zip(batches.mixture.consumed(n), ends, strict=True)) for n in (count, count + 1)]
     assert fits == [True, False]
     assert validation_sequences(batches, 640) == 20
+
+
+def test_what_is_wrong_with_the_evaluations():
+    text = problems("--hellaswag_rules", "completion", "lmeval", "--hellaswag_data", "no/such.jsonl")
+    assert "hellaswag_rules: unknown 'lmeval'; did you mean 'lm_eval'?; known: completion, lm_eval" in text
+    assert "hellaswag_data='no/such.jsonl': no such file; leave it out to download it" in text
+    assert "hellaswag_limit=0 must be at least 1" in problems("--hellaswag_limit", "0")
+    with pytest.raises(UserError, match="lm_eval_limit=1 leaves some of 2 processes without an item"):
+        check_config(parse_config(["--lm_eval_every", "5", "--lm_eval_limit", "1"]), num_processes=2)
