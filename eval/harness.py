@@ -23,6 +23,7 @@ from eval.models import check_folder, evaluating
 from modeling import GPTModel
 
 TASKS = Path(__file__).with_name("tasks")
+_NOT_INSTALLED = 'the harness is not installed; pip install "lm-eval[hf]"'
 
 
 def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
@@ -32,7 +33,7 @@ def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
         UserError: where the harness is not installed or does not know one of them, with the nearest that it knows.
     """
     if find_spec("lm_eval") is None:
-        raise UserError('the harness is not installed; pip install "lm-eval[hf]"')
+        raise UserError(_NOT_INSTALLED)
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path)
@@ -146,7 +147,8 @@ def main() -> None:
     parser.add_option("output_path", help="results; beside the checkpoint if not given")
     args, others = parser.parse_known_args()
     check_folder(args.model)
-    check_tasks(args.tasks.split(","), args.include_path)
+    if find_spec("lm_eval") is None:
+        raise UserError(_NOT_INSTALLED)
     from lm_eval._cli.harness import HarnessCLI
 
     import eval.harness_model  # noqa: F401  registers "gpt-accelerate"
@@ -155,7 +157,13 @@ def main() -> None:
     words = ["run", "--model", "hf" if args.stock else "gpt-accelerate", "--tasks", args.tasks]
     words += ["--model_args", ",".join(filter(None, [f"pretrained={args.model}", args.model_args]))]
     words += ["--include_path", args.include_path, "--output_path", args.output_path or str(results_path(args.model))]
-    command.execute(command._parser.parse_args([*words, *others]))
+    try:
+        command.execute(command._parser.parse_args([*words, *others]))
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        check_tasks(args.tasks.split(","), args.include_path)  # says it in our words
+        raise
 
 
 if __name__ == "__main__":
