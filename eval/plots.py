@@ -97,6 +97,8 @@ def _hellaswag(records: list[Record]) -> Any:
                 panel.axhline(score, color=color, linestyle="--", linewidth=1, label=f"{model.name}: {score:.4f}")
         panel.axhline(0.25, color="black", linestyle=":", linewidth=1, label="chance: 0.25")
         panel.set(ylabel="accuracy (acc_norm)", title=f"{rule} rule")
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(low, 0.22), max(high, 0.32))  # so that what is chance looks like it
         panel.legend(fontsize=8, framealpha=0.9)
     figure.suptitle(_title("HellaSwag", records), fontweight="bold")
     return figure
@@ -118,11 +120,16 @@ def _training(records: list[Record]) -> Any:
         _set_axis(panel, "step", records)
         for record, color in zip(records, cycle(_COLORS), strict=False):
             if curve := record.curves.get(metric):
-                panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
-                panel.plot(curve.steps, _smoothed(curve.values), color=color, linewidth=1.3, label=record.name)
+                noisy = metric != "learning_rate"
+                if noisy:
+                    panel.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
+                values = _smoothed(curve.values) if noisy else curve.values
+                panel.plot(curve.steps, values, color=color, linewidth=1.3, label=record.name)
         panel.set_title(titles[metric], fontsize=10)
         if metric == "grad_norm":
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         elif metric == "tokens_per_second":
             panel.set_ylim(bottom=0)
             panel.yaxis.set_major_formatter(_thousands())
@@ -182,9 +189,8 @@ def _thousands() -> Any:
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
     """The mean over a fiftieth of the run around each value."""
-    window = 2 * (len(values) // 100) + 1
-    around = np.pad(np.asarray(values, dtype=float), window // 2, mode="edge")
-    return np.lib.stride_tricks.sliding_window_view(around, window).mean(axis=1)
+    window = np.ones(2 * (len(values) // 100) + 1)
+    return np.convolve(values, window, mode="same") / np.convolve(np.ones(len(values)), window, mode="same")
 
 
 def models_beside(records: list[Record]) -> list[Published]:

@@ -17,7 +17,7 @@ from eval.published import Published
 
 _CAPTIONS = {
     "loss.png": "Training and validation loss",
-    "hellaswag.png": "HellaSwag, with the published models of the same size",
+    "hellaswag.png": "HellaSwag",
     "training.png": "Learning rate, gradient norm and speed",
 }
 _SAMPLES = 3
@@ -49,6 +49,11 @@ def _results(records: list[Record]) -> str:
                "HellaSwag, lm_eval", "training time", "tokens/s"]  # fmt: skip
     rows = [_result(record) for record in records] + [_published(model) for model in published]
     notes = ["HellaSwag is acc_norm. Time and speed are those of training alone."]
+    notes += [
+        f"HellaSwag of {record.name} is of its first {record.settings['hellaswag_limit']:,} items."
+        for record in records
+        if record.settings.get("hellaswag_limit") and record.settings.get("hellaswag_every")
+    ]
     if not published:
         notes.append("No GPT-2 or GPT-3 of this size was published.")
     return f"## Results\n\n{_table(heading, rows)}\n\n{' '.join(notes)}"
