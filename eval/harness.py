@@ -132,7 +132,7 @@ def _without_warnings() -> Iterator[None]:
 
 def results_path(model: str) -> Path:
     """Where the results of a model are kept: beside a checkpoint's folder, here for a model of the Hub."""
-    if (folder := Path(model).resolve()).is_dir():
+    if (folder := Path(model).absolute()).is_dir():
         return folder.with_name(f"{folder.name}.lm_eval.json")
     return Path(f"{model.replace('/', '__')}.lm_eval.json")
 

@@ -64,7 +64,7 @@ class Finished:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").iterdir())
+        return sorted(path for path in (self.folder / "checkpoints").iterdir() if path.is_dir())
 
     def metrics(self) -> dict[int, dict]:
         """The lines of metrics.jsonl by step; a step that stands twice is an error."""

@@ -65,7 +65,7 @@ def test_gptmodel_scores_as_the_plain_command_finds(tiny_run, plain, folder):
     assert scores(results) == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("launch_file", ["cpu", "cpu_ddp"])
+@pytest.mark.parametrize("launch_file", [pytest.param("cpu", marks=pytest.mark.slow), "cpu_ddp"])
 def test_evaluations_in_a_run_change_nothing_and_agree_with_those_alone(tiny_run, train, plain, folder, launch_file):
     """In one process and in two: the losses of a run without them, the scores of the commands on its checkpoint."""
     flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--sample_every", "10"]

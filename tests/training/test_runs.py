@@ -140,10 +140,15 @@ def test_a_mixture_within_documents_goes_on_as_if_nothing_had_happened(train, da
     assert consumed[str(other_data)]["epochs"] > 1
 
 
-def test_what_is_evaluated_does_not_change_the_losses(train, tiny_run):
+def test_what_is_evaluated_does_not_change_the_losses(train, tiny_run, tmp_path):
+    item = {"activity_label": "A", "ctx": "the a", "ctx_a": "the", "ctx_b": "a", "endings": ["b", "of it", "in ("]}
+    (tmp_path / "swag.jsonl").write_text("".join(json.dumps({**item, "label": n % 3}) + "\n" for n in range(5)))
     evaluated = ["--val_every", "1", "--sample_every", "2", "--sample_tokens", "4", "--save_every", "4"]
+    evaluated += ["--hellaswag_every", "3", "--hellaswag_data", tmp_path / "swag.jsonl"]
     busy = train("busy", "--max_steps", "20", "--micro_batch", "8", *evaluated)
     assert busy.losses() == tiny_run.losses()
+    scored = [step for step, line in busy.metrics().items() if "hellaswag/completion/acc" in line]
+    assert scored == [*range(0, 20, 3), 20]
     samples = [json.loads(line) for line in (busy.folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [step for step in range(2, 21, 2) for _ in range(3)]
 
