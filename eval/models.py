@@ -38,7 +38,8 @@ def check_folder(name: str) -> None:
 
 
 def compile_blocks(model: GPTModel) -> None:
-    """Compile each block, in place, so that no wrapper's name gets into the weights."""
+    """Compile each block, in place, so that no wrapper's name gets into the weights; and the loss."""
+    model.compile_loss = True
     for block in model.transformer.h:
         block.compile()
 

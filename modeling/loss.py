@@ -1,18 +1,30 @@
 """Cross entropy of a linear head, without the logits of all tokens ever being in memory at once."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 512
 VOCAB_MULTIPLE = 128  # tensor cores want aligned rows: 50257 becomes 50304, for the length of one call
 
 
+def chunk_tokens(device: torch.device) -> int:
+    """Tokens whose logits are in memory at once: a cache's fill of them, or enough to keep a GPU busy."""
+    return 512 if device.type == "cpu" else 4096
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None
-) -> Tensor:
-    """Cross entropy of `softmax(hidden @ weight.T)` against `labels`, `CHUNK_TOKENS` tokens at a time.
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+    z_loss: float = 0.0,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of `softmax(hidden @ weight.T)` against `labels`, `chunk_tokens` tokens at a time.
 
     The gradient of a cross entropy is known as soon as its logits are. So each chunk leaves its share of the gradients
     in the forward pass and its logits are freed: one chunk of logits in memory instead of all, and nothing computed
@@ -23,26 +35,30 @@ def linear_cross_entropy(
         weight: `[V, C]`, the head. Padding of V to a multiple of 128 exists within this call only, with probability 0.
         labels: `[N]`, int64, `IGNORE_INDEX` where there is nothing to predict.
         num_items: divides the summed loss; None for the number of labels that are not ignored.
+        z_loss: adds so much of the squared logarithm of the softmax's normalizer (PaLM, arXiv:2204.02311, section 5).
+        compiled: fuse what is done to the logits, by `torch.compile`.
 
     Returns:
-        The loss in nats, a float32 scalar; NaN if every label is ignored, as in `F.cross_entropy`.
+        The loss in nats, a float32 scalar (NaN if every label is ignored, as in `F.cross_entropy`), and what of it is
+        `z_loss`'s, without a gradient.
     """
     if num_items is None:
         num_items = (labels != IGNORE_INDEX).sum()
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _SummedLinearCrossEntropy.apply(hidden, weight, labels, needs_grad) / num_items
+    loss, z_part = _SummedLinearCrossEntropy.apply(hidden, weight, labels, z_loss, needs_grad, compiled)
+    return loss / num_items, z_part / num_items
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The cross entropy of each token, `[N]` float32 in nats, 0 where the label is ignored; arguments as above.
 
-    Logits are computed for the labels that count and for no others, `CHUNK_TOKENS` at a time.
+    Logits are computed for the labels that count and for no others, `chunk_tokens` at a time.
     """
     head = _padded_head(hidden, weight)
     counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     nats = [
         F.cross_entropy(_logits(hidden[chunk], head, len(weight)).float(), labels[chunk], reduction="none")
-        for chunk in counted.split(CHUNK_TOKENS)
+        for chunk in counted.split(chunk_tokens(hidden.device))
     ]
     return torch.zeros(len(labels), device=hidden.device).index_put((counted,), torch.cat(nats))
 
@@ -61,33 +77,56 @@ def _logits(hidden: Tensor, head: Tensor, vocab_size: int) -> Tensor:
     return logits
 
 
+def _nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits `[N, V]`: the summed cross entropy, the summed z-loss and the gradient `[N, V]` of both."""
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
+    # The largest probability is at least 1/V: its logarithm is safe where that of a target's may underflow.
+    log_normalizer = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
+    nats = ((log_normalizer - logits.gather(1, targets).float()) * valid).sum()
+    # d nats / d logits = softmax - one_hot, d log_normalizer / d logits = softmax
+    if z_loss:
+        probs *= 1 + 2 * z_loss * log_normalizer
+    gradient = probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1])).to(logits.dtype)
+    return nats, z_loss * (log_normalizer.square() * valid).sum(), gradient
+
+
 class _SummedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, needs_grad: bool, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
         vocab_size = len(weight)
         head = _padded_head(hidden, weight.detach())
+        of_logits = _compiled_nats_and_gradient() if compiled else _nats_and_gradient
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        z_part = torch.zeros_like(loss)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        grad_weight = None
 
-        for start in range(0, len(hidden), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        size = chunk_tokens(hidden.device)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
             chunk, valid = hidden[rows].to(head.dtype), (labels[rows] != IGNORE_INDEX).unsqueeze(1)
             targets = labels[rows].unsqueeze(1).where(valid, 0)
-            logits = _logits(chunk, head, vocab_size)
-            probs = logits.softmax(dim=-1, dtype=torch.float32)
-            # The largest probability is at least 1/V: its logarithm is safe where that of a target's may underflow.
-            log_normalizer = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
-            loss += ((log_normalizer - logits.gather(1, targets).float()) * valid).sum()
+            nats, z_nats, grad_logits = of_logits(_logits(chunk, head, vocab_size), targets, valid, z_loss)
+            loss += nats
+            z_part += z_nats
             if needs_grad:
-                # d loss / d logits = softmax - one_hot
-                grad_logits = probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1])).to(head.dtype)
                 grad_hidden[rows] = (grad_logits @ head) * valid
-                grad_weight += (grad_logits.T @ (chunk * valid))[:vocab_size]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss
+                share = (grad_logits.T @ (chunk * valid))[:vocab_size]
+                grad_weight = share.to(weight.dtype) if grad_weight is None else grad_weight.add_(share)
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(z_part)
+        return loss + z_part, z_part
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
+    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss has been gone backward through already; compute it again")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # given away: scaled in their place
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
+
+
+@cache
+def _compiled_nats_and_gradient() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_nats_and_gradient)

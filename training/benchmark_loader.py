@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 
 from data_prep.cli import ArgumentParser, run
-from training.config import TrainingConfig, parse_config
+from training.config import parse_config
 from training.data import load_data
+from training.settings import TrainingConfig
 
 _SECONDS, _SEQUENCES = 2.0, 64
 

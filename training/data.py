@@ -9,8 +9,8 @@ from data_prep.manifest import FILE_NAME, Manifest
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import BUILTIN, Source
 from training.batches import Batches
-from training.config import QUICKSTART_DATA, TrainingConfig
 from training.order import Mixture, Sequences, TokenStream
+from training.settings import QUICKSTART_DATA, TrainingConfig
 
 
 @dataclass(frozen=True)

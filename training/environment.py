@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
-from training.config import TrainingConfig
 from training.data import Data
+from training.settings import TrainingConfig
 from training.topology import describe_device
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")

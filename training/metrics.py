@@ -1,48 +1,15 @@
 """What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`; and the progress."""
 
 import json
-import re
-import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.tracking import GeneralTracker
 
 from eval.hellaswag import Result
-
-# Dense bf16 tensor-core peaks of the vendors' data sheets, in FLOP/s. A device that is not here has no known peak.
-_PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
-
-def peak_flops(device_name: str, mixed_precision: str) -> float | None:
-    """The device's peak at bf16 or fp16, in FLOP/s; None for an unknown device or precision, never a guess."""
-    if mixed_precision not in ("bf16", "fp16"):
-        return None
-    return next((peak for name, peak in _PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory this process has had, in bytes: allocated on a CUDA device, resident elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> None:

@@ -1,28 +1,74 @@
-"""AdamW as GPT-3 was trained with: decay on matrices and embeddings, none on biases and norms."""
+"""AdamW as GPT-3 was trained with, and Muon for the matrices beside it."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
 
-from training.config import OptimizerSettings
+from training.settings import OptimizerSettings
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters of `model` (GPT-3, appendix B; decoupled decay, arXiv:1711.05101)."""
-    return torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """An optimizer of all parameters of `model`, each group with its peak learning rate in `initial_lr`.
+
+    AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
+    norms. With `muon`, the matrices of the blocks are Muon's (Jordan et al. 2024), its updates scaled to the size of
+    AdamW's (arXiv:2502.16982, section 2.2), so that learning rate and decay carry over.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {
+        name for name, p in parameters.items() if settings.optimizer == "muon" and ".h." in name and p.dim() == 2
+    }
+    rest = [p for name, p in parameters.items() if name not in matrices]
+    adamw = AdamW(
+        [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         fused=True,
     )
+    optimizer: Optimizer = adamw
+    if matrices:
+        muon = Muon(
+            [parameters[name] for name in parameters if name in matrices],
+            lr=settings.muon_learning_rate or settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            momentum=settings.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizer = Together(muon, adamw)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once: those of two and more dimensions with decay, the others without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set each group's learning rate to `factor` of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
+
+
+class Together(Optimizer):
+    """Several optimizers as one: their groups in a row, and one state that all of them share."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = [(optimizer, len(optimizer.param_groups)) for optimizer in optimizers]
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group as its own optimizer has made it."""
+        self.param_groups.append(param_group)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of each, with the groups and the state as they are now: loading replaces them."""
+        loss = closure() if closure is not None else None
+        first = 0
+        for optimizer, groups in self.optimizers:
+            optimizer.param_groups, optimizer.state = self.param_groups[first : first + groups], self.state
+            optimizer.step()
+            first += groups
+        return loss

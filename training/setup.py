@@ -1,8 +1,7 @@
 """Bring up a run: data, model, optimizer, what it resumes from, and the header that says so."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,21 @@ from accelerate import Accelerator
 from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
-from data_prep.cli import UserError
 from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
-from eval.launch import on_cpu
-from eval.models import compile_blocks
-from modeling import GPTConfig, GPTModel, flops_per_token
-from training.batches import Ahead, Batches
-from training.checkpoint import RunState, complete_checkpoints, load_state, load_training_state
-from training.config import TrainingConfig
+from modeling import GPTModel, flops_per_token
+from training.batches import Ahead, Batch, Batches
+from training.checkpoint import RunState, load_training_state
 from training.data import Data, load_data, validation_sequences
 from training.environment import write_environment
-from training.metrics import RunLog, peak_flops
+from training.meter import StepInFlight
+from training.metrics import RunLog
+from training.model import check_initial_model, find_micro_batch, make_model
 from training.optimizer import make_optimizer
+from training.precision import peak_flops
+from training.resume import find_checkpoint, resumed_state
+from training.schedule import BatchPlan, Schedule
+from training.settings import TrainingConfig
 from training.topology import describe_device, make_accelerator
 
 
@@ -33,17 +34,21 @@ class Run:
 
     Attributes:
         model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
+        batch_plan, schedule: the tokens and the learning rate of each step.
         train_ahead: this rank's share of a global batch, by its position.
         val_sequences: sequences of a validation, always the first ones of the validation split.
         val_bytes: bytes of text that their labels stand for.
         hellaswag: its items under each rule that is asked for.
         task_manager: what the lm-evaluation-harness knows of its tasks; None if none are asked for.
+        in_flight: the step that has not been recorded yet, and `recorded_at`, when the one before it was.
     """
 
     config: TrainingConfig
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    batch_plan: BatchPlan
+    schedule: Schedule
     tokenizer: Any
     data: Data
     train_data: Batches
@@ -55,10 +60,12 @@ class Run:
     task_manager: Any
     state: RunState
     log: RunLog
+    in_flight: StepInFlight | None = None
+    recorded_at: float = 0.0
 
     @property
     def checkpoints(self) -> Path:
-        return checkpoints_folder(self.config)
+        return self.config.checkpoints
 
     @property
     def bare_model(self) -> GPTModel:
@@ -115,25 +122,21 @@ def setup(config: TrainingConfig) -> Run:
             load_tasks(config.run.lm_eval_tasks, config.model.n_positions) if config.run.lm_eval_every else None
         )
 
-    model = make_model(config, data, checkpoint)
+    if checkpoint is None and config.model.init_from is not None:
+        check_initial_model(config, data, tokenizer)
+    model = make_model(config, data, checkpoint or config.model.init_from)
     parameters = model.num_parameters()
     optimizer = make_optimizer(model, config.optimizer)
-    torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between processes
     model, optimizer = accelerator.prepare(model, optimizer)
+    train_data, val_data = (data.batches(config, split) for split in ("train", "val"))
+    if config.optimizer.micro_batch == "auto":
+        config.optimizer.micro_batch = find_micro_batch(config, accelerator, model, optimizer, train_data)
+    torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between processes
     if checkpoint is not None:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
 
-    train_data, val_data = (data.batches(config, split) for split in ("train", "val"))
-    train_ahead = Ahead(
-        partial(
-            train_data.micro_batches,
-            micro_batch=config.optimizer.micro_batch,
-            accumulation_steps=accelerator.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        ),
-        accelerator.device,
-    )
+    batch_plan = config.batch_plan
+    train_ahead = Ahead(global_batches(config, batch_plan, accelerator, train_data), accelerator.device)
     val_sequences = validation_sequences(val_data, config.run.val_tokens)
     val_labels = val_data.sequences(0, val_sequences)["shift_labels"]
 
@@ -143,14 +146,14 @@ def setup(config: TrainingConfig) -> Run:
         print(header(config, accelerator, data, parameters, state))
     if config.run.report_to != "none":
         accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
-    log = RunLog(
-        config.run_folder, state.step, config.optimizer.max_steps, config.run.log_every, accelerator.is_main_process
-    )
+    log = RunLog(config.run_folder, state.step, config.max_steps, config.run.log_every, accelerator.is_main_process)
     return Run(
         config=config,
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
+        batch_plan=batch_plan,
+        schedule=config.schedule,
         tokenizer=tokenizer,
         data=data,
         train_data=train_data,
@@ -175,76 +178,24 @@ def load_hellaswag(config: TrainingConfig, tokenizer: Any) -> list[HellaSwag]:
     return [HellaSwag.prepare(items, rule, tokenizer) for rule in settings.hellaswag_rules]
 
 
-def checkpoints_folder(config: TrainingConfig) -> Path:
-    return config.run_folder / "checkpoints"
+def global_batches(
+    config: TrainingConfig, plan: BatchPlan, accelerator: Accelerator, train_data: Batches
+) -> Callable[[int], list[Batch]]:
+    """What gives this process's share of the global batch that begins at a position."""
 
-
-def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """The checkpoint to resume from, None to start anew; a run that is there is never overwritten unasked."""
-    complete = complete_checkpoints(checkpoints_folder(config))
-    if config.run.resume:
-        if not complete:
-            raise UserError(f"{config.run_folder} has no complete checkpoint to resume from; start without --resume")
-        return complete[-1]
-    if complete:
-        raise UserError(
-            f"{config.run_folder} holds a run already (its last checkpoint is {complete[-1].name}); go on with it by "
-            f"--resume, choose another --run_name, or remove that folder"
+    def make(position: int) -> list[Batch]:
+        if config.debug.overfit_single_batch:
+            position = 0
+        batch_tokens = plan.size(position * config.sequence_length)
+        return train_data.micro_batches(
+            position,
+            micro_batch=int(config.optimizer.micro_batch),
+            accumulation_steps=config.accumulation_steps(batch_tokens, accelerator.num_processes),
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
         )
-    return None
 
-
-def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]) -> RunState:
-    """The state saved in `checkpoint`, refused where the run would go on with another model or other data."""
-    state = load_state(checkpoint)
-    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    sizes = {name: getattr(config.model, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
-    if different := [f"{name}={saved[name]}, not {size}" for name, size in sizes.items() if saved[name] != size]:
-        raise UserError(
-            f"{checkpoint} is another model ({'; '.join(different)}); resume with the settings in "
-            f"{config.run_folder / 'config.yaml'}"
-        )
-    if different := [name for name in data if data[name] != state.data.get(name)]:
-        raise UserError(
-            f"{checkpoint} was trained on other data ({', '.join(different)}); resume with the data and the "
-            f"settings in {config.run_folder / 'config.yaml'}"
-        )
-    if state.step >= config.optimizer.max_steps:
-        raise UserError(f"{checkpoint} is at step {state.step} of max_steps={config.optimizer.max_steps}; raise it")
-    return state
-
-
-def make_model(config: TrainingConfig, data: Data, checkpoint: Path | None) -> GPTModel:
-    """A model with the data's vocabulary: new, its weights drawn from the run's seed, or that of a checkpoint."""
-    settings = config.model
-    model_config = GPTConfig(
-        vocab_size=data.tokenizer["vocab_size"],
-        n_layer=settings.n_layer,
-        n_embd=settings.n_embd,
-        n_head=settings.n_head,
-        n_positions=settings.n_positions,
-        embd_pdrop=settings.dropout,
-        attn_pdrop=settings.dropout,
-        resid_pdrop=settings.dropout,
-        bos_token_id=data.tokenizer["eos_token_id"],
-        eos_token_id=data.tokenizer["eos_token_id"],
-    )
-    try:
-        if checkpoint is None:
-            torch.manual_seed(config.run.seed)
-            model = GPTModel._from_config(model_config, attn_implementation=settings.attn_implementation)
-        else:
-            model = GPTModel.from_pretrained(
-                checkpoint, config=model_config, dtype=torch.float32, attn_implementation=settings.attn_implementation
-            )
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot make the model: {' '.join(str(error).split())}") from error
-    if settings.gradient_checkpointing:
-        # Renamed between the versions of transformers that this runs with.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available() and not on_cpu()):
-        compile_blocks(model)
-    return model.train()
+    return make
 
 
 def header(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, state: RunState) -> str:
@@ -252,8 +203,13 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
     settings, optimizer, processes = config.model, config.optimizer, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     counted = f"{processes} process{'es' if processes > 1 else ''}"
-    begin = f"from step {state.step}" if state.step else "from random weights"
-    total = optimizer.max_steps * optimizer.batch_tokens
+    begin = "from random weights" if settings.init_from is None else f"from {settings.init_from}"
+    if state.step:
+        begin = f"from step {state.step}"
+    plan = config.batch_plan
+    total = plan.tokens(config.max_steps)
+    accumulated = config.accumulation_steps(plan.batch_tokens, processes)
+    ramp = f", from {plan.ramp_start:,} in the first {plan.ramp_tokens:,}" if plan.ramp_tokens else ""
     sources = [
         f"data    {folder}: {manifest.tokens('train'):,} training tokens "
         f"({share * total / manifest.tokens('train'):.2f} epochs), {manifest.tokens('val'):,} for validation"
@@ -266,9 +222,8 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
             f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer['vocab_size']}",
             *sources,
             f"batch   {optimizer.batch_tokens:,} tokens = {counted} x "
-            f"{accelerator.gradient_accumulation_steps} accumulated x {optimizer.micro_batch} sequences x "
-            f"{config.sequence_length}",
-            f"steps   {optimizer.max_steps} {begin}: {total:,} tokens",
+            f"{accumulated} accumulated x {optimizer.micro_batch} sequences x {config.sequence_length}{ramp}",
+            f"steps   {config.max_steps} {begin}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",
         ]

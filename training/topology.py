@@ -3,12 +3,12 @@
 import os
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
 
 from data_prep.cli import UserError
 from eval import launch
-from eval.launch import on_cpu
-from training.config import TrainingConfig
+from training.precision import chosen_precision
+from training.settings import TrainingConfig
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -24,11 +24,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     accelerator = launch.make_accelerator(
-        mixed_precision=_precision(config),
-        gradient_accumulation_steps=config.accumulation_steps(launch.processes_launched()),
+        mixed_precision=chosen_precision(config),
         log_with=None if config.run.report_to == "none" else config.run.report_to,
         project_dir=str(config.run_folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[_data_parallel(config)],
     )
     _check_strategy(accelerator)
     return accelerator
@@ -41,19 +40,13 @@ def describe_device(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
 
 
-def _precision(config: TrainingConfig) -> str | None:
-    """The precision to ask Accelerate for; None leaves it to the launch file."""
-    if config.run.mixed_precision != "auto":
-        return config.run.mixed_precision
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        return None
-    return "bf16" if _bf16_is_fast() else "no"
-
-
-def _bf16_is_fast() -> bool:
-    if not on_cpu():
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _data_parallel(config: TrainingConfig) -> DistributedDataParallelKwargs:
+    compression = config.run.gradient_compression
+    return DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        static_graph=True,
+        comm_hook=DDPCommunicationHookType(compression.replace("none", "no")),
+    )
 
 
 def _check_strategy(accelerator: Accelerator) -> None:

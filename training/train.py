@@ -8,6 +8,7 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,9 +19,12 @@ from eval.harness import evaluate_tasks
 from eval.launch import processes_launched
 from eval.loss import bits_per_byte, summed_loss
 from training.checkpoint import complete_checkpoints, prune_checkpoints, save_checkpoint
-from training.config import check_config, parse_config
-from training.metrics import log_pictures, peak_memory
-from training.schedule import cosine_with_warmup
+from training.checks import check_config
+from training.config import parse_config
+from training.meter import StepInFlight, over_processes
+from training.metrics import log_pictures
+from training.optimizer import set_learning_rate
+from training.profiling import profiling
 from training.setup import Run, setup
 from training.step import training_step
 
@@ -34,8 +38,11 @@ def main() -> None:
             sys.exit(2)  # the first process says it for all
         raise
     run = setup(config)
+    debug = config.debug
     try:
-        fit(run)
+        folder = config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
+        with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
+            fit(run, step_done)
         report(run)
     except KeyboardInterrupt:
         if complete_checkpoints(run.checkpoints):
@@ -46,12 +53,16 @@ def main() -> None:
     finish(run)
 
 
-def fit(run: Run) -> None:
-    """The life of a run. Whenever the top of the loop is reached, `state.step` optimizer steps are done."""
+def fit(run: Run, step_done: Callable[[], None]) -> None:
+    """The life of a run. Whenever the top of the loop is reached, `state.step` optimizer steps are done or in flight.
+
+    Args:
+        step_done: called after each step.
+    """
     settings, state = run.config.run, run.state
-    first = state.step
+    first, end = state.step, run.config.max_steps
     while True:
-        last = state.step == run.config.optimizer.max_steps
+        last = state.step == end
         saving = last or (state.step > 0 and state.step % settings.save_every == 0)
         if saving and state.step > first:
             save(run)
@@ -68,41 +79,55 @@ def fit(run: Run) -> None:
         if last:
             break
         train(run)
+        step_done()
 
 
 def train(run: Run) -> None:
-    """One optimizer step, from the data to the metrics."""
+    """Begin one optimizer step, and record the one before it, which the device was at until now."""
+    accelerator, config, state = run.accelerator, run.config, run.state
+    consumed = state.position * config.sequence_length
+    batch_tokens = run.batch_plan.size(consumed)
+    factor = run.schedule.at(state.step, consumed, batch_tokens)
+    set_learning_rate(run.optimizer, factor)
+
     started = time.perf_counter()
-    accelerator, state, settings = run.accelerator, run.state, run.config.optimizer
-    learning_rate = cosine_with_warmup(
-        state.step,
-        peak=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-        min_ratio=settings.min_lr_ratio,
-    )
-    following = state.position + settings.batch_tokens // run.config.sequence_length
+    following = state.position + batch_tokens // config.sequence_length
     micro_batches = run.train_ahead.take(state.position, following)
-    results = training_step(accelerator, run.model, run.optimizer, micro_batches, learning_rate, settings.max_grad_norm)
-    loss, grad_norm = results["loss"].item(), results["grad_norm"].item()
-    tokens_per_second = settings.batch_tokens / (time.perf_counter() - started)
-    metrics = {
-        "loss": loss,
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
-        "tokens": (state.step + 1) * settings.batch_tokens,
-        "tokens_per_second": tokens_per_second,
-        "mfu": run.flops_utilisation(tokens_per_second),
-        "memory_bytes": peak_memory(accelerator.device),
-    }
-    run.log.train(state.step, metrics)
-    accelerator.log(metrics, step=state.step)
+    waited = time.perf_counter() - started
+    results = training_step(
+        accelerator, run.model, run.optimizer, micro_batches, config.optimizer.max_grad_norm, config.optimizer.z_loss
+    )
+    begun = StepInFlight(
+        step=state.step,
+        tokens=consumed + batch_tokens,
+        batch_tokens=batch_tokens,
+        learning_rate=factor * config.optimizer.learning_rate,
+        started=started,
+        grad_norm=results["grad_norm"],
+        of_processes=over_processes(accelerator, results, waited),
+    )
+    record(run)
+    run.in_flight = begun
+    if accelerator.device.type == "cpu":  # where nothing is in flight
+        record(run)
     state.step += 1
     state.position = following
 
 
+def record(run: Run) -> None:
+    """Write down what came of the step in flight, if there is one; the host waits for it here and nowhere else."""
+    if run.in_flight is None:
+        return
+    step, metrics = run.in_flight.step, run.in_flight.finish(run.recorded_at)
+    run.in_flight, run.recorded_at = None, time.perf_counter()
+    metrics["mfu"] = run.flops_utilisation(metrics["tokens_per_second"])
+    run.log.train(step, metrics)
+    run.accelerator.log(metrics, step=step)
+
+
 def validate(run: Run, saved: bool) -> None:
     """The loss of the whole validation set of this run, each process taking its share of it."""
+    record(run)
     accelerator, state = run.accelerator, run.state
     batches = run.val_data.shared_out(
         run.val_sequences, run.config.optimizer.micro_batch, accelerator.process_index, accelerator.num_processes
@@ -118,6 +143,7 @@ def validate(run: Run, saved: bool) -> None:
 
 def hellaswag(run: Run) -> None:
     """The accuracy on HellaSwag under each of the run's rules, the processes sharing the items."""
+    record(run)
     for task in run.hellaswag:
         result = task.evaluate(run.accelerator, run.bare_model)
         run.log.hellaswag(run.state.step, result)
@@ -126,6 +152,7 @@ def hellaswag(run: Run) -> None:
 
 def harness(run: Run) -> None:
     """The scores on tasks of the lm-evaluation-harness; its results are kept beside the checkpoints."""
+    record(run)
     settings, step = run.config.run, run.state.step
     run.checkpoints.mkdir(exist_ok=True)
     with isolated_random_state(settings.seed, run.accelerator.device), torch.compiler.set_stance("force_eager"):
@@ -144,6 +171,7 @@ def harness(run: Run) -> None:
 
 def sample(run: Run) -> None:
     """Continue each prompt, with random numbers that training does not share."""
+    record(run)
     settings = run.config.run
     for number, prompt in enumerate(settings.sample_prompts):
         # Generation asks for a new compilation at every layer and length; past their limit training would lose its own.
@@ -156,6 +184,7 @@ def sample(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the step that has just been done."""
+    record(run)
     run.log.flush()
     folder = save_checkpoint(
         run.accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder, run.checkpoints
@@ -194,7 +223,7 @@ def finish(run: Run) -> None:
         f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
         f"  python -m eval.loss {last} --data {run.data.folders[0]}\n"
         f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
-        f"--max_steps {2 * run.config.optimizer.max_steps}"
+        f"--max_steps {2 * run.config.max_steps}"
     )
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 
 import modeling.loss
 from modeling import GPTConfig, GPTModel
-from modeling.loss import linear_cross_entropy, token_cross_entropy
+from modeling.loss import chunk_tokens, linear_cross_entropy, token_cross_entropy
 
 
 def problem(vocab_size=201, count=50, width=16):
@@ -22,9 +23,9 @@ def problem(vocab_size=201, count=50, width=16):
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
 @pytest.mark.parametrize("num_items", [None, 13, torch.tensor(13)])
 def test_value_and_gradients_in_float32(monkeypatch, vocab_size, chunk, num_items):
-    monkeypatch.setattr(modeling.loss, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(modeling.loss, "chunk_tokens", lambda device: chunk)
     hidden, weight, labels = problem(vocab_size)
-    loss = linear_cross_entropy(hidden, weight, labels, num_items)
+    loss, _ = linear_cross_entropy(hidden, weight, labels, num_items)
     (3 * loss).backward()
     gradients = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -39,7 +40,7 @@ def test_bfloat16_is_as_close_as_bfloat16_logits_allow():
     hidden, weight, labels = problem(vocab_size=1000, count=400, width=64)
     hidden.data *= 0.3
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, labels)
+        loss, _ = linear_cross_entropy(hidden, weight, labels)
     loss.backward()
     exact = F.cross_entropy(hidden @ weight.T, labels)
     exact_hidden, exact_weight = torch.autograd.grad(exact, (hidden, weight))
@@ -52,7 +53,42 @@ def test_bfloat16_is_as_close_as_bfloat16_logits_allow():
 def test_evaluation_keeps_no_gradients():
     hidden, weight, labels = problem()
     with torch.no_grad():
-        assert not linear_cross_entropy(hidden, weight, labels).requires_grad
+        assert not linear_cross_entropy(hidden, weight, labels)[0].requires_grad
+
+
+@needs_compiler
+def test_compiled_it_is_the_same():
+    """Also with a last chunk that is shorter than the others."""
+    hidden, weight, labels = problem(count=2 * chunk_tokens(torch.device("cpu")) + 50)
+    results = []
+    for compiled in (False, True):
+        loss, z_part = linear_cross_entropy(hidden, weight, labels, z_loss=1e-2, compiled=compiled)
+        results.append((loss, z_part, *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_z_loss_is_that_of_its_paper(monkeypatch, chunk):
+    """PaLM, section 5: z_loss times the squared logarithm of the normalizer; value and gradients."""
+    monkeypatch.setattr(modeling.loss, "chunk_tokens", lambda device: chunk)
+    hidden, weight, labels = problem()
+    loss, z_part = linear_cross_entropy(hidden, weight, labels, z_loss=0.05)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+
+    logits = hidden @ weight.T
+    z = 0.05 * (logits.logsumexp(dim=-1)[labels != -100] ** 2).mean()
+    expected = F.cross_entropy(logits, labels) + z
+    torch.testing.assert_close((loss, z_part), (expected, z.detach()))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (hidden, weight)))
+
+
+def test_going_backward_twice_is_refused():
+    """The gradients are scaled in their place."""
+    hidden, weight, labels = problem()
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone backward through already"):
+        loss.backward()
 
 
 def test_the_logits_of_all_tokens_are_never_held():
@@ -68,14 +104,14 @@ def test_the_logits_of_all_tokens_are_never_held():
                 self.elements = max(self.elements, result.numel())
             return result
 
-    vocab_size, tokens = 1500, 3 * modeling.loss.CHUNK_TOKENS
+    vocab_size, tokens = 1500, 3 * chunk_tokens(torch.device("cpu"))
     config = GPTConfig(vocab_size=vocab_size, n_positions=tokens, n_embd=8, n_layer=1, n_head=1)
     model = GPTModel(config).train()
     ids = torch.randint(vocab_size, (1, tokens))
     with Largest() as mode:
         model(ids, labels=ids, use_cache=False).loss.backward()
     padded = -(-vocab_size // 128) * 128
-    assert mode.elements == modeling.loss.CHUNK_TOKENS * padded
+    assert mode.elements == tokens // 3 * padded
 
 
 def test_labels_are_shifted_and_shift_labels_are_not():
@@ -91,7 +127,7 @@ def test_labels_are_shifted_and_shift_labels_are_not():
 
 @pytest.mark.parametrize("chunk", [1, 7, 50])
 def test_the_loss_of_each_token(monkeypatch, chunk):
-    monkeypatch.setattr(modeling.loss, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(modeling.loss, "chunk_tokens", lambda device: chunk)
     hidden, weight, labels = problem()
     losses = token_cross_entropy(hidden, weight, labels)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")

@@ -7,8 +7,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from data_prep.cli import UserError
 from eval.launch import on_cpu
 from modeling import PRESETS
-from training.config import check_config, parse_config
-from training.topology import _precision, make_accelerator
+from training.checks import check_config
+from training.config import parse_config
+from training.precision import chosen_precision
+from training.topology import make_accelerator
 
 from conftest import ROOT  # isort: skip
 
@@ -20,7 +22,7 @@ def test_flags_over_file_over_preset_over_defaults(tmp_path):
     )
     config = parse_config([str(file), "--n_layer", "3", "--val-every", "7"])
     assert config.model.n_layer == 3  # flag
-    assert config.optimizer.learning_rate == 6e-4 and config.run.resume is True  # file
+    assert config.optimizer.learning_rate == 6e-4 and config.run.resume == "newest"  # file
     assert config.run.sample_prompts == ["one two", "three"]
     assert config.model.n_embd == PRESETS["gpt2-124m"].n_embd  # preset
     assert config.optimizer.weight_decay == 0.1  # default
@@ -141,21 +143,21 @@ def test_a_launch_file_for_the_cpu_means_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **kwargs: True)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-    assert not on_cpu() and _precision(parse_config([])) == "bf16"
+    assert not on_cpu() and chosen_precision(parse_config([])) == "bf16"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert on_cpu() and _precision(parse_config([])) == "no"
+    assert on_cpu() and chosen_precision(parse_config([])) == "no"
 
 
 def test_precision_of_flag_over_launch_file(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert _precision(parse_config([])) is None  # Accelerate reads the launch file
-    assert _precision(parse_config(["--mixed_precision", "no"])) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert chosen_precision(parse_config([])) == "fp16"
+    assert chosen_precision(parse_config(["--mixed_precision", "no"])) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert _precision(parse_config(["--mixed_precision", "bf16"])) == "bf16"
+    assert chosen_precision(parse_config(["--mixed_precision", "bf16"])) == "bf16"
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr("training.config.find_spec", lambda name: None)
+    monkeypatch.setattr("training.checks.find_spec", lambda name: None)
     assert problems("--report_to", "wandb") == "report_to='wandb' is not installed; pip install wandb"
 
 

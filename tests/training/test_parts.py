@@ -1,40 +1,12 @@
 """The pure parts of training against formulas written out."""
 
-import math
-
 import pytest
 import torch
 
 from modeling import GPTConfig, GPTModel
-from training.config import OptimizerSettings
-from training.metrics import peak_flops
 from training.optimizer import make_optimizer
-from training.schedule import cosine_with_warmup
-
-
-def test_schedule_is_build_nanogpts():
-    """Its `get_lr`, restated."""
-    max_lr, min_lr, warmup, last = 6e-4, 6e-5, 715, 19073
-
-    def expected(step):
-        if step < warmup:
-            return max_lr * (step + 1) / warmup
-        if step > last:
-            return min_lr
-        ratio = (step - warmup) / (last - warmup)
-        return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
-
-    for step in [0, 1, 713, 714, 715, 716, 5000, 9894, 19072, 19073, 19074, 50000]:
-        rate = cosine_with_warmup(step, peak=max_lr, warmup_steps=warmup, max_steps=last, min_ratio=0.1)
-        assert rate == pytest.approx(expected(step), rel=1e-12), step
-
-
-def test_schedule_without_warmup_and_all_warmup():
-    constant = {"peak": 1.0, "min_ratio": 0.0}
-    assert cosine_with_warmup(0, warmup_steps=0, max_steps=10, **constant) == 1.0
-    assert cosine_with_warmup(5, warmup_steps=0, max_steps=10, **constant) == pytest.approx(0.5)
-    assert cosine_with_warmup(9, warmup_steps=10, max_steps=10, **constant) == 1.0
-    assert cosine_with_warmup(10, warmup_steps=10, max_steps=10, **constant) == 0.0
+from training.precision import peak_flops
+from training.settings import OptimizerSettings
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -263,7 +263,7 @@ def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_file
     from data_prep.cli import UserError
     from training.config import parse_config
     from training.data import load_data
-    from training.setup import resumed_state
+    from training.resume import resumed_state
 
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), tmp_path / "other")
     config = parse_config(["--data", str(tmp_path / "other"), "--max_steps", "30", *TINY_MODEL])

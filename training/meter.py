@@ -1,0 +1,75 @@
+"""What a step took, measured without making the host wait for the device."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+@dataclass
+class StepInFlight:
+    """A step that the device may still be at.
+
+    Attributes:
+        step: its number, from 0.
+        tokens: of the run, this step's included.
+        batch_tokens: of this step, over all processes.
+        learning_rate: AdamW's.
+        started: when it began, in seconds of `time.perf_counter`.
+        grad_norm: of the global batch, on the device.
+        of_processes: `[P, 4]`, on the device: each process's loss, its z-loss, seconds waited for data and peak memory.
+    """
+
+    step: int
+    tokens: int
+    batch_tokens: int
+    learning_rate: float
+    started: float
+    grad_norm: Tensor
+    of_processes: Tensor
+
+    def finish(self, before: float) -> dict[str, Any]:
+        """Wait for the device, and say what the step gave and took.
+
+        A device works at one step after the other: this one's time counts from when the one before was done.
+
+        Args:
+            before: when that was.
+        """
+        measures = self.of_processes.tolist()
+        loss, z_loss, waited = (sum(column) / len(measures) for column in list(zip(*measures, strict=True))[:3])
+        grad_norm = self.grad_norm.item()
+        seconds = time.perf_counter() - max(self.started, before)
+        return {
+            "loss": loss,
+            **({"z_loss": z_loss} if z_loss else {}),
+            "learning_rate": self.learning_rate,
+            "grad_norm": grad_norm,
+            "tokens": self.tokens,
+            "batch_tokens": self.batch_tokens,
+            "tokens_per_second": self.batch_tokens / seconds,
+            "data_wait": waited / seconds,
+            "memory_bytes": int(max(memory for *_, memory in measures)),
+        }
+
+
+def over_processes(accelerator: Accelerator, results: dict[str, Tensor], waited: float) -> Tensor:
+    """`StepInFlight.of_processes`, of all processes, without waiting for the device."""
+    host = torch.tensor([waited, peak_memory(accelerator.device)], dtype=torch.float32)
+    if accelerator.device.type == "cuda":
+        host = host.pin_memory().to(accelerator.device, non_blocking=True)
+    mine = torch.cat((results["loss"][None], results["z_loss"][None], host.to(accelerator.device)))
+    return accelerator.gather(mine).view(-1, 4)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has had, in bytes: allocated on a CUDA device, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
