@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.cli import UserError, unknown_name
 from eval.hellaswag import RULES
+from eval.launch import on_cpu
 from training.precision import chosen_precision, fp8_is_available
 from training.settings import QUICKSTART_DATA, RunSettings, TrainingConfig
 
@@ -185,6 +186,8 @@ def _precision_problems(config: TrainingConfig, num_processes: int) -> list[str]
     if config.run.gradient_compression != "none":
         if num_processes == 1:
             problems.append("gradient_compression does nothing in a single process; leave it out")
+        elif on_cpu():
+            problems.append("gradient_compression needs NCCL, and so GPUs; leave it out")
         elif os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
             problems.append("gradient_compression is for data-parallel processes, not FSDP; leave it out")
     return problems

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from data_prep.cli import UserError
 from modeling import GPTModel
@@ -25,13 +25,12 @@ _SPARE = 0.1  # of the memory, for what differs from one step to the next
 
 
 def checkpoint_activations(model: GPTModel, kind: Literal["selective", "full"]) -> None:
-    """Let the blocks compute again in the backward pass what they have not kept (arXiv:1604.06174).
-
-    It is inside of each block's `forward`, so that a block which is compiled afterwards is compiled with it.
-    """
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
-    for block in model.transformer.h:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    """Let the blocks compute again in the backward pass what they have not kept (arXiv:1604.06174)."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    # Renamed between the versions of transformers that this runs with.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

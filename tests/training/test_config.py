@@ -67,6 +67,28 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--sequence_length", "512", "--batch_tokens", "4096"], "sequence_length=512 is longer than n_positions=256"),
         (["--val_tokens", "255"], "val_tokens=255 is less than one sequence of 256"),
         (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
+        (["--max_tokens", "10240", "--warmup_steps", "9"], "warmup_steps=9 exceeds max_steps=5"),
+        (["--warmup_tokens", "9999999"], "warmup_tokens=9999999 exceeds max_tokens=1638400"),
+        (["--cooldown_steps", "5"], "cooldown_steps=5 does nothing under schedule='cosine'; use --schedule wsd"),
+        (["--schedule", "wsd", "--cooldown_steps", "790"], "cooldown_steps=790 and warmup_steps=40 exceed max_steps="),
+        (["--schedule", "wsd", "--decay_steps", "9"], "decay_steps does nothing under schedule='wsd'"),
+        (["--decay_steps", "9"], "decay_steps=9 must lie between the warmup's 40 and max_steps=800"),
+        (["--batch_ramp_tokens", "9"], "batch_ramp_tokens=9 and batch_ramp_start=None make a ramp together; give both"),
+        (
+            ["--batch_ramp_start", "2048", "--batch_ramp_tokens", "4000000"],
+            "batch_ramp_tokens=4000000 exceeds the 1638400 tokens of the run",
+        ),
+        (
+            ["--batch_tokens", "6144", "--batch_ramp_start", "4096", "--batch_ramp_tokens", "9999"],
+            "batch_tokens=6144 is not a multiple of batch_ramp_start=4096",
+        ),
+        (["--micro_batch", "many"], "--micro_batch: invalid _micro_batch value: 'many'"),
+        (["--micro_batch", "0"], "micro_batch=0 must be at least 1"),
+        (["--muon_learning_rate", "1"], "muon_learning_rate does nothing under optimizer='adamw'"),
+        (["--gradient_compression", "bf16"], "gradient_compression does nothing in a single process"),
+        (["--resume", "no/such", "--cooldown_steps", "9"], "resume='no/such' is not a checkpoint"),
+        (["--init_from", "no/such"], "init_from='no/such': "),
+        (["--z_loss", "nan"], "z_loss=nan must be at least 0"),
         (["--max_steps", "0"], "max_steps=0 must be at least 1"),
         (["--learning_rate", "-1"], "learning_rate=-1.0 must be a number greater than 0"),
         (["--learning_rate", "nan"], "learning_rate=nan must be a number greater than 0"),
@@ -88,6 +110,10 @@ def test_all_problems_at_once():
     assert text.startswith("4 problems") and text.count("\n  - ") == 4
     text = problems("--max_steps", "0", "--data", "no/such", "--n_layer", "-1")
     assert text.startswith("3 problems")
+    flags = "--cooldown_steps 9 --warmup_steps 900 --muon_learning_rate 1 --mixed_precision fp8"
+    text = problems(*flags.split())
+    assert text.startswith(("4 problems", "5 problems"))  # one more where torchao is missing
+    assert "cooldown_steps=9" in text and "needs a GPU with fp8" in text
     text = problems("--n_layers", "2", "--n_head", "x", "--max_stepz", "3")
     assert text.startswith("3 problems") and "--n_layer'?" in text and "invalid int" in text and "--max_steps'?" in text
 

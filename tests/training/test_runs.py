@@ -1,5 +1,6 @@
 """Whole runs, each in processes of its own, against independent re-statements and against each other."""
 
+import gzip
 import json
 import math
 import re
@@ -97,15 +98,80 @@ def assert_same_run(first: Finished, second: Finished) -> None:
         assert all(torch.equal(left[name], right[name]) for name in left), file
 
 
-def test_five_steps_and_resume_and_five_are_ten(train):
-    """Shuffled and with dropout: all that the position and the random numbers decide. Killed, as machines are."""
-    flags = ["--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--order", "shuffled", "--dropout", "0.1"]
-    flags += ["--max_steps", "10"]
-    whole = train("whole", *flags)
-    train("halved", *flags, kill_after="step_00000005")
-    resumed = train("halved", *flags, "--resume")
+# Everything that a step's number or position decides: the batch, the learning rates, Muon's momentum, the order.
+RECIPE = ["--order", "shuffled", "--micro_batch", "4", "--max_steps", "10", "--val_every", "5", "--save_every", "5"]
+RECIPE += ["--optimizer", "muon", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
+RECIPE += ["--schedule", "wsd", "--warmup_tokens", "1000", "--batch_ramp_start", "256", "--batch_ramp_tokens", "2048"]
+RECIPE += ["--batch_tokens", "1024", "--activation_checkpointing", "selective", "--keep_last", "9"]
+
+
+@pytest.fixture(scope="session")
+def recipe(train) -> Finished:
+    return train("recipe", *RECIPE)
+
+
+def test_five_steps_and_resume_and_five_are_ten(train, recipe):
+    """Killed, as machines are."""
+    train("halved", *RECIPE, kill_after="step_00000005")
+    resumed = train("halved", *RECIPE, "--resume")
     assert "from step 5" in resumed.stdout
-    assert_same_run(whole, resumed)
+    assert_same_run(recipe, resumed)
+
+
+def test_a_ramp_of_batches_is_accounted_for(recipe):
+    """Linear from 256 to 1,024 over 2,048 tokens, in multiples of 256; each token once, the learning rate by them."""
+    metrics, consumed = recipe.metrics(), 0
+    for step in range(10):
+        batch = 1024 if consumed >= 2048 else 256 * (1 + int(3 * consumed / 2048))
+        consumed += batch
+        assert (metrics[step]["batch_tokens"], metrics[step]["tokens"]) == (batch, consumed)
+        assert metrics[step]["learning_rate"] == pytest.approx(1e-2 * min(1, consumed / 1000))
+        assert metrics[step]["z_loss"] > 0 and 0 <= metrics[step]["data_wait"] < 1
+    assert [metrics[step]["batch_tokens"] for step in (0, 3, 9)] == [256, 512, 1024]
+    assert load_state(recipe.checkpoints[-1]).position == consumed // 32
+
+
+def test_two_processes_follow_the_same_recipe(train, recipe):
+    other = train("recipe_two", *RECIPE, launch_file="cpu_ddp")
+    difference = np.array(other.losses()) - np.array(recipe.losses())
+    assert np.abs(difference).max() < 1e-3 and abs(difference.mean()) < 2e-4
+    assert [other.metrics()[s]["tokens"] for s in range(10)] == [recipe.metrics()[s]["tokens"] for s in range(10)]
+
+
+def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
+    """Settings, weights and position are the trunk's; the learning rate falls to its end over what is added."""
+    trunk = recipe.folder / "checkpoints" / "step_00000005"
+    root = recipe.folder.parents[1]
+    launch("--resume", trunk, "--cooldown_steps", "4", "--run_name", "cooled", cwd=root)
+    branch = Finished(root / "runs" / "cooled", "")
+    metrics = branch.metrics()
+    assert sorted(metrics) == [5, 6, 7, 8, 9] and "val_loss" in metrics[9]
+    assert metrics[5]["loss"] == recipe.metrics()[5]["loss"]  # of the same weights, on the same batch
+    before = [metrics[step]["tokens"] - metrics[step]["batch_tokens"] for step in range(5, 9)]
+    length = metrics[8]["tokens"] - before[0]
+    rates = [1e-2 * (0.1 + 0.9 * (1 - (tokens - before[0]) / length)) for tokens in before]
+    assert [metrics[step]["learning_rate"] for step in range(5, 9)] == pytest.approx(rates)
+    assert yaml.safe_load((branch.folder / "config.yaml").read_text())["max_steps"] == 9
+    assert [folder.name for folder in recipe.checkpoints] == ["step_00000005", "step_00000010"]
+
+
+def test_a_run_begins_from_a_checkpoint(train, tiny_run):
+    """With its sizes, unless told otherwise; as from the Hub, without a state of training."""
+    last = tiny_run.checkpoints[-1]
+    other = train("begun", "--init_from", last, "--max_steps", "3", "--micro_batch", "auto")
+    assert other.metrics()[0]["val_loss"] == pytest.approx(tiny_run.metrics()[20]["val_loss"], abs=1e-6)
+    assert f"from {last}" in other.stdout
+    assert yaml.safe_load((other.folder / "config.yaml").read_text())["micro_batch"] == 512 // 32  # all has room
+
+
+def test_one_batch_is_learned_by_heart(train, tiny_run):
+    debug = ["--overfit_single_batch", "--profile", "--detect_anomaly"]
+    run = train("overfit", *debug, "--max_steps", "20", "--micro_batch", "8", "--val_every", "20")
+    losses, of_text = run.losses(), tiny_run.losses()
+    assert losses[0] == of_text[0] and losses[-1] < of_text[-1] - 0.5
+    with gzip.open(run.folder / "profile" / "trace.json.gz") as trace:
+        assert any("mm" in event.get("name", "") for event in json.load(trace)["traceEvents"])
+    assert "aten::" in (run.folder / "profile" / "operations.txt").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +187,19 @@ def other_data(tmp_path_factory, data_folder):
 def test_a_mixture_within_documents_goes_on_as_if_nothing_had_happened(train, data_folder, other_data):
     """Two folders, one of them through several epochs, attention within documents; killed and resumed."""
     flags = ["--data", data_folder, other_data, "--data_weights", "3", "1", "--document_mask", "true"]
-    flags += ["--order", "shuffled", "--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--max_steps", "10"]
-    flags += ["--batch_tokens", "4096", "--val_tokens", "8192"]
+    flags += [
+        "--order",
+        "shuffled",
+        "--micro_batch",
+        "32",
+        "--val_every",
+        "5",
+        "--save_every",
+        "5",
+        "--max_steps",
+        "10",
+    ]
+    flags += ["--batch_tokens", "4096", "--val_tokens", "8192", "--dropout", "0.1"]
     whole = train("mixed", *flags)
     train("mixed_halved", *flags, kill_after="step_00000005")
     resumed = train("mixed_halved", *flags, "--resume")
