@@ -10,10 +10,12 @@ _MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp
 def register_checkpoint_conversion() -> None:
     """Tell transformers to transpose the four matrices of a block when a `GPTModel` is loaded or saved.
 
-    The entry is keyed on the class name, so stock GPT-2 in the same process is untouched.
+    The entry is keyed on the class name, so stock GPT-2 in the same process is untouched. FSDP2 gives the model that it
+    shards a class of its own.
     """
-    converters = [WeightConverter(name, name, operations=[Transpose(0, 1)]) for name in _MATRICES]
-    register_checkpoint_conversion_mapping("GPTModel", converters, overwrite=True)
+    for name in ("GPTModel", "FSDPGPTModel"):
+        converters = [WeightConverter(matrix, matrix, operations=[Transpose(0, 1)]) for matrix in _MATRICES]
+        register_checkpoint_conversion_mapping(name, converters, overwrite=True)
 
 
 def to_disk_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

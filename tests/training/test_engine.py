@@ -4,42 +4,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import needs_compiler
+from tiny import LENGTH, VOCAB_SIZE, make_model, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling.loss
 from eval.loss import summed_loss
 from eval.models import compile_blocks
 from eval.multiple_choice import Question, score
-from modeling import GPTConfig, GPTModel
 from training.memory import checkpoint_activations, largest_micro_batch
 from training.optimizer import make_optimizer, set_learning_rate
 from training.settings import OptimizerSettings
-from training.step import training_step
-
-SEQUENCES, LENGTH, VOCAB_SIZE, STEPS = 8, 24, 301, 20
-
-
-def make_model(**options) -> GPTModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB_SIZE, "n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    return GPTModel._from_config(GPTConfig(**sizes), **options).train()
-
-
-def train(model: GPTModel, micro_batches: int = 1, **settings) -> torch.Tensor:
-    """The losses of some steps on text that repeats itself, so that there is something to learn."""
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=1e-2, **settings))
-    model, optimizer = accelerator.prepare(model, optimizer)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(STEPS):
-        starts = torch.randint(VOCAB_SIZE, (SEQUENCES, 1), generator=generator)
-        tokens = (starts + 7 * torch.arange(LENGTH + 1)) % VOCAB_SIZE
-        batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
-        size = SEQUENCES // micro_batches
-        parts = [{name: t[i : i + size] for name, t in batch.items()} for i in range(0, SEQUENCES, size)]
-        losses.append(training_step(accelerator, model, optimizer, parts, max_grad_norm=1.0)["loss"])
-    return torch.stack(losses)
 
 
 @pytest.fixture(scope="module")
