@@ -143,7 +143,7 @@ def test_launch_files_hold_topology_and_precision_only(file):
     config = load_config_from_file(str(file))
     assert config.compute_environment == "LOCAL_MACHINE"
     kinds = {"cpu": "NO", "cpu_ddp": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU"}
-    kinds |= {"fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "mps": "NO"}
+    kinds |= {"fp8": "NO", "fsdp2": "FSDP", "fsdp2_multi_node": "FSDP", "deepspeed_zero2": "DEEPSPEED", "mps": "NO"}
     assert config.distributed_type == kinds[file.stem]
     assert config.use_cpu == (file.stem == "cpu")
     assert (config.num_processes > 1) == (kinds[file.stem] != "NO")
@@ -180,6 +180,17 @@ def test_precision_of_flag_over_launch_file(monkeypatch):
     assert chosen_precision(parse_config(["--mixed_precision", "no"])) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert chosen_precision(parse_config(["--mixed_precision", "bf16"])) == "bf16"
+
+
+def test_fp8_without_the_hardware_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "mixed_precision='fp8' needs a GPU with fp8 matrix products" in problems()
+
+
+def test_the_scaling_plan_is_what_its_script_says():
+    from training.scaling import document
+
+    assert (ROOT / "training" / "SCALING.md").read_text() == document() + "\n"
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
