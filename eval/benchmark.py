@@ -2,24 +2,29 @@
 
 python -m eval.benchmark runs/quickstart/checkpoints/step_00000800 --data hellaswag_val.jsonl
 
-The contenders take turns, on the same weights and items; ratios are medians of those within a round.
+The contenders take turns, each in a process of its own, on the same weights and items; ratios are medians of those
+within a round.
 """
 
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
 
 from data_prep.cli import ArgumentParser, UserError, run
+from eval.contest import Turn, contest, spread
 from eval.generate import Sampling, generate
 from eval.hellaswag import HellaSwag, read_items
 from eval.launch import make_accelerator
 from eval.models import compile_blocks, load_model
+
+_STOCK, _OURS_IN_A_LOOP = "one item at a time, stock GPT-2", "one item at a time, GPTModel"
+_OURS, _COMPILED = "this project", "this project, compiled"
 
 
 @torch.no_grad()
@@ -55,60 +60,64 @@ def fitting(items: list[dict[str, Any]], tokenizer: Any, context: int) -> list[d
     ]
 
 
-def hellaswag_contenders(model: Any, stock: Any, tokenizer: Any, items: list[dict[str, Any]], compiled: Any) -> dict:
-    """What scores `items` under the completion rule, tokenization and all."""
-    accelerator = make_accelerator()
+def hellaswag_turn(name: str, source: str, data: Path | None, count: int, precision: str) -> Turn:
+    """What scores `count` items under the completion rule, tokenization and all."""
+    if name in (_STOCK, _OURS_IN_A_LOOP):
+        model, tokenizer = load_model(source)
+        if name == _STOCK:
+            model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).eval().to(device())
+    else:
+        accelerator = make_accelerator()
+        model, tokenizer = load_model(source)
+        if name == _COMPILED:
+            compile_blocks(model)
+    known = fitting(read_items(data), tokenizer, model.config.n_positions)
+    items = random.Random(0).sample(known, min(count, len(known)))
 
-    def ours(model: Any) -> None:
-        HellaSwag.prepare(items, "completion", tokenizer).evaluate(accelerator, model)
+    def turn() -> None:
+        with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16"):
+            if name in (_STOCK, _OURS_IN_A_LOOP):
+                list(one_item_at_a_time(model, lambda text: tokenizer(text)["input_ids"], items))
+            else:
+                HellaSwag.prepare(items, "completion", tokenizer).evaluate(accelerator, model)
 
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
-
-    contenders = {
-        "one item at a time, stock GPT-2": lambda: list(one_item_at_a_time(stock, tokenize, items)),
-        "one item at a time, GPTModel": lambda: list(one_item_at_a_time(model, tokenize, items)),
-        "this HellaSwag": lambda: ours(model),
-    }
-    return contenders | ({"this HellaSwag, compiled": lambda: ours(compiled)} if compiled is not None else {})
+    return turn
 
 
-def generation_contenders(model: Any, stock: Any, tokenizer: Any, new_tokens: int) -> dict[str, Callable[[], Any]]:
+def generation_turn(name: str, source: str, new_tokens: int) -> Turn:
     """What continues the empty document by `new_tokens` of the likeliest tokens."""
-    start = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
-    return {
-        "stock generate()": lambda: stock.generate(start, attention_mask=torch.ones_like(start), **options),
-        "this generate": lambda: generate(model, tokenizer, "", sampling),
-    }
+    make_accelerator()  # the memory and the threads of both as this project has them
+    model, tokenizer = load_model(source)
+    start = torch.tensor([[tokenizer.eos_token_id]], device=device())
+    if name == _STOCK:
+        stock = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).eval().to(device())
+        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+
+    def turn() -> None:
+        if name == _STOCK:
+            stock.generate(start, attention_mask=torch.ones_like(start), **options)
+        else:
+            generate(model, tokenizer, "", Sampling(max_new_tokens=new_tokens, temperature=0))
+
+    return turn
 
 
-def race(title: str, contenders: dict[str, Callable[[], Any]], amount: int, unit: str, repeats: int) -> None:
-    """Time the contenders in turn, and print a table of the speeds and of the ratios to the first one."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender()  # what happens once only, as compilation, is not timed
-    for _ in range(repeats):
-        for name, contender in contenders.items():
-            started = time.perf_counter()
-            contender()
-            times[name].append(time.perf_counter() - started)
-    first = next(iter(times.values()))
-    print(f"\n| {title} | {unit} a second (spread) | ratio (spread) |\n| --- | --- | --- |")
-    for name, seconds in times.items():
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def table(title: str, results: dict[str, tuple[list[float], int]], amount: int, unit: str) -> str:
+    """Speeds, and their ratios to the first contender's within rounds."""
+    first, _ = next(iter(results.values()))
+    lines = [f"| {title} | {unit} a second (spread) | ratio (spread) | peak memory |", "| --- | --- | --- | --- |"]
+    for name, (seconds, memory) in results.items():
         speeds = [amount / one for one in seconds]
         ratios = [base / one for base, one in zip(first, seconds, strict=True)]
-        print(f"| {name} | {_spread(speeds, '.1f')} | {_spread(ratios, '.2f')} |", flush=True)
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+        lines.append(f"| {name} | {spread(speeds, '.1f')} | {spread(ratios, '.2f')} | {memory / 2**20:,.0f} MiB |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    from transformers import GPT2LMHeadModel
-
     parser = ArgumentParser(prog="python -m eval.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=Path, metavar="FILE", help="hellaswag_val.jsonl; downloaded if not given")
@@ -120,20 +129,15 @@ def main() -> None:
     if min(args.items, args.new_tokens, args.repeats) < 1:
         raise UserError("items, new_tokens and repeats must be at least 1")
     model, tokenizer = load_model(args.model)
-    stock = GPT2LMHeadModel.from_pretrained(args.model, dtype=torch.float32).eval().to(model.device)
-    compiled = None
-    if args.compile:
-        compiled, _ = load_model(args.model)
-        compile_blocks(compiled)
-    known = fitting(read_items(args.data), tokenizer, model.config.n_positions)
-    items = random.Random(0).sample(known, min(args.items, len(known)))
-    hellaswag = hellaswag_contenders(model, stock, tokenizer, items, compiled)
+    count = min(args.items, len(fitting(read_items(args.data), tokenizer, model.config.n_positions)))
+    names = [_STOCK, _OURS_IN_A_LOOP, _OURS, *([_COMPILED] if args.compile else [])]
     for precision in ("float32", "bfloat16"):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            race(f"{len(items)} items of HellaSwag, {precision}", hellaswag, len(items), "items", args.repeats)
+        contenders = {name: partial(hellaswag_turn, name, args.model, args.data, count, precision) for name in names}
+        results = contest(contenders, args.repeats)
+        print("\n" + table(f"{count} items of HellaSwag, {precision}", results, count, "items"), flush=True)
     tokens = min(args.new_tokens, model.config.n_positions - 1)
-    contenders = generation_contenders(model, stock, tokenizer, tokens)
-    race(f"generation of {tokens} tokens, float32", contenders, tokens, "tokens", args.repeats)
+    contenders = {name: partial(generation_turn, name, args.model, tokens) for name in (_STOCK, _OURS)}
+    print("\n" + table(f"generation of {tokens} tokens, float32", contest(contenders, args.repeats), tokens, "tokens"))
 
 
 if __name__ == "__main__":

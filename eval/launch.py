@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import sys
 from typing import Any
 
@@ -36,6 +37,14 @@ def processes_launched() -> int:
 def on_cpu() -> bool:
     """Whether this process is on the CPU, for want of an accelerator or because the launch file says so."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has had, in bytes: allocated on a CUDA device, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _threads() -> int:

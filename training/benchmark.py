@@ -2,30 +2,27 @@
 
     python -m training.benchmark [--sizes quickstart small gpt2-124m] [--contenders ...]
 
-Each contender lives in a process of its own, with the same weights' sizes, batch, precision and optimizer. They take
-turns, a few steps each, so that what disturbs the machine disturbs all of them; ratios are medians of those within a
-round.
+All have the same model, batch, precision and optimizer, and take turns of a few steps; ratios are medians of those
+within a round.
 """
 
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.cli import ArgumentParser, run
+from eval.contest import Turn, contest, spread
 from eval.launch import make_accelerator
 from eval.models import compile_blocks
 from modeling import GPTConfig, GPTModel, flops_per_token
-from training.meter import peak_memory
 from training.optimizer import make_optimizer
 from training.precision import peak_flops
 from training.settings import OptimizerSettings
@@ -64,19 +61,19 @@ SIZES = {
     "gpt2-124m": Size(12, 768, 12, 50257, 1024, 2, 1),
 }
 
-Step = Callable[[int], None]  # runs so many optimizer steps
+Steps = Callable[[int], float | None]  # runs so many optimizer steps
 
 
-def batches(size: Size, device: torch.device) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def batches(size: Size, place: torch.device) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Endless batches of random tokens: inputs and labels `[micro_batch, length]` for each micro-batch."""
     generator = torch.Generator().manual_seed(0)
     while True:
         shape = (size.accumulation, size.micro_batch, size.length + 1)
         tokens = torch.randint(size.vocab_size, shape, generator=generator)
-        yield [(ids[:, :-1].to(device), ids[:, 1:].to(device)) for ids in tokens]
+        yield [(ids[:, :-1].to(place), ids[:, 1:].to(place)) for ids in tokens]
 
 
-def engine(size: Size, precision: str, compiled: bool) -> Step:
+def engine(size: Size, precision: str, compiled: bool) -> Steps:
     """This project's step."""
     accelerator = make_accelerator(mixed_precision=precision)
     torch.manual_seed(0)
@@ -98,12 +95,8 @@ def engine(size: Size, precision: str, compiled: bool) -> Step:
     return steps
 
 
-def prepare_device() -> torch.device:
-    """The device of a contender that is not ours, with all cores where it is the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return torch.device("cpu")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class PlainGPT(nn.Module):
@@ -145,12 +138,11 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1))
 
 
-def build_nanogpt(size: Size, precision: str, compiled: bool) -> Step:
+def build_nanogpt(size: Size, precision: str, compiled: bool) -> Steps:
     """A re-statement of build-nanogpt's step: autocast around the forward pass, a loss that is waited for each step."""
-    device = prepare_device()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    model = PlainGPT(size).to(device)
+    model = PlainGPT(size).to(device())
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     groups = [
         {"params": decayed, "weight_decay": 0.1},
@@ -159,14 +151,14 @@ def build_nanogpt(size: Size, precision: str, compiled: bool) -> Step:
     # It asks for the fused optimizer on CUDA only; here all contenders have the same.
     optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
     forward = torch.compile(model) if compiled else model
-    source = batches(size, device)
+    source = batches(size, device())
 
     def steps(count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad()
-            accumulated = torch.zeros((), device=device)
+            accumulated = torch.zeros((), device=device())
             for x, y in next(source):
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
                     loss = forward(x, y)
                 loss = loss / size.accumulation
                 accumulated += loss.detach()
@@ -180,13 +172,12 @@ def build_nanogpt(size: Size, precision: str, compiled: bool) -> Step:
     return steps
 
 
-def trainer(size: Size, precision: str, compiled: bool) -> Step:
+def trainer(size: Size, precision: str, compiled: bool) -> Steps:
     """Stock `GPT2LMHeadModel` in transformers' `Trainer`, from its first step's end to its last's."""
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    prepare_device()
     torch.manual_seed(0)
     values = size.config.to_dict() | {"architectures": None, "model_type": "gpt2"}
     model = GPT2LMHeadModel(GPT2Config.from_dict(values))
@@ -229,7 +220,12 @@ def trainer(size: Size, precision: str, compiled: bool) -> Step:
     return steps
 
 
-CONTENDERS: dict[str, Callable[[Size, str], Step]] = {
+def contender(name: str, size: Size, precision: str, count: int) -> Turn:
+    """A turn of `count` steps."""
+    return partial(CONTENDERS[name](size, precision), count)
+
+
+CONTENDERS: dict[str, Callable[[Size, str], Steps]] = {
     "gpt-accelerate": partial(engine, compiled=False),
     "gpt-accelerate, compiled": partial(engine, compiled=True),
     "build-nanogpt": partial(build_nanogpt, compiled=False),
@@ -238,68 +234,21 @@ CONTENDERS: dict[str, Callable[[Size, str], Step]] = {
 }
 
 
-def contend(connection: Any, name: str, size: Size, precision: str) -> None:
-    """Be one contender: do as many steps as the connection says, and answer with the seconds that they took."""
-    steps = CONTENDERS[name](size, precision)
-    cuda = torch.cuda.is_available()
-    while (count := connection.recv()) > 0:
-        started = time.perf_counter()
-        seconds = steps(count)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = seconds or time.perf_counter() - started
-        device = torch.device("cuda" if cuda else "cpu")
-        connection.send((seconds, peak_memory(device)))
-        if cuda:
-            torch.cuda.empty_cache()  # the others' turn
-
-
-def race(size: Size, names: list[str], precision: str, steps: int, rounds: int) -> dict[str, tuple[list[float], int]]:
-    """Tokens per second of each contender in each round, and its peak memory in bytes."""
-    context = get_context("spawn")
-    connections, processes = {}, []
-    try:
-        for name in names:
-            connections[name], other = context.Pipe()
-            process = context.Process(target=contend, args=(other, name, size, precision))
-            process.start()
-            other.close()
-            processes.append(process)
-            connections[name].send(3)  # compilation and the first allocations are not timed
-            connections[name].recv()
-        results: dict[str, tuple[list[float], int]] = {name: ([], 0) for name in names}
-        for _ in range(rounds):
-            for name, connection in connections.items():
-                connection.send(steps)
-                seconds, memory = connection.recv()
-                results[name] = ([*results[name][0], steps * size.tokens / seconds], memory)
-        return results
-    except EOFError:
-        raise UserError(f"{name} has failed; its error is above") from None
-    finally:
-        for name, process in zip(connections, processes, strict=False):
-            if process.is_alive():
-                connections[name].send(0)
-            process.join()
-
-
-def table(size: Size, results: dict[str, tuple[list[float], int]], precision: str) -> str:
-    """Speeds, ratios to the first contender within rounds, MFU where the peak is known, and memory."""
-    first = next(iter(results.values()))[0]
-    peak = peak_flops(describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")), precision)
-    lines = ["| | tokens/s (spread) | of the first (spread) | MFU | peak memory |", "|---|---|---|---|---|"]
-    for name, (speeds, memory) in results.items():
-        ratios = [speed / base for speed, base in zip(speeds, first, strict=True)]
-        mfu = flops_per_token(size.config, size.length) * statistics.median(speeds) / peak if peak else None
+def table(size: Size, precision: str, speeds: dict[str, list[float]], memory: dict[str, int]) -> str:
+    """Tokens per second, ratios of the first contender to each within rounds, MFU where the peak is known, memory."""
+    first = next(iter(speeds.values()))
+    peak = peak_flops(describe_device(device()), precision)
+    lines = [
+        "| | tokens/s (spread) | the first is so many times as fast (spread) | MFU | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for name, own in speeds.items():
+        ratios = [base / speed for speed, base in zip(own, first, strict=True)]
+        mfu = f"{flops_per_token(size.config, size.length) * statistics.median(own) / peak:.1%}" if peak else "-"
         lines.append(
-            f"| {name} | {_spread(speeds, ',.0f')} | {_spread(ratios, '.2f')} | {f'{mfu:.1%}' if mfu else '-'} | "
-            f"{memory / 2**20:,.0f} MiB |"
+            f"| {name} | {spread(own, ',.0f')} | {spread(ratios, '.2f')} | {mfu} | {memory[name] / 2**20:,.0f} MiB |"
         )
     return "\n".join(lines)
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:
@@ -321,14 +270,16 @@ def main() -> None:
             micro_batch=args.micro_batch or size.micro_batch,
             accumulation=args.accumulation or size.accumulation,
         )
-        device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         print(
             f"\n{name}: {size.n_layer} layers x {size.n_embd}, vocabulary {size.vocab_size}, {size.accumulation} x "
-            f"{size.micro_batch} x {size.length} tokens a step, {args.precision}, {device}, "
-            f"torch {torch.__version__}\n",
+            f"{size.micro_batch} x {size.length} tokens a step, {args.precision}, "
+            f"{describe_device(device())}, torch {torch.__version__}\n",
             flush=True,
         )
-        print(table(size, race(size, args.contenders, args.precision, args.steps, args.rounds), args.precision))
+        contenders = {name: partial(contender, name, size, args.precision, args.steps) for name in args.contenders}
+        results = contest(contenders, args.rounds)
+        speeds = {name: [args.steps * size.tokens / one for one in seconds] for name, (seconds, _) in results.items()}
+        print(table(size, args.precision, speeds, {name: memory for name, (_, memory) in results.items()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ class _Parser(HfArgumentParser):
             description="Train a GPT. Flags go over the file, the file over the preset, the preset over the defaults.",
             allow_abbrev=False,
         )
-        self._option_string_actions["--micro_batch"].type = _micro_batch
+        self._option_string_actions["--micro_batch"].type = number_or_auto
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
 
-def _micro_batch(word: str) -> int | str:
+def number_or_auto(word: str) -> int | str:
     return word if word == "auto" else int(word)
 
 

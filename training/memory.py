@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from data_prep.cli import UserError
+from eval.launch import peak_memory
 from modeling import GPTModel
-from training.meter import peak_memory
 
 # What the backward pass keeps under selective checkpointing: what costs most to compute again.
 _KEPT = (

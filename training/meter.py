@@ -1,7 +1,5 @@
 """What a step took, measured without making the host wait for the device."""
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from eval.launch import peak_memory
 
 
 @dataclass
@@ -65,11 +65,3 @@ def over_processes(accelerator: Accelerator, results: dict[str, Tensor], waited:
         host = host.pin_memory().to(accelerator.device, non_blocking=True)
     mine = torch.cat((results["loss"][None], results["z_loss"][None], host.to(accelerator.device)))
     return accelerator.gather(mine).view(-1, 4)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory this process has had, in bytes: allocated on a CUDA device, resident elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

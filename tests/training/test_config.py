@@ -82,7 +82,7 @@ def problems(*flags: str, processes: int = 1) -> str:
             ["--batch_tokens", "6144", "--batch_ramp_start", "4096", "--batch_ramp_tokens", "9999"],
             "batch_tokens=6144 is not a multiple of batch_ramp_start=4096",
         ),
-        (["--micro_batch", "many"], "--micro_batch: invalid _micro_batch value: 'many'"),
+        (["--micro_batch", "many"], "--micro_batch: invalid number_or_auto value: 'many'"),
         (["--micro_batch", "0"], "micro_batch=0 must be at least 1"),
         (["--muon_learning_rate", "1"], "muon_learning_rate does nothing under optimizer='adamw'"),
         (["--gradient_compression", "bf16"], "gradient_compression does nothing in a single process"),
@@ -154,7 +154,8 @@ def test_launch_files_hold_topology_and_precision_only(file):
 
 def test_every_launch_file_is_there():
     names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    assert names == {"cpu", "cpu_ddp", "single_gpu", "ddp", "multi_node", "fsdp2", "deepspeed_zero2", "mps"}
+    one_machine = {"cpu", "cpu_ddp", "single_gpu", "ddp", "fp8", "fsdp2", "deepspeed_zero2", "mps"}
+    assert names == one_machine | {"multi_node", "fsdp2_multi_node"}
 
 
 def test_deepspeed_is_refused(monkeypatch):
