@@ -78,8 +78,8 @@ def _logits(hidden: Tensor, head: Tensor, vocab_size: int) -> Tensor:
 
 
 def _nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits `[N, V]`: the summed cross entropy, the summed z-loss and the gradient `[N, V]` of both, which takes the
-    place of the logits."""
+    """Of logits `[N, V]`: the summed cross entropy, the summed z-loss, and the gradient `[N, V]` of both, which takes
+    the place of the logits."""
     probs = logits.softmax(dim=-1, dtype=torch.float32)
     # The largest probability is at least 1/V: its logarithm is safe where that of a target's may underflow.
     log_normalizer = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
