@@ -44,7 +44,6 @@ def _data_parallel(config: TrainingConfig) -> DistributedDataParallelKwargs:
     compression = config.run.gradient_compression
     return DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
-        static_graph=True,
         comm_hook=DDPCommunicationHookType(compression.replace("none", "no")),
     )
 
