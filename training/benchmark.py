@@ -174,7 +174,7 @@ def build_nanogpt(size: Size, precision: str, compiled: bool) -> Steps:
 
 def trainer(size: Size, precision: str, compiled: bool) -> Steps:
     """Stock `GPT2LMHeadModel` in transformers' `Trainer`, from its first step's end to its last's."""
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -211,6 +211,7 @@ def trainer(size: Size, precision: str, compiled: bool) -> Steps:
 
     data = [{"input_ids": row, "labels": row} for row in rows]
     trained = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Watch()])
+    trained.remove_callback(PrinterCallback)
 
     def steps(count: int) -> float:
         trained.args.max_steps = count
