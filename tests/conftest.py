@@ -55,6 +55,28 @@ def data_folder(tmp_path_factory, text_files) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_data(tmp_path_factory, data_folder) -> Path:
+    """A second folder of the same tokenizer, small enough for several epochs."""
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.sources import Source
+
+    folder = tmp_path_factory.mktemp("other")
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_text(f"item {i} of many, with {i * 7} words in it\n" * 20)
+    prepare(Recipe(Source(str(folder)), tokenizer=str(data_folder / "tokenizer"), shard_tokens=2_000), folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def swag_file(tmp_path_factory) -> Path:
+    """Five items in HellaSwag's format, short enough for the tiny model's context."""
+    item = {"activity_label": "A", "ctx": "the a", "ctx_a": "the", "ctx_b": "a", "endings": ["b", "of it", "in ("]}
+    file = tmp_path_factory.mktemp("swag") / "swag.jsonl"
+    file.write_text("".join(json.dumps({**item, "label": n % 3}) + "\n" for n in range(5)))
+    return file
+
+
 @dataclass
 class Finished:
     """A run that a process of its own has made."""

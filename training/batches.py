@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.order import Mixture
 from modeling.loss import IGNORE_INDEX
-from training.order import Mixture
 
 Batch = dict[str, Tensor]
 

@@ -6,7 +6,9 @@ step_00000500/
   COMPLETE         sha256 of each file, written last
 """
 
+import copy
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,12 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_prep.cli import UserError
 from data_prep.shards import file_hash
+from modeling import GPTModel
 
 COMPLETE = "COMPLETE"
 STATE = Path("training_state")
@@ -30,64 +34,126 @@ class RunState:
     """All that changes during a run besides weights, optimizer and random numbers.
 
     Attributes:
+        data: what decides the order of data.
+        settings: those that decide the result.
+        num_processes: that the state was saved by.
         step: optimizer steps done.
         position: training sequences consumed.
-        data: what decides the order of data; a run is not continued under another.
         best_val_loss, best_step: the lowest validation loss of a saved checkpoint, in nats per token.
+        skipped: batches that made no update, as the positions of their first sequence and of the one after their last.
+        recent: loss and norm of the gradient of the last steps, as far back as a spike is measured against.
         grad_scaler: the loss scale of fp16.
     """
 
     data: dict[str, Any]
+    settings: dict[str, Any]
+    num_processes: int
     step: int = 0
     position: int = 0
     best_val_loss: float | None = None
     best_step: int | None = None
+    skipped: list[list[int]] = field(default_factory=list)
+    recent: list[list[float]] = field(default_factory=list)
     grad_scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from, in memory that training does not touch.
+
+    Attributes:
+        shell: a model without weights, which knows the format on disk.
+        weights, moments: of the model and of its optimizer.
+        random: the random numbers' state of each process.
+    """
+
+    shell: GPTModel
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    random: list[dict[str, Tensor]]
+    state: RunState
+    tokenizer_folder: Path
+
+
+def take_snapshot(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: RunState,
     tokenizer_folder: Path,
-    checkpoints: Path,
-) -> Path:
-    """Write `step_NNNNNNNN` under `checkpoints`; called by all processes together.
-
-    The files are written under another name, hashed and moved into place; `COMPLETE` comes last.
-    """
-    folder = checkpoints / f"step_{state.step:08d}"
-    partial = checkpoints / f".{folder.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / STATE).mkdir(parents=True)
-    accelerator.wait_for_everyone()
-
+) -> Snapshot | None:
+    """Copy all that a checkpoint holds; called by all processes together, and None but on the main one."""
     weights = accelerator.get_state_dict(model)
-    moments = _optimizer_tensors(model, optimizer)
-    save_file(_random_state(accelerator.device), partial / STATE / f"rng_{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(partial, state_dict=weights)
-        shutil.copytree(tokenizer_folder, partial, dirs_exist_ok=True)
-        save_file(moments, partial / STATE / "optimizer.safetensors")
-        if accelerator.scaler is not None:
-            state.grad_scaler = accelerator.scaler.state_dict()
-        (partial / STATE / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        _commit(partial, folder)
-    accelerator.wait_for_everyone()
+    main = accelerator.is_main_process
+    moments = optimizer_tensors(model, optimizer, copied=main)
+    random = gather_object([_random_state(accelerator.device)])
+    if not main:
+        return None
+    if accelerator.scaler is not None:
+        state.grad_scaler = accelerator.scaler.state_dict()
+    with torch.device("meta"):
+        shell = GPTModel(accelerator.unwrap_model(model).config)
+    return Snapshot(shell, _copied(weights), moments, random, copy.deepcopy(state), tokenizer_folder)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; tensors that are tied stay so."""
+    copies: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if tensor.data_ptr() not in copies:
+            copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+
+
+def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
+    """Write `step_NNNNNNNN` under `checkpoints`: under another name, hashed, brought to the disk and moved into place;
+    `COMPLETE` comes last. A failed attempt leaves nothing behind."""
+    folder = checkpoint_folder(checkpoints, snapshot.state.step)
+    partial = checkpoints / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / STATE).mkdir(parents=True)
+        snapshot.shell.save_pretrained(partial, state_dict=snapshot.weights)
+        shutil.copytree(snapshot.tokenizer_folder, partial, dirs_exist_ok=True)
+        for rank, random in enumerate(snapshot.random):
+            save_file(random, partial / STATE / f"rng_{rank}.safetensors")
+        save_file(snapshot.moments, partial / STATE / "optimizer.safetensors")
+        (partial / STATE / "state.json").write_text(json.dumps(asdict(snapshot.state)) + "\n", encoding="utf-8")
+        hashes = {
+            str(path.relative_to(partial)): file_hash(path) for path in sorted(partial.rglob("*")) if path.is_file()
+        }
+        for path in (*partial.rglob("*"), partial):
+            if path.suffix == ".safetensors":  # which are written for their owner's eyes alone
+                path.chmod((partial / STATE / "state.json").stat().st_mode)
+            _flush(path)
+        remove_checkpoint(folder)  # one that was left incomplete
+        partial.rename(folder)
+        temporary = folder / f".{COMPLETE}"
+        temporary.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        _flush(temporary)
+        temporary.rename(folder / COMPLETE)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (folder / COMPLETE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _flush(folder)
+    _flush(checkpoints)
     return folder
 
 
-def _commit(partial: Path, folder: Path) -> None:
-    hashes = {str(path.relative_to(partial)): file_hash(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    temporary = folder / f".{COMPLETE}"
-    temporary.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(folder / COMPLETE)
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, from the system's memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or will be."""
+    return checkpoints / f"step_{step:08d}"
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -95,27 +161,39 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path.parent for path in checkpoints.glob(f"step_*/{COMPLETE}"))
 
 
-def prune_checkpoints(checkpoints: Path, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints and the best."""
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, its mark first of all, so that a half-removed one is never taken for whole."""
+    if folder.exists():
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
+    """Remove all complete checkpoints but the newest `keep_last`, the best and, unless 0, those of each `keep_every`
+    steps."""
     for folder in complete_checkpoints(checkpoints)[:-keep_last]:
-        if folder.name != f"step_{best_step or 0:08d}":
-            (folder / COMPLETE).unlink()  # first of all, so that a half-removed one is never taken for whole
-            shutil.rmtree(folder)
+        step = int(folder.name.removeprefix("step_"))
+        if step != best_step and not (keep_every and step % keep_every == 0):
+            remove_checkpoint(folder)
 
 
-def load_state(folder: Path) -> RunState:
-    """The `RunState` of a checkpoint.
-
-    Raises:
-        UserError: for a checkpoint without one, or one whose files are not those that were written.
-    """
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None for one that is as it was written."""
     try:
         hashes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         damaged = [name for name, digest in hashes.items() if file_hash(folder / name) != digest]
-        if damaged:
-            raise UserError(
-                f"{folder}: damaged ({', '.join(damaged)}); remove this folder to resume from the one before"
-            )
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return f"not as written: {', '.join(damaged)}" if damaged else None
+
+
+def load_state(folder: Path) -> RunState:
+    """The `RunState` of a checkpoint, which is taken to be whole.
+
+    Raises:
+        UserError: for a folder without one.
+    """
+    try:
         return RunState(**json.loads((folder / STATE / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: not a checkpoint to resume from ({error})") from error
@@ -126,7 +204,7 @@ def load_training_state(
 ) -> None:
     """Restore optimizer, loss scale and random numbers; the weights are loaded by `GPTModel.from_pretrained`."""
     try:
-        _restore_optimizer(model, optimizer, load_file(folder / STATE / "optimizer.safetensors"))
+        restore_optimizer(model, optimizer, load_file(folder / STATE / "optimizer.safetensors"))
         # A process that the saved run did not have keeps the generator it was seeded with.
         random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"
         if random_state.exists():
@@ -137,17 +215,24 @@ def load_training_state(
         accelerator.scaler.load_state_dict(state.grad_scaler)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as whole tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state as whole tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`.
+
+    Args:
+        copied: onto the CPU. Where a sharded model is gathered from all processes, those that do not keep the result
+            take part all the same.
+    """
     tensors = {}
     for name, parameter in _named_parameters(model):
         for key, value in optimizer.state[parameter].items():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            tensors[f"{name}/{key}"] = whole.detach().cpu().contiguous()
+            if copied:
+                tensors[f"{name}/{key}"] = whole.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave back in place, sharded as the parameters are."""
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("/", 1)

@@ -39,6 +39,8 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
     problems += _evaluation_problems(run, num_processes)
     if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
         problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
+    known = config.to_dict()
+    problems += [f"override: {unknown_name(name, known)}" for name in run.override if name not in known]
     if Path(run.run_name).name != run.run_name:
         problems.append(f"run_name={run.run_name!r} is not the name of a folder; use runs_dir for the place")
     raise_all(problems)
@@ -47,9 +49,11 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
 def _out_of_range(config: TrainingConfig) -> list[str]:
     at_least = {
         1: "n_layer n_embd n_head n_positions sequence_length max_steps max_tokens batch_tokens batch_ramp_start "
-        "micro_batch log_every val_every val_tokens sample_tokens save_every keep_last hellaswag_limit lm_eval_limit",
+        "micro_batch log_every val_every val_tokens sample_tokens save_every keep_last hellaswag_limit lm_eval_limit "
+        "spike_window",
         0: "warmup_steps warmup_tokens decay_steps decay_tokens cooldown_steps cooldown_tokens batch_ramp_tokens "
-        "weight_decay z_loss sample_every seed adam_epsilon hellaswag_every lm_eval_every",
+        "weight_decay z_loss sample_every seed adam_epsilon hellaswag_every lm_eval_every keep_every spike_zscore "
+        "max_skipped price_per_hour",
     }
     settings = config.to_dict()
     problems = [
@@ -58,7 +62,7 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
         for name in names.split()
         if settings[name] not in (None, "auto") and not bound <= settings[name] < math.inf
     ]
-    for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
+    for name in ("learning_rate", "muon_learning_rate", "max_grad_norm", "max_minutes"):
         if settings[name] is not None and not 0 < settings[name] < math.inf:
             problems.append(f"{name}={settings[name]} must be a number greater than 0")
     for name in ("dropout", "adam_beta1", "adam_beta2", "muon_momentum"):

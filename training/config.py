@@ -16,6 +16,7 @@ from training.settings import (
     NEWEST,
     DataSettings,
     DebugSettings,
+    DivergenceSettings,
     ModelSettings,
     OptimizerSettings,
     RunSettings,
@@ -27,7 +28,7 @@ _Option = list[str]  # "--name" and its values
 
 class _Parser(HfArgumentParser):
     def __init__(self) -> None:
-        groups = (ModelSettings, DataSettings, OptimizerSettings, RunSettings, DebugSettings)
+        groups = (ModelSettings, DataSettings, OptimizerSettings, RunSettings, DivergenceSettings, DebugSettings)
         super().__init__(
             groups,
             prog="accelerate launch training/train.py",
@@ -92,7 +93,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _to_options(settings: dict[str, Any]) -> list[_Option]:
-    return [_to_option(name, value) for name, value in settings.items() if value is not None]
+    return [_to_option(name, value) for name, value in settings.items() if value not in (None, [])]
 
 
 def _to_option(name: str, value: Any) -> _Option:
@@ -129,16 +130,24 @@ def _check_options(parser: _Parser, options: list[_Option]) -> None:
 
 
 def _said_by_checkpoints(given: dict[str, list[str]]) -> list[_Option]:
-    """What a preset, the run that is branched off from and the model that is begun from say of the settings."""
+    """What a preset, the run to resume or to branch off from and the model to begin from say of the settings."""
     options: list[_Option] = []
-    checkpoint = next(iter(given.get("resume", [])), NEWEST)
-    if checkpoint != NEWEST:
-        options += _of_branch(Path(checkpoint), given)
+    if "resume" in given:
+        checkpoint = next(iter(given["resume"]), NEWEST)
+        options += _of_run(given) if checkpoint == NEWEST else _of_branch(Path(checkpoint), given)
     if preset := given.get("preset"):
         options += _to_options(dataclasses.asdict(PRESETS[preset[0]]))
     if (model := given.get("init_from")) and "resume" not in given:
         options += _to_options(_sizes_of(model[0]))
     return options
+
+
+def _of_run(given: dict[str, list[str]]) -> list[_Option]:
+    """The settings of the run itself, so that nothing but its name has to be repeated."""
+    run = RunSettings()
+    place = [(given.get(name) or [getattr(run, name)])[0] for name in ("runs_dir", "run_name")]
+    file = Path(*place) / "config.yaml"
+    return _to_options(_read_yaml(file)) if file.exists() else []
 
 
 def _of_branch(checkpoint: Path, given: dict[str, list[str]]) -> list[_Option]:

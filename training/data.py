@@ -6,10 +6,10 @@ from typing import Any
 
 from data_prep.cli import UserError
 from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.order import Mixture, Sequences, TokenStream
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import BUILTIN, Source
 from training.batches import Batches
-from training.order import Mixture, Sequences, TokenStream
 from training.settings import QUICKSTART_DATA, TrainingConfig
 
 

@@ -11,7 +11,7 @@ import yaml
 from accelerate import Accelerator
 
 from training.data import Data
-from training.settings import TrainingConfig
+from training.settings import START, TrainingConfig
 from training.topology import describe_device
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")
@@ -19,8 +19,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "n
 
 def write_environment(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int) -> None:
     """Write the resolved settings, and the versions, revision, hardware and data, into the run's folder."""
-    settings = config.to_dict()
-    del settings["resume"]  # of this start, not of the run
+    settings = {name: value for name, value in config.to_dict().items() if name not in START}
     environment = {
         "command": sys.argv,
         "python": platform.python_version(),

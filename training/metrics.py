@@ -1,6 +1,7 @@
 """What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`; and the progress."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -39,14 +40,28 @@ class RunLog:
         self.pending: dict[str, Any] = {}  # evaluations, until the step that follows them is recorded with them
         if not enabled:
             return
-        self.text = _open_from(folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
-        self.metrics = _open_from(folder / "metrics.jsonl", lambda line: json.loads(line)["step"] < from_step)
-        self.samples = _open_from(folder / "samples.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        self._open(from_step)
         from tqdm import tqdm
 
         # disable=None: no bar where there is no terminal; plain lines stand in for it there.
         self.bar = tqdm(total=max_steps, initial=from_step, unit="step", disable=None, dynamic_ncols=True)
         self.started, self.first_step, self.max_steps = time.perf_counter(), from_step, max_steps
+
+    def _open(self, from_step: int) -> None:
+        self.text = _open_from(self.folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
+        self.metrics = _open_from(self.folder / "metrics.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        self.samples = _open_from(self.folder / "samples.jsonl", lambda line: json.loads(line)["step"] < from_step)
+
+    def cut(self, from_step: int) -> None:
+        """Go back to the steps before `from_step`."""
+        if not self.enabled:
+            return
+        for file in (self.text, self.metrics, self.samples):
+            file.close()
+        self._open(from_step)
+        self.pending = {}
+        self.bar.n = from_step
+        self.bar.refresh()
 
     def print(self, text: str) -> None:
         """Show a line without disturbing the bar."""
@@ -67,6 +82,13 @@ class RunLog:
             pace = (time.perf_counter() - self.started) / (step + 1 - self.first_step)
             left = pace * (self.max_steps - step - 1)
             self.print(f"step {step + 1:>6}/{self.max_steps}  {gist}, {left:,.0f} s left")
+
+    def skipped(self, step: int, first: int, stop: int) -> None:
+        """Record a step whose batch, the sequences from `first` to before `stop`, was passed over."""
+        if not self.enabled:
+            return
+        self._write_metrics({"step": step, **self.pending, "skipped": [first, stop]})
+        self.bar.update()
 
     def validation(self, step: int, loss: float, bits_per_byte: float, consumed: dict[str, dict[str, float]]) -> None:
         """Record a validation, in nats per token and bits per byte of text, and how far the data has been read."""
@@ -123,7 +145,8 @@ class RunLog:
         self.pending = {**self.pending, "step": step, **values}
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(values) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.metrics.write(json.dumps(finite) + "\n")  # JSON has no word for the others
         self.pending = {}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from training.settings import OptimizerSettings
@@ -55,6 +55,8 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 class Together(Optimizer):
     """Several optimizers as one: their groups in a row, and one state that all of them share."""
 
+    found_inf: Tensor | None = None
+
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = [(optimizer, len(optimizer.param_groups)) for optimizer in optimizers]
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
@@ -64,8 +66,13 @@ class Together(Optimizer):
         self.param_groups.append(param_group)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of each, with the groups and the state as they are now: loading replaces them."""
+        """One step of each, with the groups and the state as they are now: loading replaces them.
+
+        None where `found_inf` says that the gradients are not finite: the host waits for that, as Muon cannot be told.
+        """
         loss = closure() if closure is not None else None
+        if self.found_inf is not None and self.found_inf:
+            return loss
         first = 0
         for optimizer, groups in self.optimizers:
             optimizer.param_groups, optimizer.state = self.param_groups[first : first + groups], self.state

@@ -2,51 +2,122 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from data_prep.cli import UserError
-from training.checkpoint import COMPLETE, RunState, complete_checkpoints, load_state
+from training.checkpoint import COMPLETE, RunState, complete_checkpoints, damage, load_state
 from training.model import different_sizes
 from training.settings import NEWEST, TrainingConfig
 
+# The names of settings that parts of `Data.identity` come from, where they differ.
+_SETTING_OF = {"shards": "data", "shares": "data_weights"}
+_OF_A_COOLDOWN = {"max_steps", "max_tokens", "cooldown_steps", "cooldown_tokens"}
 
-def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """The checkpoint to go on from, None to start anew; a run that is there is never overwritten unasked.
+
+class AlreadyFinished(Exception):
+    """There is nothing left of a run to go on with."""
+
+
+def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, None to start anew, and what there is to say of others.
+
+    A run that is there is never overwritten unasked. Of its own checkpoints the newest that is whole is taken; damaged
+    ones are set aside.
 
     Raises:
         UserError: where there is none, or where the run has gone on beyond it.
     """
-    complete = complete_checkpoints(config.checkpoints)
-    if config.run.resume == NEWEST:
-        if not complete:
-            raise UserError(f"{config.run_folder} has no complete checkpoint to resume from; start without --resume")
-        return complete[-1]
-    chosen = None if config.run.resume is None else Path(config.run.resume)
-    if chosen is not None and not (chosen / COMPLETE).exists():
-        raise UserError(f"resume={str(chosen)!r} is not a complete checkpoint")
+    run, folder = config.run, config.checkpoints
+    complete = complete_checkpoints(folder)
+    chosen = None if run.resume in (None, NEWEST) else Path(run.resume)
+    if run.resume == NEWEST or (run.auto_resume and complete):
+        newest, said = newest_intact(folder)
+        if newest is not None or run.auto_resume:
+            return newest or chosen, said
+        raise UserError(
+            "; ".join([*said, f"{config.run_folder} has no complete checkpoint to resume from; start without --resume"])
+        )
+    if chosen is not None and (wrong := damage(chosen)):
+        raise UserError(f"resume={str(chosen)!r} is damaged, or no complete checkpoint ({wrong}); take an earlier one")
     if complete and (chosen is None or chosen.absolute() != complete[-1].absolute()):
         raise UserError(
             f"{config.run_folder} holds a run already (its last checkpoint is {complete[-1].name}); go on with it by "
             f"--resume, choose another --run_name, or remove that folder"
         )
-    return chosen
+    return chosen, []
 
 
-def resumed_state(config: TrainingConfig, checkpoint: Path, data: dict[str, Any]) -> RunState:
-    """The state saved in `checkpoint`, refused where the run would go on with another model or other data."""
+def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what there is to say of newer ones, of which the
+    damaged are set aside."""
+    said = [f"{path} was not written to its end; it is passed over" for path in incomplete_checkpoints(checkpoints)]
+    for folder in reversed(complete_checkpoints(checkpoints)):
+        if (wrong := damage(folder)) is None:
+            return folder, said
+        said.append(f"{set_aside(folder)} is damaged ({wrong}); the one before it is taken")
+    return None, said
+
+
+def incomplete_checkpoints(folder: Path) -> list[Path]:
+    """Those that a run was killed in the middle of moving into place or of removing."""
+    return [path for path in sorted(folder.glob("step_*")) if path.is_dir() and not (path / COMPLETE).exists()]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name that is not taken for one; what can be saved of it is not lost."""
+    number = 0
+    while (aside := checkpoint.with_name(f"damaged_{checkpoint.name}{f'_{number}' if number else ''}")).exists():
+        number += 1
+    return checkpoint.rename(aside)
+
+
+def is_finished(config: TrainingConfig, state: RunState) -> bool:
+    """Whether nothing is left to do: all steps are done, and all that follows the last."""
+    return state.step >= config.max_steps and (config.report_folder / "report.md").exists()
+
+
+def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> RunState:
+    """The state saved in `checkpoint`, under the data and the settings of now.
+
+    Raises:
+        UserError: where the run would go on as another model, and where data or settings that decide its result have
+            changed without having been named by `override`.
+    """
     state = load_state(checkpoint)
     settings_file = checkpoint.parents[1] / "config.yaml"
     if different := different_sizes(config, json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))):
         raise UserError(
             f"{checkpoint} is another model ({'; '.join(different)}); resume with the settings in {settings_file}"
         )
-    if different := [name for name in data if data[name] != state.data.get(name)]:
+    if state.data["tokenizer"] != now.data["tokenizer"]:
+        raise UserError(f"{checkpoint} was trained on the data of another tokenizer; resume with the data of its run")
+    of_another_run = checkpoint.parent.absolute() != config.checkpoints.absolute()
+    changed = _differences(state, now)
+    allowed = {*config.run.override, *(_OF_A_COOLDOWN if of_another_run else ())}
+    if refused := [line for name, line in changed.items() if name not in allowed]:
+        names = " ".join(name for name in changed if name not in allowed)
         raise UserError(
-            f"{checkpoint} was trained on other data ({', '.join(different)}); resume with the data and the "
-            f"settings in {settings_file}"
+            f"{checkpoint} was saved under settings that give another result ({'; '.join(refused)}); resume with those "
+            f"in {settings_file}, or say that you mean it: --override {names}"
         )
-    if state.step >= config.max_steps:
-        raise UserError(f"{checkpoint} is at step {state.step} of max_steps={config.max_steps}; raise it")
-    if checkpoint.parent.absolute() != config.checkpoints.absolute():
-        state.best_step = state.best_val_loss = None  # that checkpoint is another run's
+    if state.step > config.max_steps or (is_finished(config, state) and not config.run.auto_resume):
+        raise UserError(
+            f"{checkpoint} is at step {state.step} of max_steps={config.max_steps}; to go on, raise it and give "
+            f"--override max_steps"
+        )
+    if of_another_run:
+        state.best_step = state.best_val_loss = None
+    state.data, state.settings = now.data, now.settings
     return state
+
+
+def _differences(saved: RunState, now: RunState) -> dict[str, str]:
+    """By the setting's name, what of the data and of the settings that decide a result is not as it was saved."""
+    changed = {
+        _SETTING_OF.get(name, name): _SETTING_OF.get(name, f"{name}={value}, not {saved.data.get(name)}")
+        for name, value in now.data.items()
+        if value != saved.data.get(name)
+    }
+    for name, value in now.settings.items():
+        if value != saved.settings.get(name):
+            changed[name] = f"{name}={value}, not {saved.settings.get(name)}"
+    return changed

@@ -11,6 +11,9 @@ from training.schedule import BatchPlan, Schedule, ScheduleName
 QUICKSTART_DATA = "data/quickstart"
 MODEL_SIZES = ("n_layer", "n_embd", "n_head", "n_positions")  # what a checkpoint decides
 NEWEST = "newest"  # what --resume without a path stands for
+START = ("resume", "auto_resume", "override", "preflight")  # settings of a start, not of the run
+# What begins a run, or changes no more than the rounding of its results.
+_HARMLESS = ("preset", "init_from", "attn_implementation", "activation_checkpointing", "micro_batch")
 
 
 def _field(default: Any, help: str, **options: Any) -> Any:
@@ -109,11 +112,23 @@ class RunSettings:
     runs_dir: str = _field("runs", "where runs are kept")
     resume: str | None = _field(
         None,
-        "go on from the newest complete checkpoint of this run; with a checkpoint of another run, and its settings "
-        "unless others are given: branch off from there",
+        "go on from the newest complete checkpoint of this run; with a checkpoint of another run: branch off from there; "
+        "the settings are those of that run unless others are given",
         nargs="?",
         const=NEWEST,
     )
+    auto_resume: bool = _field(
+        False, "go on from this run's newest checkpoint where there is one: the command that starts it restarts it too"
+    )
+    override: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "settings that a resumed run may have changed, though they change its result"},
+    )
+    preflight: bool = _field(
+        False, "go through all of it once, in about a minute, say what the run will take, and leave nothing behind"
+    )
+    price_per_hour: float | None = _field(None, "of all devices together, for what preflight says of the cost")
+    max_minutes: float | None = _field(None, "end with a checkpoint after so long, as on SIGTERM")
     seed: int = _field(1337, "of the initial weights, the order of data, dropout and samples")
     mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = _field(
         "auto", "auto: the launch file's if it names one, else bf16 where the hardware is good at it"
@@ -143,9 +158,27 @@ class RunSettings:
     lm_eval_limit: int | None = _field(None, "only the first so many items of each task")
     save_every: int = _field(400, "steps between two checkpoints; the last step always has one")
     keep_last: int = _field(2, "checkpoints to keep beside the one with the best validation loss")
+    keep_every: int = _field(0, "keep those of each so many steps as well; 0 for none")
+    deterministic: bool = _field(False, "only operations that give the same bits each time, also on a GPU; slower")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _field(
         "none", "tracker to report to as well; all: those that are installed"
     )
+
+
+@dataclass
+class DivergenceSettings:
+    _argument_group_name = "when a step goes wrong"
+
+    on_nonfinite: Literal["skip", "halt", "rollback"] = _field(
+        "skip",
+        "what to do about a loss or gradient that is not finite, which never gets into the weights. skip: pass over "
+        "the batch; halt: end the run; rollback: go back to the last checkpoint and pass over the batch from there",
+    )
+    spike_zscore: float = _field(
+        0.0, "go back like that for a loss or gradient norm so many standard deviations above its mean; 0 for never"
+    )
+    spike_window: int = _field(128, "steps that the mean and the standard deviation are of")
+    max_skipped: int = _field(10, "batches to pass over before the run halts")
 
 
 @dataclass
@@ -165,6 +198,7 @@ class TrainingConfig:
     data: DataSettings
     optimizer: OptimizerSettings
     run: RunSettings
+    divergence: DivergenceSettings
     debug: DebugSettings
 
     @property
@@ -179,6 +213,10 @@ class TrainingConfig:
     @property
     def checkpoints(self) -> Path:
         return self.run_folder / "checkpoints"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.run_folder / "report"
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -230,6 +268,16 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings as one flat dictionary: what `config.yaml` holds and any run can be started from."""
         flat: dict[str, Any] = {}
-        for group in (self.model, self.data, self.optimizer, self.run, self.debug):
-            flat |= dataclasses.asdict(group)
+        for group in dataclasses.asdict(self).values():
+            flat |= group
         return flat
+
+    def deciding(self, mixed_precision: str) -> dict[str, Any]:
+        """The settings that decide the result of a run beside its data, of which `Data.identity` has what counts.
+
+        Args:
+            mixed_precision: the one in use, whatever was asked for.
+        """
+        settings = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimizer)
+        settings |= {"mixed_precision": mixed_precision, "gradient_compression": self.run.gradient_compression}
+        return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *MODEL_SIZES)}

@@ -1,5 +1,6 @@
 """Bring up a run: data, model, optimizer, what it resumes from, and the header that says so."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from training.metrics import RunLog
 from training.model import check_initial_model, find_micro_batch, make_model
 from training.optimizer import make_optimizer
 from training.precision import peak_flops
-from training.resume import find_checkpoint, resumed_state
+from training.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
+from training.saving import Saver
 from training.schedule import BatchPlan, Schedule
 from training.settings import TrainingConfig
-from training.topology import describe_device, make_accelerator
+from training.stopping import StopRequest
+from training.topology import agreed, describe_device, make_accelerator
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Run:
         val_bytes: bytes of text that their labels stand for.
         hellaswag: its items under each rule that is asked for.
         task_manager: what the lm-evaluation-harness knows of its tasks; None if none are asked for.
+        stop: this process's request to end the run, and `stopping`, what all of them have agreed on.
         in_flight: the step that has not been recorded yet, and `recorded_at`, when the one before it was.
     """
 
@@ -60,6 +64,9 @@ class Run:
     task_manager: Any
     state: RunState
     log: RunLog
+    saver: Saver
+    stop: StopRequest
+    stopping: bool = False
     in_flight: StepInFlight | None = None
     recorded_at: float = 0.0
 
@@ -80,14 +87,21 @@ class Run:
         flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """End the threads, the logs, the trackers and the process group.
 
         The wrapped model goes first: as the last owner of the process group it would wait for the group's threads while
         holding the interpreter's lock, which they may be waiting for.
+
+        Args:
+            failed: leave the process group as it is, whose other processes may be waiting for this one: its end is what
+                tells them.
         """
         self.train_ahead.close()
+        self.saver.close()
         self.log.close()
+        if failed:
+            return
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
         self.accelerator.end_training()
 
@@ -97,23 +111,28 @@ class Run:
         return self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.accelerator.device)).tolist()
 
 
-def setup(config: TrainingConfig) -> Run:
+def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     """Bring up all that the loop needs, the cheap checks first.
 
     Raises:
         UserError: for whatever the user can mend.
+        AlreadyFinished: where `auto_resume` finds nothing left to do.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    checkpoint = find_checkpoint(config)
     accelerator = make_accelerator(config)
+    checkpoint, found = agreed(accelerator, lambda: find_checkpoint(config))
+    for line in found if accelerator.is_main_process else ():
+        print(line)
     with accelerator.main_process_first():
         data = load_data(config)
-    state = RunState(data=data.identity(config))
+    state = RunState(data.identity(config), config.deciding(accelerator.mixed_precision), accelerator.num_processes)
     if checkpoint is not None:
-        state = resumed_state(config, checkpoint, state.data)
+        state = agreed(accelerator, lambda: resumed_state(config, checkpoint, state))
+        if is_finished(config, state):
+            raise AlreadyFinished(f"{config.run_folder} is finished, at step {state.step}")
 
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
     with accelerator.main_process_first():
@@ -142,10 +161,12 @@ def setup(config: TrainingConfig) -> Run:
 
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        shutil.rmtree(config.report_folder, ignore_errors=True)  # of what the run was before it goes on
         write_environment(config, accelerator, data, parameters)
         print(header(config, accelerator, data, parameters, state))
     if config.run.report_to != "none":
         accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
+    state.num_processes = accelerator.num_processes
     log = RunLog(config.run_folder, state.step, config.max_steps, config.run.log_every, accelerator.is_main_process)
     return Run(
         config=config,
@@ -165,6 +186,8 @@ def setup(config: TrainingConfig) -> Run:
         task_manager=task_manager,
         state=state,
         log=log,
+        saver=Saver(config.checkpoints),
+        stop=stop,
     )
 
 
@@ -206,6 +229,8 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
     begin = "from random weights" if settings.init_from is None else f"from {settings.init_from}"
     if state.step:
         begin = f"from step {state.step}"
+    if state.num_processes != processes:
+        begin += f" (saved by {state.num_processes}, now {processes}: the same batches, losses but for rounding)"
     plan = config.batch_plan
     total = plan.tokens(config.max_steps)
     accumulated = config.accumulation_steps(plan.batch_tokens, processes)

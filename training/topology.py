@@ -1,14 +1,20 @@
 """The precision and the strategy of distribution: what the launch asked for, and what it got."""
 
 import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 
 from data_prep.cli import UserError
 from eval import launch
 from training.precision import chosen_precision
 from training.settings import TrainingConfig
+
+T = TypeVar("T")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -22,6 +28,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             "the launch file asks for DeepSpeed, whose optimizer state our checkpoints cannot hold yet; "
             "use accelerate_configs/fsdp2.yaml, which shards the same"
         )
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     accelerator = launch.make_accelerator(
         mixed_precision=chosen_precision(config),
@@ -31,6 +40,22 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     _check_strategy(accelerator)
     return accelerator
+
+
+def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What the main process decides, on all of them. Its `UserError` ends all of them, and is said once."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        if not accelerator.is_main_process:
+            sys.exit(2)
+        raise error
+    return result
 
 
 def describe_device(device: torch.device) -> str:

@@ -5,51 +5,77 @@
 Without arguments: a small model of Python source text, in a few minutes on a laptop.
 """
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record as recorded_for_launcher
 
 from data_prep import cli
 from data_prep.cli import UserError
+from data_prep.lock import locked
 from eval.generate import Sampling, generate, isolated_random_state
 from eval.harness import evaluate_tasks
 from eval.launch import processes_launched
 from eval.loss import bits_per_byte, summed_loss
-from training.checkpoint import complete_checkpoints, prune_checkpoints, save_checkpoint
+from training.checkpoint import checkpoint_folder, take_snapshot
 from training.checks import check_config
 from training.config import parse_config
+from training.divergence import Diverged, is_skipped
 from training.meter import StepInFlight, over_processes
 from training.metrics import log_pictures
 from training.optimizer import set_learning_rate
 from training.profiling import profiling
+from training.recovery import go_back, see_to
+from training.resume import AlreadyFinished
+from training.settings import TrainingConfig
 from training.setup import Run, setup
 from training.step import training_step
+from training.stopping import StopRequest, stop_requests
 
 
 def main() -> None:
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
         config = parse_config(sys.argv[1:])
         check_config(config, processes_launched())
     except UserError:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first:
             sys.exit(2)  # the first process says it for all
         raise
-    run = setup(config)
-    debug = config.debug
+    with (
+        stop_requests(config.run.max_minutes) as stop,
+        locked(config.run_folder) if is_first else contextlib.nullcontext(),
+    ):
+        try:
+            whole_run(config, stop)
+        except AlreadyFinished as finished:
+            if is_first:
+                print(finished)
+
+
+def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
+    """A run from its start, or from where it was, to its end, or to where it is asked to stop."""
+    run = setup(config, stop)
+    debug, failed = config.debug, True
     try:
         folder = config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
         with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
             fit(run, step_done)
-        report(run)
+        run.saver.finish()
+        announce(run)
+        if not run.stopping:
+            report(run)
+        failed = False
     except KeyboardInterrupt:
-        if complete_checkpoints(run.checkpoints):
-            run.log.print(f"\nstopped in step {run.state.step}; --resume goes on from the last checkpoint")
+        run.log.print(f"\nstopped in step {run.state.step}; --resume goes on from the last checkpoint")
         raise
     finally:
-        run.close()
+        announce(run)
+        run.close(failed)
     finish(run)
 
 
@@ -59,27 +85,37 @@ def fit(run: Run, step_done: Callable[[], None]) -> None:
     Args:
         step_done: called after each step.
     """
-    settings, state = run.config.run, run.state
-    first, end = state.step, run.config.max_steps
+    settings, end = run.config.run, run.config.max_steps
+    came_from = run.state.step  # where there is a checkpoint, or nothing to save
     while True:
-        last = state.step == end
-        saving = last or (state.step > 0 and state.step % settings.save_every == 0)
-        if saving and state.step > first:
-            save(run)
-        if saving or state.step % settings.val_every == 0:
-            validate(run, saved=saving)
-        if settings.hellaswag_every and (last or state.step % settings.hellaswag_every == 0):
-            hellaswag(run)
-        if settings.lm_eval_every and (last or (state.step > 0 and state.step % settings.lm_eval_every == 0)):
-            harness(run)
-        if settings.sample_every and (last or (state.step > 0 and state.step % settings.sample_every == 0)):
-            sample(run)
-        if saving and run.accelerator.is_main_process:
-            prune_checkpoints(run.checkpoints, settings.keep_last, state.best_step)
-        if last:
-            break
-        train(run)
-        step_done()
+        step = run.state.step
+        last = step == end
+        saving = last or (step > 0 and step % settings.save_every == 0)
+        validating = saving or step % settings.val_every == 0
+        try:
+            if validating:
+                agree_on_stopping(run)
+            if (saving or run.stopping) and step > came_from:
+                save(run)
+            if run.stopping:
+                break
+            if validating:
+                validate(run, saved=saving)
+            if settings.hellaswag_every and (last or step % settings.hellaswag_every == 0):
+                hellaswag(run)
+            if settings.lm_eval_every and (last or (step > 0 and step % settings.lm_eval_every == 0)):
+                harness(run)
+            if settings.sample_every and (last or (step > 0 and step % settings.sample_every == 0)):
+                sample(run)
+            if saving and run.accelerator.is_main_process:
+                run.saver.prune(settings.keep_last, settings.keep_every, run.state.best_step)
+            if last:
+                break
+            train(run)
+            step_done()
+        except Diverged as diverged:
+            go_back(run, diverged)
+            came_from = run.state.step
 
 
 def train(run: Run) -> None:
@@ -89,9 +125,14 @@ def train(run: Run) -> None:
     batch_tokens = run.batch_plan.size(consumed)
     factor = run.schedule.at(state.step, consumed, batch_tokens)
     set_learning_rate(run.optimizer, factor)
+    following = state.position + batch_tokens // config.sequence_length
+    if is_skipped(state.skipped, state.position, following):
+        record(run)
+        run.log.skipped(state.step, state.position, following)
+        state.step, state.position = state.step + 1, following
+        return
 
     started = time.perf_counter()
-    following = state.position + batch_tokens // config.sequence_length
     micro_batches = run.train_ahead.take(state.position, following)
     waited = time.perf_counter() - started
     results = training_step(
@@ -99,35 +140,45 @@ def train(run: Run) -> None:
     )
     begun = StepInFlight(
         step=state.step,
+        batch=(state.position, following),
         tokens=consumed + batch_tokens,
         batch_tokens=batch_tokens,
         learning_rate=factor * config.optimizer.learning_rate,
         started=started,
         grad_norm=results["grad_norm"],
-        of_processes=over_processes(accelerator, results, waited),
+        of_processes=over_processes(accelerator, results, waited, bool(run.stop)),
     )
     record(run)
     run.in_flight = begun
+    state.step, state.position = state.step + 1, following
     if accelerator.device.type == "cpu":  # where nothing is in flight
         record(run)
-    state.step += 1
-    state.position = following
+    announce(run)
 
 
 def record(run: Run) -> None:
-    """Write down what came of the step in flight, if there is one; the host waits for it here and nowhere else."""
+    """Write down what came of the step in flight, if there is one, and see to it if it went wrong; the host waits for
+    it here and nowhere else."""
     if run.in_flight is None:
         return
-    step, metrics = run.in_flight.step, run.in_flight.finish(run.recorded_at)
+    done = run.in_flight
+    metrics, stop = done.finish(run.recorded_at)
     run.in_flight, run.recorded_at = None, time.perf_counter()
+    run.stopping |= stop
     metrics["mfu"] = run.flops_utilisation(metrics["tokens_per_second"])
-    run.log.train(step, metrics)
-    run.accelerator.log(metrics, step=step)
+    run.log.train(done.step, metrics)
+    run.accelerator.log(metrics, step=done.step)
+    see_to(run, done, metrics)
+
+
+def agree_on_stopping(run: Run) -> None:
+    """Ask all processes whether to stop, before what takes longer than a step."""
+    record(run)
+    run.stopping |= run.sum_over_processes(float(bool(run.stop)))[0] > 0
 
 
 def validate(run: Run, saved: bool) -> None:
     """The loss of the whole validation set of this run, each process taking its share of it."""
-    record(run)
     accelerator, state = run.accelerator, run.state
     batches = run.val_data.shared_out(
         run.val_sequences, run.config.optimizer.micro_batch, accelerator.process_index, accelerator.num_processes
@@ -183,13 +234,19 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the step that has just been done."""
+    """Begin to write a checkpoint of the step that has just been done."""
     record(run)
     run.log.flush()
-    folder = save_checkpoint(
-        run.accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder, run.checkpoints
-    )
-    run.log.print(f"step {run.state.step:>6}  saved {folder}")
+    run.saver.wait()  # two copies of everything would be one too many
+    snapshot = take_snapshot(run.accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder)
+    if snapshot is not None:
+        run.saver.save(snapshot)
+
+
+def announce(run: Run) -> None:
+    """Show what has become of the checkpoints that were being written."""
+    for message in run.saver.messages():
+        run.log.print(message)
 
 
 def report(run: Run) -> None:
@@ -201,7 +258,7 @@ def report(run: Run) -> None:
     from eval.report import write_report
 
     try:
-        folder = write_report([read_run(run.config.run_folder)], run.config.run_folder / "report").parent
+        folder = write_report([read_run(run.config.run_folder)], run.config.report_folder).parent
     except UserError as error:  # of data that has changed since: the run is none the worse for it
         print(f"no report: {error}")
         return
@@ -213,10 +270,14 @@ def finish(run: Run) -> None:
     """Say what has become of the run, and what can be done with it."""
     if not run.accelerator.is_main_process:
         return
-    folder, last = run.config.run_folder, run.checkpoints / f"step_{run.state.step:08d}"
-    best = run.checkpoints / f"step_{run.state.best_step:08d}"
+    folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
+    if run.stopping:
+        why = run.stop.reason or "another process was asked to"
+        print(f"\nstopped after step {run.state.step} ({why}); the same command with --resume goes on from {last}")
+        return
+    best = checkpoint_folder(run.checkpoints, run.state.best_step)
     print(
-        f"\nreport           {folder / 'report' / 'report.md'}\n"
+        f"\nreport           {run.config.report_folder / 'report.md'}\n"
         f"last checkpoint  {last}\n"
         f"best checkpoint  {best} (validation loss {run.state.best_val_loss:.4f})\n"
         f"\nNow try\n"
@@ -228,4 +289,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(recorded_for_launcher(main))

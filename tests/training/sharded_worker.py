@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from modeling import GPTModel
-from training.checkpoint import _optimizer_tensors, _restore_optimizer
+from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.optimizer import make_optimizer
 from training.settings import OptimizerSettings
 
@@ -55,14 +55,14 @@ def main(folder: Path, steps: int, kind: str) -> None:
     losses = [step(model, optimizer, batch) for batch in data[: steps // 2]]
 
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    moments = _optimizer_tensors(model, optimizer)
+    moments = optimizer_tensors(model, optimizer)
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=weights)
         save_file(moments, folder / "optimizer.safetensors")
     dist.barrier()
     second = shard(GPTModel.from_pretrained(folder, dtype=torch.float32).train())
     second_optimizer = make_optimizer(second, settings)
-    _restore_optimizer(second, second_optimizer, load_file(folder / "optimizer.safetensors"))
+    restore_optimizer(second, second_optimizer, load_file(folder / "optimizer.safetensors"))
 
     rest = [(step(model, optimizer, b), step(second, second_optimizer, b)) for b in data[steps // 2 :]]
     if dist.get_rank() == 0:

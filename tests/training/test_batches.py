@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from data_prep.manifest import Manifest, Shard
+from data_prep.order import Mixture, Sequences, TokenStream
 from data_prep.prepare import Recipe, prepare
 from data_prep.shards import open_shard
 from data_prep.sources import Source
 from modeling import GPTConfig, GPTModel
 from training.batches import Ahead, Batches
-from training.order import Mixture, Sequences, TokenStream
 
 T = 64
 
@@ -96,7 +96,7 @@ def test_a_batch_is_a_sample_of_the_whole_of_a_small_corpus(data_folder):
 
 def test_windows_of_a_large_corpus_hold_whole_shards(data_folder, monkeypatch):
     """Permuted within them alone, and still every sequence once."""
-    monkeypatch.setattr("training.order._WINDOW_TOKENS", 45_000)
+    monkeypatch.setattr("data_prep.order._WINDOW_TOKENS", 45_000)
     ordered = sequences(data_folder)
     assert ordered.stream.shards_per_window == 2
     for epoch in (0, 1):

@@ -1,0 +1,69 @@
+"""Real training processes that start at once: forked from one that has imported all that they need."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from conftest import Finished
+
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["training.train", "eval.report", "transformers.models.auto.tokenization_auto"])
+
+Plant = Callable[[], None]  # what goes wrong, put in place in the process before it trains
+
+
+@dataclass
+class Training:
+    """A process that trains, or has trained.
+
+    Attributes:
+        output: what it has written to both of its streams.
+    """
+
+    process: object
+    cwd: Path
+    output: Path
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit code, negative for a signal, and its output, once it has ended."""
+        self.process.join(timeout=300)
+        assert self.process.exitcode is not None, "it does not end"
+        return self.process.exitcode, self.output.read_text()
+
+    def finished(self, name: str) -> Finished:
+        """The run it made, which must have ended well."""
+        code, text = self.ended()
+        assert code == 0, text
+        return Finished(self.cwd / "runs" / name, text)
+
+
+def begin(argv: list[object], cwd: Path, plant: Plant | None = None, env: dict[str, str] | None = None) -> Training:
+    """`python training/train.py ARGV` from `cwd`, as the one process of a run.
+
+    Args:
+        plant: must be picklable: a function of a module, or a `functools.partial` of one.
+    """
+    number = len(list(cwd.glob("output_*")))
+    output = cwd / f"output_{number}"
+    process = _CONTEXT.Process(target=_train, args=(list(map(str, argv)), cwd, output, plant, env or {}))
+    process.start()
+    return Training(process, cwd, output)
+
+
+def _train(argv: list[str], cwd: Path, output: Path, plant: Plant | None, env: dict[str, str]) -> None:
+    from data_prep.cli import run
+    from training.train import main
+
+    os.chdir(cwd)
+    os.environ.update(env)
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.argv = ["train.py", *argv]
+    if plant is not None:
+        plant()
+    run(main)

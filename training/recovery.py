@@ -1,0 +1,85 @@
+"""What a run does about a step that diverged: pass over its batch, go back, or end."""
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from data_prep.cli import UserError
+from modeling import GPTModel
+from training.checkpoint import complete_checkpoints, load_state, load_training_state
+from training.divergence import Diverged, diagnosis, judge
+from training.meter import StepInFlight
+from training.resume import newest_intact
+from training.setup import Run
+from training.topology import agreed
+
+
+def see_to(run: Run, done: StepInFlight, metrics: dict[str, Any]) -> None:
+    """Judge a step by its numbers, and do what the settings say of one that went wrong.
+
+    Raises:
+        Diverged: for one that the run is to go back for.
+        UserError: for one that ends the run.
+    """
+    settings, state = run.config.divergence, run.state
+    # An overflowing gradient is how fp16's loss scale finds its size.
+    grad_norm = metrics["grad_norm"] if run.accelerator.scaler is None else 0.0
+    wrong = judge(metrics["loss"], grad_norm, state.recent, settings)
+    if wrong is None:
+        if settings.spike_zscore:
+            state.recent = [*state.recent, [metrics["loss"], grad_norm]][-settings.spike_window :]
+        return
+    what = f"step {done.step}: {wrong.what}"
+    if not wrong.finite and settings.on_nonfinite == "halt":
+        raise _end(run, Diverged(what, done.batch), "on_nonfinite='halt'")
+    if len(state.skipped) >= settings.max_skipped:
+        raise _end(run, Diverged(what, done.batch), f"max_skipped={settings.max_skipped} batches were passed over")
+    if wrong.finite or settings.on_nonfinite == "rollback":
+        raise Diverged(what, done.batch)
+    state.skipped.append(list(done.batch))
+    run.log.print(f"{what}; the weights are as they were, and {_named(done.batch)} passed over")
+
+
+def go_back(run: Run, diverged: Diverged) -> None:
+    """Restore the last checkpoint, and pass over the batch when the run comes to it again.
+
+    Raises:
+        UserError: where there is no checkpoint yet.
+    """
+    run.saver.wait()
+    checkpoint, found = agreed(run.accelerator, lambda: newest_intact(run.checkpoints))
+    for line in found:
+        run.log.print(line)
+    if checkpoint is None:
+        raise _end(run, diverged, "there is no checkpoint to go back to yet")
+    skipped = [*run.state.skipped, list(diverged.batch)]
+    run.state = load_state(checkpoint)
+    run.state.skipped = skipped
+    weights = GPTModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True).state_dict()
+    set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
+    load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
+    run.in_flight = None
+    run.log.cut(run.state.step)
+    run.log.print(
+        f"{diverged.what}; back to step {run.state.step}, and {_named(diverged.batch)} passed over from there"
+    )
+
+
+def _named(batch: tuple[int, int]) -> str:
+    return f"sequences {batch[0]} to {batch[1] - 1} are"
+
+
+def _end(run: Run, diverged: Diverged, why: str) -> UserError:
+    """The error that ends a run: what happened, in which batch and layer, and what is left of the run."""
+    where = diagnosis(run.accelerator, run.bare_model, run.train_ahead.make(diverged.batch[0]))
+    first, stop = diverged.batch
+    folders = " ".join(map(str, run.data.folders))
+    run.saver.wait()
+    complete = complete_checkpoints(run.checkpoints)
+    return UserError(
+        f"{diverged.what}, and {why}\n"
+        f"  layer  {where}\n"
+        f"  batch  python -m data_prep.inspect {folders} --run {run.config.run_folder} --sequences {first}:{stop}\n"
+        f"  left   {f'{complete[-1]}; --resume goes on from it' if complete else 'no checkpoint yet'}"
+    )

@@ -1,0 +1,86 @@
+"""Checkpoints written in the background, one at a time, while training goes on."""
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from data_prep.cli import UserError, first_line
+from training.checkpoint import Snapshot, complete_checkpoints, prune_checkpoints, write_checkpoint
+
+_PAUSES = (1, 5)  # seconds before another attempt
+
+
+class Saver:
+    """Writes checkpoints of a run in a thread; what it has to say waits until it is asked for.
+
+    A checkpoint that cannot be written is tried again, and given up loudly: the ones before it are still there, and
+    training goes on to the next. Only the last one of a run must succeed.
+    """
+
+    def __init__(self, checkpoints: Path) -> None:
+        self.checkpoints = checkpoints
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self.tasks: list[Future[None]] = []
+        self.said: SimpleQueue[str] = SimpleQueue()
+        self.failure: str | None = None  # of the last checkpoint
+        self.ending = threading.Event()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write a checkpoint, once the one before it is done."""
+        self.wait()
+        self.tasks.append(self.thread.submit(self._save, snapshot))
+
+    def prune(self, keep_last: int, keep_every: int, best_step: int | None) -> None:
+        """Remove older checkpoints, once the one that is being written is done."""
+
+        def remove() -> None:
+            try:
+                prune_checkpoints(self.checkpoints, keep_last, keep_every, best_step)
+            except OSError as error:
+                self.said.put(f"an older checkpoint could not be removed: {first_line(error)}")
+
+        self.tasks.append(self.thread.submit(remove))
+
+    def messages(self) -> list[str]:
+        """What has been done since this was last asked."""
+        return [self.said.get() for _ in range(self.said.qsize())]
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        for task in self.tasks:
+            task.result()
+        self.tasks.clear()
+
+    def finish(self) -> None:
+        """Wait, and see that the last checkpoint has been written.
+
+        Raises:
+            UserError: if it has not.
+        """
+        self.wait()
+        if self.failure is not None:
+            before = complete_checkpoints(self.checkpoints)
+            last = f"the last one is {before[-1]}" if before else "there is none before it"
+            raise UserError(f"{self.failure}; {last}. Mend this, and --resume goes on from there")
+
+    def close(self) -> None:
+        """End the thread, after the checkpoint that it is writing."""
+        self.ending.set()
+        self.thread.shutdown(cancel_futures=True)
+
+    def _save(self, snapshot: Snapshot) -> None:
+        what = f"step {snapshot.state.step:>6}"
+        for pause in (*_PAUSES, None):
+            try:
+                folder = write_checkpoint(snapshot, self.checkpoints)
+            except Exception as error:  # whatever it is, training must not end by it
+                self.failure = f"{what.strip()} could not be saved: {type(error).__name__}: {first_line(error)}"
+                again = "giving up until the next checkpoint" if pause is None else f"again in {pause} s"
+                self.said.put(f"{self.failure}; {again}")
+                if pause is not None:
+                    self.ending.wait(pause)
+            else:
+                self.failure = None
+                self.said.put(f"{what}  saved {folder}")
+                return
