@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -119,23 +118,13 @@ def launch(
     launch_file: str = "cpu",
     options: tuple[str, ...] = (),
     expect: int | None = 0,
-    kill_after: str | None = None,
+    script: str = "training/train.py",
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """`accelerate launch --config_file accelerate_configs/LAUNCH_FILE.yaml training/train.py FLAGS`, from `cwd`.
-
-    With `kill_after`, all its processes are killed once it has printed a line that ends in that.
-    """
+    """`accelerate launch --config_file accelerate_configs/LAUNCH_FILE.yaml SCRIPT FLAGS`, from `cwd`."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     files = ["--config_file", ROOT / "accelerate_configs" / f"{launch_file}.yaml", *options]
-    words = [*launcher, *files, ROOT / "training" / "train.py", *flags]
-    if kill_after is None:
-        return run_command(*words, cwd=cwd, expect=expect)
-    words = list(map(str, words))
-    with subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        seen = next((line for line in process.stdout if line.rstrip().endswith(kill_after)), None)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert seen is not None, f"no line ended in {kill_after!r}"
-    return subprocess.CompletedProcess(words, process.returncode, stdout=seen)
+    return run_command(*launcher, *files, ROOT / script, *flags, cwd=cwd, expect=expect, env=env)
 
 
 @pytest.fixture(scope="session")

@@ -54,3 +54,65 @@ def counted(folder: Path, report: Path) -> None:
     for kind in counts:
         on_event(kind, folder, count(kind))
     Finalize(None, lambda: report.write_text(json.dumps(counts)), exitpriority=1)
+
+
+def bad_batch(sequence: list[int], factor: float, kind: str = "GPTMLP", number: int = 1) -> None:
+    """Multiply what a module gives, the `number`-th of a kind, by `factor`, whenever a training batch has that sequence
+    in it."""
+    import torch
+
+    met, seen = False, 0
+
+    def hook(module: torch.nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        nonlocal met, seen
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings > len(sequence):  # that of tokens
+            met, seen = module.training and bool((arguments[0] == torch.tensor(sequence)).all(dim=1).any()), 0
+        elif type(module).__name__ == kind:
+            seen += 1
+            return output * factor if met and seen == number + 1 else None
+        return None
+
+    torch.nn.modules.module.register_module_forward_hook(hook)
+
+
+def saves_that_fail(times: int) -> None:
+    """The first so many attempts to write a checkpoint throw; nobody waits for the next one."""
+    from training import saving
+
+    write, left = saving.write_checkpoint, times
+
+    def fail(*arguments: object) -> Path:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RuntimeError("a bug of the writer")
+        return write(*arguments)
+
+    saving.write_checkpoint, saving._PAUSES = fail, (0, 0)
+
+
+def in_step(step: int, rank: int, act: Callable[[], None]) -> None:
+    """Call `act` on a rank, in its step of that number since the start."""
+    from training import train
+
+    left, original = step, train.training_step
+
+    def stepping(*arguments: object) -> object:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            act()
+        return original(*arguments)
+
+    if os.environ.get("RANK", "0") == str(rank):
+        train.training_step = stepping
+
+
+def die() -> None:
+    """End like a process that the system kills."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    """Meet an error that no other process does."""
+    raise RuntimeError("the disk of this process is gone")

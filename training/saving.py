@@ -70,17 +70,18 @@ class Saver:
         self.thread.shutdown(cancel_futures=True)
 
     def _save(self, snapshot: Snapshot) -> None:
-        what = f"step {snapshot.state.step:>6}"
         for pause in (*_PAUSES, None):
             try:
                 folder = write_checkpoint(snapshot, self.checkpoints)
             except Exception as error:  # whatever it is, training must not end by it
-                self.failure = f"{what.strip()} could not be saved: {type(error).__name__}: {first_line(error)}"
+                self.failure = (
+                    f"step {snapshot.state.step} could not be saved: {type(error).__name__}: {first_line(error)}"
+                )
                 again = "giving up until the next checkpoint" if pause is None else f"again in {pause} s"
                 self.said.put(f"{self.failure}; {again}")
                 if pause is not None:
                     self.ending.wait(pause)
             else:
                 self.failure = None
-                self.said.put(f"{what}  saved {folder}")
+                self.said.put(f"step {snapshot.state.step:>6}  saved {folder}")
                 return

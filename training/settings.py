@@ -112,8 +112,8 @@ class RunSettings:
     runs_dir: str = _field("runs", "where runs are kept")
     resume: str | None = _field(
         None,
-        "go on from the newest complete checkpoint of this run; with a checkpoint of another run: branch off from there; "
-        "the settings are those of that run unless others are given",
+        "go on from the newest complete checkpoint of this run; with a checkpoint of another run: branch off from "
+        "there; the settings are those of that run unless others are given",
         nargs="?",
         const=NEWEST,
     )

@@ -57,7 +57,7 @@ def stop_requests(max_minutes: float | None) -> Iterator[StopRequest]:
 
 
 def _follow_launcher() -> None:
-    """Have the system send SIGTERM when the launcher dies: that of a single process passes no signal on, and would leave
-    an orphan behind that holds the devices."""
+    """Have the system send SIGTERM when the launcher dies: that of a single process passes no signal on, and would
+    leave an orphan behind that holds the devices."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -58,6 +58,11 @@ def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     return result
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error is that of a process which waits for another that has ended."""
+    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError"))
+
+
 def describe_device(device: torch.device) -> str:
     """The device's own name, as in "NVIDIA H100 80GB HBM3"."""
     if device.type == "cuda":

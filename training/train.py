@@ -35,6 +35,7 @@ from training.settings import TrainingConfig
 from training.setup import Run, setup
 from training.step import training_step
 from training.stopping import StopRequest, stop_requests
+from training.topology import is_lost_process
 
 
 def main() -> None:
@@ -70,6 +71,13 @@ def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
         if not run.stopping:
             report(run)
         failed = False
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise UserError(
+            f"process {run.accelerator.process_index} lost its connection to another process of the run, whose own "
+            f"message says why; --resume goes on from the last checkpoint"
+        ) from error
     except KeyboardInterrupt:
         run.log.print(f"\nstopped in step {run.state.step}; --resume goes on from the last checkpoint")
         raise

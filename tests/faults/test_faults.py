@@ -1,0 +1,344 @@
+"""What can go wrong goes wrong, for real: what the user is told, what is left, and how the run goes on."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL, Finished, launch
+from forks import Plant, begin
+from plants import bad_batch, die, fail, in_step, saves_that_fail, signalled
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+STEPS, LENGTH, SEQUENCES = 12, 32, 16
+
+
+@pytest.fixture(scope="session")
+def command(data_folder):
+    """The command of a run: twelve steps of sixteen sequences in a fixed order, a checkpoint after every third."""
+    flags = ["--data", data_folder, *TINY_MODEL, "--mixed_precision", "no", "--order", "sequential"]
+    flags += ["--batch_tokens", SEQUENCES * LENGTH, "--micro_batch", "8", "--max_steps", STEPS, "--warmup_steps", "3"]
+    flags += ["--learning_rate", "1e-2", "--val_tokens", "2048", "--val_every", "6", "--save_every", "3"]
+    flags += ["--sample_every", "0", "--run_name", "run", "--auto_resume", "--keep_last", "2"]
+    return list(map(str, flags))
+
+
+@pytest.fixture(scope="session")
+def whole(command, tmp_path_factory) -> Finished:
+    """The run that nothing happens to."""
+    return begin(command, tmp_path_factory.mktemp("whole")).finished("run")
+
+
+@pytest.fixture
+def half(command, whole, tmp_path) -> Finished:
+    """A run that was killed between its checkpoints of steps 6 and 9."""
+    run = begin(command, tmp_path, partial(in_step, 8, 0, die))
+    code, text = run.ended()
+    assert code == -signal.SIGKILL
+    run = Finished(tmp_path / "runs" / "run", text)
+    assert [path.name for path in run.checkpoints] == ["step_00000003", "step_00000006"]
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of three megabytes, enough for the checkpoints of a run and no more."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def assert_same(first: Finished, second: Finished) -> None:
+    """Bitwise the same losses and weights; each step once."""
+    assert first.losses() == second.losses()
+    assert (first.folder / "log.txt").read_text() == (second.folder / "log.txt").read_text()
+    left, right = (load_file(run.checkpoints[-1] / "model.safetensors") for run in (first, second))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def sequence(data_folder: Path, position: int) -> list[int]:
+    """The tokens at a position of the sequential order, read from the first shard itself."""
+    tokens = np.load(next(data_folder.glob("*_train_000001.npy")))
+    return tokens[position * LENGTH :][:LENGTH].tolist()
+
+
+def flip(path: Path, place: int = -100) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a flipped bit of the weights": lambda folder: flip(folder / "model.safetensors"),
+    "a flipped bit of the optimizer": lambda folder: flip(folder / "training_state" / "optimizer.safetensors"),
+    "a truncated file": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "a missing file": lambda folder: (folder / "training_state" / "state.json").unlink(),
+    "an empty mark": lambda folder: (folder / "COMPLETE").write_text(""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(half, whole, command, damage):
+    DAMAGES[damage](half.checkpoints[-1])
+    root = half.folder.parents[1]
+    resumed = begin(command, root).finished("run")
+    aside = half.folder / "checkpoints" / "damaged_step_00000006"
+    assert f"{aside.relative_to(root)} is damaged (" in resumed.stdout and "from step 3" in resumed.stdout
+    assert aside.is_dir()
+    shutil.rmtree(aside)
+    assert_same(whole, resumed)
+
+
+def test_a_checkpoint_without_its_mark_is_passed_over(half, whole, command):
+    (half.checkpoints[-1] / "COMPLETE").unlink()
+    resumed = begin(command, half.folder.parents[1]).finished("run")
+    assert "step_00000006 was not written to its end; it is passed over" in resumed.stdout
+    assert_same(whole, resumed)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(half, command):
+    flip(half.checkpoints[-1] / "model.safetensors")
+    flags = ["--resume", half.checkpoints[-1], "--run_name", "branch"]
+    code, text = begin(flags, half.folder.parents[1]).ended()
+    assert code == 2 and "is damaged, or no complete checkpoint (not as written: model.safetensors)" in text
+    assert half.checkpoints[-1].name == "step_00000006"
+
+
+def test_a_truncated_shard_is_refused(command, data_folder, tmp_path):
+    copy = shutil.copytree(data_folder, tmp_path / "copy")
+    shard = next(copy.glob("*_train_000001.npy"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    code, text = begin([*command, "--data", copy], tmp_path).ended()
+    assert code == 2 and text.startswith(f"error: {shard}: not a readable shard (") and text.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_that_fills_up(command, whole, small_disk):
+    """Each checkpoint that does not fit is tried again and given up; what was there stays; with room, it goes on."""
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1_800_000))
+    flags = [*command, "--runs_dir", small_disk]
+    code, text = begin(flags, small_disk.parent, partial(saves_that_fail, 0)).ended()
+    assert code == 2 and "No space left on device" in text, text
+    assert "giving up until the next checkpoint" in text
+    assert re.search(r"error: step 12 could not be saved: .*; the last one is .*/step_0000000[369]", text)
+    complete = list((small_disk / "run" / "checkpoints").iterdir())
+    assert complete and all((path / "COMPLETE").exists() for path in complete)  # and nothing half-made beside them
+    ballast.unlink()
+    code, text = begin(flags, small_disk.parent).ended()
+    assert code == 0, text
+    assert_same(whole, Finished(small_disk / "run", text))
+
+
+def test_a_folder_that_cannot_be_written_to(command, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, text = begin([*command, "--runs_dir", small_disk / "runs"], small_disk.parent).ended()
+    assert code == 2 and text.startswith("error: [Errno 30] Read-only file system") and text.count("\n") == 1, text
+
+
+def test_a_writer_that_throws_is_tried_again(command, whole, tmp_path):
+    run = begin(command, tmp_path, partial(saves_that_fail, 4)).finished("run")
+    assert run.stdout.count("could not be saved: RuntimeError: a bug of the writer; again in 0 s") == 3
+    assert "step 3 could not be saved: RuntimeError: a bug of the writer; giving up until the next" in run.stdout
+    assert_same(whole, run)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(command, tmp_path):
+    code, text = begin(command, tmp_path, partial(saves_that_fail, 99)).ended()
+    assert code == 2
+    assert "error: step 12 could not be saved: RuntimeError: a bug of the writer; there is none before it" in text
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+# In the first validation, in a step, while a checkpoint is written, while the last one is, in what follows it.
+MOMENTS = [("forward", 2), ("forward", 150), ("file", 30), ("file", 90), ("forward", 900)]
+
+
+@pytest.mark.parametrize(("kind", "count"), MOMENTS)
+@pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_asked_to_stop_it_leaves_a_checkpoint(command, whole, tmp_path, kind, count, what):
+    if what == signal.SIGUSR1 and kind == "forward":
+        pytest.skip("the same path as SIGTERM's")
+    run = begin(command, tmp_path, partial(signalled, kind, count, tmp_path / "runs" / "run", what))
+    code, text = run.ended()
+    assert code == 0, text
+    stopped = re.search(r"stopped after step (\d+) \((\w+)\); the same command with --resume goes on from (\S+)", text)
+    if stopped:
+        assert stopped[2] == what.name and (tmp_path / stopped[3] / "COMPLETE").exists()
+        assert stopped[3].endswith(f"step_{int(stopped[1]):08d}")
+    assert_same(whole, begin(command, tmp_path).finished("run"))
+
+
+def test_the_clock_runs_out(command, whole, tmp_path):
+    code, text = begin([*command, "--max_minutes", "0.001"], tmp_path).ended()
+    assert code == 0 and "stopped after step 1 (max_minutes=0.001)" in text, text
+    assert_same(whole, begin(command, tmp_path).finished("run"))
+
+
+def test_a_second_run_in_the_folder_is_refused(command, tmp_path):
+    """As long as the first is there; of one that was killed nothing is held."""
+    first = begin(command, tmp_path, partial(in_step, 5, 0, wait_for_the_second))
+    seen = tmp_path / "in_step_5"
+    while not seen.exists():
+        assert first.process.is_alive(), first.output.read_text()
+    code, text = begin(command, tmp_path).ended()
+    (tmp_path / "refused").touch()
+    assert (code, text) == (2, "error: runs/run is in use by another process; wait for it, or stop it\n")
+    assert first.finished("run")
+
+
+def wait_for_the_second() -> None:
+    Path("in_step_5").touch()
+    while not Path("refused").exists():
+        pass
+
+
+def planted(plant: Plant) -> dict[str, str]:
+    here = Path(__file__).parents[1]
+    return os.environ | {"PLANT": pickle.dumps(plant).hex(), "PYTHONPATH": f"{here.parent}:{here}"}
+
+
+def test_one_two_one_processes(command, whole, tmp_path):
+    """The same sequences, losses but for rounding."""
+    code, _ = begin(command, tmp_path, partial(in_step, 4, 0, die)).ended()
+    assert code == -signal.SIGKILL
+    killed = partial(in_step, 4, 1, die)
+    done = launch(
+        *command, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted(killed), expect=None
+    )
+    assert "from step 3 (saved by 1, now 2: the same batches, losses but for rounding)" in done.stdout
+    assert re.search(r"exitcode +: -9", done.stderr)
+    last = begin(command, tmp_path).finished("run")
+    assert "from step 6 (saved by 2, now 1" in last.stdout
+    assert np.abs(np.array(last.losses()) - np.array(whole.losses())).max() < 1e-4
+    assert [line["tokens"] for line in last.metrics().values() if "tokens" in line] == [
+        line["tokens"] for line in whole.metrics().values() if "tokens" in line
+    ]
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_own_message(command, tmp_path):
+    plant = planted(partial(in_step, 4, 1, fail))
+    done = launch(
+        *command, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=plant, expect=None
+    )
+    assert "process 0 lost its connection to another process of the run" in done.stderr
+    cause = done.stderr.partition("Root Cause")[2]
+    assert re.search(r"rank +: 1 .*RuntimeError: the disk of this process is gone", cause, re.DOTALL)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_batch_that_is_not_finite_is_passed_over(command, data_folder, tmp_path, processes):
+    """On one rank of two as well: no update on either; and the numbers of its sequences are kept."""
+    plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES + 13), float("nan"))
+    if processes == 1:
+        run = begin(command, tmp_path, plant).finished("run")
+    else:
+        done = launch(
+            *command, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted(plant)
+        )
+        run = Finished(tmp_path / "runs" / "run", done.stdout)
+    what = "step 4: the loss is nan; the weights are as they were, and sequences 64 to 79 are passed over"
+    assert what in run.stdout
+    losses = run.losses()
+    assert losses[4] is None and all(loss is not None for loss in losses[:4] + losses[5:])
+    assert json.loads((run.checkpoints[-1] / "training_state" / "state.json").read_text())["skipped"] == [[64, 80]]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_what_skipping_leaves_is_what_a_loop_without_the_batch_gives(command, data_folder, whole, tmp_path):
+    """Plain AdamW around stock GPT-2, which never sees the batch: weights and moments are untouched by it."""
+    plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES + 13), float("inf"))
+    run = begin([*command, "--max_steps", "7", "--schedule", "constant"], tmp_path, plant).finished("run")
+    torch.manual_seed(1337)
+    from modeling import GPTConfig, GPTModel
+
+    sizes = {"vocab_size": 601, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPTModel(GPTConfig(**sizes, bos_token_id=600, eos_token_id=600)).save_pretrained(tmp_path / "initial")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "initial").train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step in (0, 1, 2, 3, 5, 6):
+        rows = torch.tensor([sequence_and_label(data_folder, step * SEQUENCES + i) for i in range(SEQUENCES)])
+        logits = model(rows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, (step + 1) / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert run.losses()[step] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def sequence_and_label(data_folder: Path, position: int) -> list[int]:
+    tokens = np.load(next(data_folder.glob("*_train_000001.npy")))
+    return tokens[position * LENGTH :][: LENGTH + 1].astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "planted_in", "what"),
+    [
+        (["--on_nonfinite", "rollback"], (float("nan"),), "the loss is nan"),
+        (
+            ["--spike_zscore", "9", "--spike_window", "4"],
+            (100.0, "LayerNorm", 4),
+            r"the loss is .* standard deviations",
+        ),
+    ],
+    ids=["nan", "spike"],
+)
+def test_going_back_passes_over_the_batch(command, data_folder, whole, tmp_path, flags, planted_in, what):
+    """From the last checkpoint it is as if the step had no batch; also after a kill, and in the log."""
+    plant = partial(bad_batch, sequence(data_folder, 7 * SEQUENCES + 3), *planted_in)
+    run = begin([*command, *flags], tmp_path, plant).finished("run")
+    assert re.search(rf"step 7: {what}.*back to step 6, and sequences 112 to 127 are passed over", run.stdout)
+    metrics = run.metrics()
+    assert metrics[7]["skipped"] == [112, 128] and "loss" not in metrics[7]
+    assert sorted(metrics) == list(range(13))
+    before = [metrics[step]["loss"] for step in range(7)]
+    assert before == whole.losses()[:7]
+    assert metrics[8]["loss"] != whole.losses()[8] and metrics[8]["tokens"] == 9 * SEQUENCES * LENGTH
+
+    # The one batch is never trained on: a run that is told so from the beginning is the same.
+    shutil.rmtree(run.folder)
+    code, _ = begin([*command, *flags], tmp_path, partial(in_step, 7, 0, die)).ended()
+    assert code == -signal.SIGKILL
+    state = tmp_path / "runs" / "run" / "checkpoints" / "step_00000006" / "training_state" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"skipped": [[112, 128]]}))
+    marks = state.parents[1] / "COMPLETE"
+    import hashlib
+
+    hashes = json.loads(marks.read_text())
+    hashes["training_state/state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    marks.write_text(json.dumps(hashes))
+    told = begin([*command, *flags], tmp_path).finished("run")
+    assert [told.metrics()[s].get("loss") for s in range(12)] == [metrics[s].get("loss") for s in range(12)]
+
+
+def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder, tmp_path):
+    plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES + 13), float("nan"))
+    code, text = begin([*command, "--on_nonfinite", "halt"], tmp_path, plant).ended()
+    assert code == 2
+    said = text[text.index("error: ") :].splitlines()
+    assert said[0] == "error: step 4: the loss is nan, and on_nonfinite='halt'"
+    assert said[1] == "  layer  the first result that is not finite is that of transformer.h.1.mlp"
+    assert said[2].startswith("  batch  python -m data_prep.inspect ") and said[2].endswith("--sequences 64:80")
+    assert said[3] == "  left   runs/run/checkpoints/step_00000003; --resume goes on from it"
+    code, text = begin([*command, "--max_skipped", "0"], tmp_path, plant).ended()
+    assert code == 2 and "step 4: the loss is nan, and max_skipped=0 batches were passed over" in text

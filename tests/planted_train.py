@@ -1,0 +1,16 @@
+"""training/train.py in which something goes wrong: the pickled function in $PLANT is called before it trains."""
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from data_prep.cli import run
+    from training.train import main
+
+    pickle.loads(bytes.fromhex(os.environ["PLANT"]))()
+    run(record(main))
