@@ -2,6 +2,7 @@
 
 python -m data_prep.inspect data/quickstart
 python -m data_prep.inspect data/web data/books --documents 0
+python -m data_prep.inspect data/quickstart --run runs/quickstart --sequences 592:608
 """
 
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.byte_level import bytes_of_tokens
-from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.cli import ArgumentParser, UserError, first_line, run
 from data_prep.manifest import Manifest
+from data_prep.order import shares_of, training_order
 from data_prep.shards import open_shard
+from data_prep.tokenizer import hf_tokenizer
 
 _BAR, _EXCERPT = 40, 400
 _TOKENS_AT_A_TIME = 1 << 22
@@ -36,9 +39,7 @@ class Statistics:
 
 def statistics(folder: Path, manifest: Manifest) -> Statistics:
     """Count tokens, documents and bytes, with one shard in memory at a time."""
-    from transformers import AutoTokenizer
-
-    sizes = bytes_of_tokens(AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    sizes = bytes_of_tokens(hf_tokenizer(folder / "tokenizer"))
     counts = np.zeros(len(sizes), dtype=np.int64)
     lengths = np.zeros(33, dtype=np.int64)
     documents = 0
@@ -85,9 +86,7 @@ def histogram(lengths: np.ndarray) -> str:
 
 def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) -> Iterator[str]:
     """`count` documents of a split as text, drawn by `seed`, long ones cut; of each, what lies in one shard."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = hf_tokenizer(folder / "tokenizer")
     shards = [shard for shard in manifest.shards if shard.split == split and shard.documents]
     rng = np.random.default_rng(seed)
     for number in rng.integers(sum(shard.documents for shard in shards), size=count):
@@ -103,13 +102,49 @@ def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) 
         yield f"--- {shard.file}, document {number + 1}, {len(document):,} tokens\n{shown}"
 
 
+def sequences(folders: list[Path], run_folder: Path, first: int, stop: int) -> Iterator[str]:
+    """The training sequences at positions `first` to before `stop` of a run on these folders, as text.
+
+    Raises:
+        UserError: for a folder that is no run's, or that of a run on others.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+        length = settings["sequence_length"] or settings["n_positions"]
+        weights, order, seed = (settings[name] for name in ("data_weights", "order", "seed"))
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{run_folder}: not the folder of a run ({first_line(error)})") from error
+    if len(settings["data"]) != len(folders):
+        raise UserError(f"{run_folder} is a run on {' '.join(settings['data'])}; name the same folders, in that order")
+    manifests = [Manifest.read(folder) for folder in folders]
+    mixture = training_order(folders, manifests, shares_of(manifests, weights), "train", order, seed, length)
+    tokenizer = hf_tokenizer(folders[0] / "tokenizer")
+    for position in range(first, stop):
+        yield f"--- sequence {position}\n{tokenizer.decode(mixture.read(position)[:-1].tolist())}"
+
+
+def _range(word: str) -> tuple[int, int]:
+    first, _, stop = word.partition(":")
+    return int(first), int(stop or int(first) + 1)
+
+
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="+", help="data folders")
     parser.add_option("documents", type=int, default=3, help="to show of each folder")
     parser.add_option("split", choices=["train", "val"], default="train", help="to show documents of")
     parser.add_option("seed", type=int, default=0, help="of the choice of documents")
+    parser.add_option("sequences", type=_range, metavar="FIRST:STOP", help="show these training sequences instead")
+    parser.add_option("run", type=Path, help="folder of the run whose sequences they are")
     args = parser.parse_args()
+    if (args.sequences is None) != (args.run is None):
+        raise UserError("sequences are those of a run: give --sequences and --run together")
+    if args.sequences is not None:
+        for text in sequences(args.folders, args.run, *args.sequences):
+            print(text)
+        return
     if args.documents < 0:
         raise UserError(f"documents={args.documents} must be at least 0")
     manifests = {folder: Manifest.read(folder) for folder in args.folders}

@@ -162,6 +162,29 @@ class Sequences:
         return window, first, self.stream.permutation("sequences", stop - first, window.epoch, window.number)
 
 
+def shares_of(manifests: Sequence[Manifest], weights: Sequence[float] | None) -> list[float]:
+    """The share of each folder in the training tokens, summing to 1: by `weights` in any unit, or else by size."""
+    weights = weights or [manifest.tokens("train") for manifest in manifests]
+    return [weight / sum(weights) for weight in weights]
+
+
+def training_order(
+    folders: Sequence[Path],
+    manifests: Sequence[Manifest],
+    shares: Sequence[float],
+    split: str,
+    order: str,
+    seed: int,
+    length: int,
+) -> "Mixture":
+    """The sequences of a split of data folders, each with its share, in the order of a run."""
+    sources = [
+        Sequences(TokenStream(folder, manifest, split, order, seed), length)
+        for folder, manifest in zip(folders, manifests, strict=True)
+    ]
+    return Mixture(sources, shares)
+
+
 class Mixture:
     """Sequences of several sources, each with its share, as one stream by position.
 

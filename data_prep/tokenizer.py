@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from data_prep.byte_level import byte_level_ranks, chunks, merges, printable, unprintable
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 
 if TYPE_CHECKING:
     import tiktoken
@@ -177,19 +177,27 @@ def gpt2_tokenizer() -> Tokenizer:
     return ByteLevelTokenizer("gpt2", encoding._mergeable_ranks, encoding.eot_token)
 
 
+def hf_tokenizer(source: str | Path) -> Any:
+    """What `AutoTokenizer` loads from a folder or the Hub; code that lies there is never run.
+
+    Raises:
+        UserError: where there is none, or one that is nothing without such code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer {str(source)!r}: {first_line(error)}") from error
+
+
 def load_tokenizer(source: str | Path, name: str | None = None) -> Tokenizer:
     """The tokenizer that `AutoTokenizer` loads from a folder or the Hub, with the same id for every text.
 
     Raises:
         UserError: where there is none, one without an end of text, or one that the `tokenizers` library does not run.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"tokenizer {str(source)!r}: {reason}") from error
+    tokenizer = hf_tokenizer(source)
     name = name or str(source)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name!r} has no end-of-text token (eos_token), which every document begins with")

@@ -61,14 +61,14 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
         UserError: for data that cannot be read, or was written with another tokenizer than the model's.
     """
     import numpy as np
-    from transformers import AutoTokenizer
 
     from data_prep.manifest import Manifest
     from data_prep.shards import open_shard
+    from data_prep.tokenizer import hf_tokenizer
 
     if data.is_dir():
         manifest = Manifest.read(data)
-        if AutoTokenizer.from_pretrained(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
+        if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{data} was written with another tokenizer ({manifest.tokenizer['name']}) than the model's"
             )

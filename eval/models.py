@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data_prep.cli import UserError, first_line
+from data_prep.tokenizer import hf_tokenizer
 from modeling import GPTModel
 
 
@@ -17,18 +18,18 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     Raises:
         UserError: where there is none, or one that is not GPT-2's, or no tokenizer beside it.
     """
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     check_folder(name)
     try:
         model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model {name!r}: {first_line(error)}") from error
-    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
+    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), hf_tokenizer(name)
 
 
 def check_folder(name: str) -> None:

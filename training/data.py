@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.cli import UserError
 from data_prep.manifest import FILE_NAME, Manifest
-from data_prep.order import Mixture, Sequences, TokenStream
+from data_prep.order import shares_of, training_order
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import BUILTIN, Source
 from training.batches import Batches
@@ -53,12 +53,11 @@ class Data:
     def batches(self, config: TrainingConfig, split: str) -> Batches:
         """The batches of a split; those of validation always in the same order."""
         order = config.data.order if split == "train" else "sequential"
-        sources = [
-            Sequences(TokenStream(folder, manifest, split, order, config.run.seed), config.sequence_length)
-            for folder, manifest in zip(self.folders, self.manifests, strict=True)
-        ]
+        mixture = training_order(
+            self.folders, self.manifests, self.shares, split, order, config.run.seed, config.sequence_length
+        )
         document_start = self.tokenizer["eos_token_id"] if config.data.document_mask else None
-        return Batches(Mixture(sources, self.shares), document_start)
+        return Batches(mixture, document_start)
 
     def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
         """How far each folder has been read at a position: its `share`, `tokens` and `epochs`."""
@@ -91,8 +90,7 @@ def load_data(config: TrainingConfig) -> Data:
                     f"{folder}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
                     f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
                 )
-    weights = config.data.data_weights or [manifest.tokens("train") for manifest in manifests]
-    return Data(folders, manifests, [weight / sum(weights) for weight in weights])
+    return Data(folders, manifests, shares_of(manifests, config.data.data_weights))
 
 
 def _prepared(folder: Path) -> Manifest:

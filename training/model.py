@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from data_prep.cli import UserError
+from data_prep.tokenizer import hf_tokenizer
 from eval.launch import on_cpu
 from eval.models import check_folder, compile_blocks, is_compiled
 from modeling import GPTConfig, GPTModel
@@ -38,7 +39,7 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
             torch.manual_seed(config.run.seed)
             model = GPTModel._from_config(model_config, **kernel)
         else:
-            model = GPTModel.from_pretrained(source, dtype=torch.float32, **dropout, **kernel)
+            model = GPTModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **dropout, **kernel)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot make the model: {' '.join(str(error).split())}") from error
     if settings.activation_checkpointing != "none":
@@ -57,14 +58,12 @@ def attention_kernel(config: TrainingConfig) -> str:
 
 def check_initial_model(config: TrainingConfig, data: Data, tokenizer: Any) -> None:
     """Refuse an `init_from` of other sizes, or whose tokenizer is not the one that the data was written with."""
-    from transformers import AutoTokenizer
-
     name = config.model.init_from
     check_folder(name)
     saved = GPTConfig.from_pretrained(name)
     if different := different_sizes(config, saved.to_dict()):
         raise UserError(f"init_from={name!r} is another model ({'; '.join(different)}); leave those settings out")
-    if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+    if hf_tokenizer(name).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"init_from={name!r} has another tokenizer than {data.folders[0]}; prepare the data with --tokenizer {name}"
         )

@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
+from data_prep.tokenizer import hf_tokenizer
 from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
 from modeling import GPTModel, flops_per_token
 from training.batches import Ahead, Batch, Batches
 from training.checkpoint import RunState, load_training_state
 from training.data import Data, load_data, validation_sequences
+from training.disk import room_for_checkpoints
 from training.environment import write_environment
 from training.meter import StepInFlight
 from training.metrics import RunLog
@@ -118,7 +120,6 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         UserError: for whatever the user can mend.
         AlreadyFinished: where `auto_resume` finds nothing left to do.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -134,7 +135,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         if is_finished(config, state):
             raise AlreadyFinished(f"{config.run_folder} is finished, at step {state.step}")
 
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
+    tokenizer = hf_tokenizer(data.tokenizer_folder)
     with accelerator.main_process_first():
         hellaswag = load_hellaswag(config, tokenizer)
         task_manager = (
@@ -159,6 +160,8 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     val_sequences = validation_sequences(val_data, config.run.val_tokens)
     val_labels = val_data.sequences(0, val_sequences)["shift_labels"]
 
+    # Weights and two moments, in float32.
+    agreed(accelerator, lambda: room_for_checkpoints(config, 12 * parameters))
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         shutil.rmtree(config.report_folder, ignore_errors=True)  # of what the run was before it goes on

@@ -60,7 +60,9 @@ def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error is that of a process which waits for another that has ended."""
-    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError"))
+    return any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+    )
 
 
 def describe_device(device: torch.device) -> str:

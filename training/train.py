@@ -28,6 +28,7 @@ from training.divergence import Diverged, is_skipped
 from training.meter import StepInFlight, over_processes
 from training.metrics import log_pictures
 from training.optimizer import set_learning_rate
+from training.preflight import out_of_the_way, preflight
 from training.profiling import profiling
 from training.recovery import go_back, see_to
 from training.resume import AlreadyFinished
@@ -47,8 +48,10 @@ def main() -> None:
         if not is_first:
             sys.exit(2)  # the first process says it for all
         raise
+    aside = out_of_the_way(config, is_first) if config.run.preflight else contextlib.nullcontext()
     with (
         stop_requests(config.run.max_minutes) as stop,
+        aside,
         locked(config.run_folder) if is_first else contextlib.nullcontext(),
     ):
         try:
@@ -63,6 +66,10 @@ def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
     run = setup(config, stop)
     debug, failed = config.debug, True
     try:
+        if config.run.preflight:
+            preflight(run)
+            failed = False
+            return
         folder = config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
         with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
             fit(run, step_done)

@@ -128,19 +128,25 @@ def test_a_truncated_shard_is_refused(command, data_folder, tmp_path):
 
 def test_a_disk_that_fills_up(command, whole, small_disk):
     """Each checkpoint that does not fit is tried again and given up; what was there stays; with room, it goes on."""
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(1_800_000))
-    flags = [*command, "--runs_dir", small_disk]
-    code, text = begin(flags, small_disk.parent, partial(saves_that_fail, 0)).ended()
+    ballast, flags = small_disk / "ballast", [*command, "--runs_dir", small_disk]
+    code, text = begin(flags, small_disk.parent, partial(disk_fills_up, ballast, 1_800_000)).ended()
     assert code == 2 and "No space left on device" in text, text
     assert "giving up until the next checkpoint" in text
     assert re.search(r"error: step 12 could not be saved: .*; the last one is .*/step_0000000[369]", text)
     complete = list((small_disk / "run" / "checkpoints").iterdir())
     assert complete and all((path / "COMPLETE").exists() for path in complete)  # and nothing half-made beside them
+    code, text = begin(flags, small_disk.parent).ended()
+    assert code == 2 and re.search(r"checkpoints of \S+ MiB take \S+ MiB, and .* has room for \S+ MiB; make room", text)
     ballast.unlink()
     code, text = begin(flags, small_disk.parent).ended()
     assert code == 0, text
     assert_same(whole, Finished(small_disk / "run", text))
+
+
+def disk_fills_up(ballast: Path, size: int) -> None:
+    """Something else takes the room, in the second step; nobody waits for another attempt to write."""
+    saves_that_fail(0)
+    in_step(1, 0, partial(ballast.write_bytes, bytes(size)))
 
 
 def test_a_folder_that_cannot_be_written_to(command, small_disk):

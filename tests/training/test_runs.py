@@ -190,6 +190,18 @@ def test_a_checkpoint_is_an_ordinary_model_folder(tiny_run, data_folder):
     assert set(hashes) == files - {"COMPLETE"}
 
 
+def test_sequences_of_a_run_are_shown_as_text(recipe, data_folder):
+    from data_prep.inspect import sequences
+    from training.config import parse_config
+    from training.data import load_data
+
+    config = parse_config([str(recipe.folder / "config.yaml")])
+    batch = load_data(config).batches(config, "train").sequences(40, 3)
+    tokenizer = AutoTokenizer.from_pretrained(data_folder / "tokenizer")
+    shown = list(sequences([data_folder], recipe.folder, 40, 43))
+    assert shown == [f"--- sequence {40 + i}\n{tokenizer.decode(row)}" for i, row in enumerate(batch["input_ids"])]
+
+
 def test_what_a_run_writes(tiny_run):
     names = {path.name for path in tiny_run.folder.iterdir()}
     written = {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "samples.jsonl", "checkpoints", "report"}

@@ -1,0 +1,160 @@
+"""Before a long run: everything once, and what the run will take."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_prep.cli import UserError
+from eval.launch import peak_memory
+from eval.loss import summed_loss
+from modeling import GPTModel
+from training.checkpoint import Snapshot, damage, load_state, take_snapshot, write_checkpoint
+from training.disk import checkpoints_kept, gib, room_for_checkpoints
+from training.memory import memory_for_this_process
+from training.optimizer import set_learning_rate
+from training.settings import NEWEST, TrainingConfig
+from training.setup import Run
+from training.step import training_step
+from training.topology import agreed
+
+_TIMED_STEPS = 3
+_HELLASWAG_ITEMS = 64
+
+
+@contextmanager
+def out_of_the_way(config: TrainingConfig, is_first: bool) -> Iterator[None]:
+    """Let the run write beside where it will be, on the same disk, and leave nothing there.
+
+    Args:
+        is_first: whether this is the process that cleans up.
+    """
+    run = config.run
+    place = Path(run.runs_dir)
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    run.runs_dir, run.auto_resume = str(place / ".preflight"), False
+    run.resume = None if run.resume == NEWEST else run.resume
+    run.hellaswag_limit = min(run.hellaswag_limit or _HELLASWAG_ITEMS, _HELLASWAG_ITEMS)
+    try:
+        yield
+    finally:
+        if is_first:
+            shutil.rmtree(run.runs_dir, ignore_errors=True)
+            for empty in made:
+                if empty.exists() and not any(empty.iterdir()):
+                    empty.rmdir()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What going through everything once has shown.
+
+    Attributes:
+        seconds_a_step: the least of a few.
+        tokens_a_step: of those steps.
+        memory: the most that any process had, in bytes, and `room`, what the poorest of them can have.
+        checkpoint_bytes: of one checkpoint.
+        seconds_to_save: until it was on the disk.
+    """
+
+    seconds_a_step: float
+    tokens_a_step: int
+    memory: int
+    room: int
+    checkpoint_bytes: int
+    seconds_to_save: float
+
+
+def preflight(run: Run) -> None:
+    """Go through one step, one batch of validation and of HellaSwag, and one checkpoint there and back; then say what
+    the run will take.
+
+    Raises:
+        UserError: for what would end the run later.
+    """
+    found = _go_through(run)
+    text = agreed(run.accelerator, lambda: forecast(run.config, found, run.bare_model.num_parameters()))
+    run.log.print(text)
+
+
+def _go_through(run: Run) -> Findings:
+    accelerator, config = run.accelerator, run.config
+    first = run.state.position
+    batch_tokens = run.batch_plan.size(first * config.sequence_length)
+    set_learning_rate(run.optimizer, 0.0)
+    times = []
+    for _ in range(1 + _TIMED_STEPS):  # the first compiles and allocates
+        started = time.perf_counter()
+        micro_batches = run.train_ahead.make(first)
+        results = training_step(
+            accelerator,
+            run.model,
+            run.optimizer,
+            micro_batches,
+            config.optimizer.max_grad_norm,
+            config.optimizer.z_loss,
+        )
+        results["loss"].item()
+        times.append(time.perf_counter() - started)
+
+    snapshot = take_snapshot(accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder)
+    batches = run.val_data.shared_out(
+        int(config.optimizer.micro_batch) * accelerator.num_processes,
+        int(config.optimizer.micro_batch),
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    summed_loss(run.bare_model, batches)
+    for task in run.hellaswag:
+        task.evaluate(accelerator, run.bare_model)
+
+    seconds, size = agreed(accelerator, lambda: _there_and_back(snapshot, run.checkpoints))
+    own = [float(peak_memory(accelerator.device)), -float(memory_for_this_process(accelerator.device))]
+    memory, room = accelerator.gather(torch.tensor([own], device=accelerator.device)).amax(dim=0).tolist()
+    return Findings(min(times[1:]), batch_tokens, int(memory), -int(room), size, seconds)
+
+
+def _there_and_back(snapshot: Snapshot | None, checkpoints: Path) -> tuple[float, int]:
+    """Write a checkpoint and read it again: the seconds until it was on the disk, and its bytes."""
+    assert snapshot is not None, "only the main process has one"
+    started = time.perf_counter()
+    folder = write_checkpoint(snapshot, checkpoints)
+    seconds = time.perf_counter() - started
+    if wrong := damage(folder):
+        raise UserError(f"{folder}: what was written does not come back ({wrong}); look at the disk")
+    load_state(folder)
+    GPTModel.from_pretrained(folder, use_safetensors=True)
+    return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def forecast(config: TrainingConfig, found: Findings, parameters: int) -> str:
+    """What a run of these settings will take, in a few lines.
+
+    Raises:
+        UserError: where its checkpoints will not fit on the disk.
+    """
+    run, plan = config.run, config.batch_plan
+    steps, tokens = config.max_steps, plan.tokens(config.max_steps)
+    hours = tokens * found.seconds_a_step / found.tokens_a_step / 3600
+    cost = (
+        "" if run.price_per_hour is None else f", {hours * run.price_per_hour:,.2f} at {run.price_per_hour:g} an hour"
+    )
+    needed, room = room_for_checkpoints(config, found.checkpoint_bytes)
+    hellaswag = "HellaSwag, " if run.hellaswag_every else ""
+    return "\n".join(
+        [
+            "",
+            f"preflight   all of it works: steps, a validation, {hellaswag}a checkpoint there and back",
+            f"parameters  {parameters:,}",
+            f"steps       {steps:,}: {tokens:,} tokens",
+            f"time        {hours:,.2f} hours of training at {found.tokens_a_step / found.seconds_a_step:,.0f} "
+            f"tokens/s{cost}",
+            f"memory      {gib(found.memory)} of {gib(found.room)} for each process",
+            f"disk        {gib(needed)} of {gib(room)} for {checkpoints_kept(config)} checkpoints of "
+            f"{gib(found.checkpoint_bytes)}; one is written in {found.seconds_to_save:.1f} s",
+        ]
+    )
