@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from data_prep.cli import UserError
@@ -23,6 +24,10 @@ class Curve:
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+
+    def at(self, step: float) -> float:
+        """The value at a step, in between on a straight line."""
+        return float(np.interp(step, self.steps, self.values))
 
 
 @dataclass
@@ -49,12 +54,28 @@ class Record:
         """The last value of a metric, None where it was never measured."""
         return self.curves[metric].values[-1] if metric in self.curves else None
 
-    def seconds(self) -> list[float] | None:
-        """Seconds of training up to each step, without evaluations and checkpoints; None where the log does not say."""
-        speed = self.curves.get("tokens_per_second")
-        if speed is None or self.tokens_per_step is None:
+    def tokens(self) -> Curve | None:
+        """Tokens of the run, by how many steps were done; None where the log does not say."""
+        if "tokens" in self.curves and "batch_tokens" in self.curves:
+            done, batch = self.curves["tokens"], self.curves["batch_tokens"]
+            before = done.values[0] - batch.values[0]  # a run may have branched off from another
+            return Curve([done.steps[0], *(step + 1 for step in done.steps)], [before, *done.values])
+        if self.tokens_per_step is None:
             return None
-        return list(accumulate((self.tokens_per_step / value for value in speed.values), initial=0.0))
+        last = max(curve.steps[-1] for curve in self.curves.values())
+        return Curve([0, last], [0.0, float(last * self.tokens_per_step)])
+
+    def seconds(self) -> Curve | None:
+        """Seconds of training without evaluations and checkpoints, by how many steps were done; None where the log does
+        not say."""
+        speed, tokens = self.curves.get("tokens_per_second"), self.tokens()
+        if speed is None or tokens is None:
+            return None
+        took = [
+            (tokens.at(step + 1) - tokens.at(step)) / value
+            for step, value in zip(speed.steps, speed.values, strict=True)
+        ]
+        return Curve([speed.steps[0], *(step + 1 for step in speed.steps)], list(accumulate(took, initial=0.0)))
 
 
 def read_run(path: Path, batch_tokens: int | None = None) -> Record:

@@ -84,7 +84,7 @@ def _hellaswag(records: list[Record]) -> Any:
     if not shown:
         return None
     figure, panels = _figure(1, len(shown), width=6.4 * len(shown), height=4.4, sharey=False)
-    axis, name = (_tokens, "tokens") if all(r.tokens_per_step for r in records) else (_steps, "step")
+    axis, name = (_tokens, "tokens") if all(r.tokens() for r in records) else (_steps, "step")
     for panel, rule in zip(panels, shown, strict=True):
         unit = _set_axis(panel, name, records)
         for record, color in zip(records, cycle(_COLORS), strict=False):
@@ -160,12 +160,15 @@ def _steps(record: Record, steps: Sequence[int]) -> np.ndarray:
 
 
 def _tokens(record: Record, steps: Sequence[int]) -> np.ndarray | None:
-    return None if record.tokens_per_step is None else _steps(record, steps) * record.tokens_per_step
+    return _along(record.tokens(), steps)
 
 
 def _time(record: Record, steps: Sequence[int]) -> np.ndarray | None:
-    seconds = record.seconds()
-    return None if seconds is None else np.interp(steps, np.arange(len(seconds)), seconds)
+    return _along(record.seconds(), steps)
+
+
+def _along(curve: Curve | None, steps: Sequence[int]) -> np.ndarray | None:
+    return None if curve is None else np.interp(steps, curve.steps, curve.values)
 
 
 def _set_axis(panel: Any, name: str, records: list[Record]) -> float:
@@ -174,7 +177,7 @@ def _set_axis(panel: Any, name: str, records: list[Record]) -> float:
         panel.set_xlabel(name)
         panel.xaxis.set_major_formatter(_thousands())
         return 1.0
-    longest = max(r.seconds()[-1] for r in records if r.seconds() is not None)
+    longest = max(r.seconds().values[-1] for r in records if r.seconds() is not None)
     units = {"hours": 3600, "minutes": 60, "seconds": 1}
     label, unit = next((label, unit) for label, unit in units.items() if longest >= 2 * unit or unit == 1)
     panel.set_xlabel(f"training time ({label})")

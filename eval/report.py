@@ -61,20 +61,18 @@ def _results(records: list[Record]) -> str:
 
 def _result(record: Record) -> list[str]:
     loss, speed, seconds = record.last("val_loss"), record.curves.get("tokens_per_second"), record.seconds()
-    tokens = record.last("tokens")
-    if tokens is None and record.tokens_per_step is not None:
-        tokens = record.tokens_per_step * max(curve.steps[-1] for curve in record.curves.values())
+    tokens = record.tokens()
     perplexity = language_modeling_scores(loss, 1, 0)["perplexity"] if loss is not None else None
     return [
         f"**{record.name}**",
         _number(record.environment.get("parameters"), ",.0f"),
-        _number(tokens, ",.0f"),
+        _number(tokens.values[-1] if tokens else None, ",.0f"),
         _number(loss, ".4f"),
         _number(perplexity, ",.2f"),
         _number(record.last("val_bits_per_byte"), ".4f"),
         _number(record.last("hellaswag/completion/acc_norm"), ".4f"),
         _number(record.last("hellaswag/lm_eval/acc_norm"), ".4f"),
-        _duration(seconds[-1]) if seconds else "",
+        _duration(seconds.values[-1]) if seconds else "",
         _number(sorted(speed.values)[len(speed.values) // 2] if speed else None, ",.0f"),
     ]
 

@@ -129,14 +129,19 @@ def launch(
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, data_folder):
-    """Train the tiny model on the small data in real processes: float32, sequential, 512 tokens a step."""
+    """Train the tiny model on the small data in real processes: float32, sequential, 512 tokens a step; started by
+    Accelerate where a launch file is named."""
+    from forks import begin
+
     folder = tmp_path_factory.mktemp("runs")
     fixed = ["--data", data_folder, "--mixed_precision", "no", "--order", "sequential", "--sample_every", "0"]
     fixed += ["--batch_tokens", "512", "--learning_rate", "1e-2", "--val_tokens", "4096", "--warmup_steps", "3"]
 
-    def start(name: str, *flags: str, cwd: Path = folder, **options) -> Finished:
-        done = launch("--run_name", name, *fixed, *TINY_MODEL, *flags, cwd=cwd, **options)
-        return Finished(cwd / "runs" / name, done.stdout)
+    def start(name: str, *flags: str, cwd: Path = folder, launch_file: str | None = None) -> Finished:
+        words = ["--run_name", name, *fixed, *TINY_MODEL, *flags]
+        if launch_file is None:
+            return begin(words, cwd).finished(name)
+        return Finished(cwd / "runs" / name, launch(*words, cwd=cwd, launch_file=launch_file).stdout)
 
     return start
 
@@ -144,7 +149,8 @@ def train(tmp_path_factory, data_folder):
 @pytest.fixture(scope="session")
 def tiny_run(train) -> Finished:
     """20 steps, two micro-batches each, validated every 5 steps."""
-    return train("tiny", "--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5")
+    flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5"]
+    return train("tiny", *flags, launch_file="cpu")
 
 
 def pytest_configure() -> None:

@@ -48,7 +48,8 @@ def begin(argv: list[object], cwd: Path, plant: Plant | None = None, env: dict[s
     """
     number = len(list(cwd.glob("output_*")))
     output = cwd / f"output_{number}"
-    process = _CONTEXT.Process(target=_train, args=(list(map(str, argv)), cwd, output, plant, env or {}))
+    on_cpu = {"ACCELERATE_USE_CPU": "true"}  # as accelerate_configs/cpu.yaml says
+    process = _CONTEXT.Process(target=_train, args=(list(map(str, argv)), cwd, output, plant, on_cpu | (env or {})))
     process.start()
     return Training(process, cwd, output)
 

@@ -100,7 +100,6 @@ class Run:
                 tells them.
         """
         self.train_ahead.close()
-        self.saver.close()
         self.log.close()
         if failed:
             return

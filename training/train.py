@@ -64,19 +64,12 @@ def main() -> None:
 def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
     """A run from its start, or from where it was, to its end, or to where it is asked to stop."""
     run = setup(config, stop)
-    debug, failed = config.debug, True
+    failed = True
     try:
         if config.run.preflight:
             preflight(run)
-            failed = False
-            return
-        folder = config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
-        with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
-            fit(run, step_done)
-        run.saver.finish()
-        announce(run)
-        if not run.stopping:
-            report(run)
+        else:
+            to_the_end(run)
         failed = False
     except RuntimeError as error:
         if not is_lost_process(error):
@@ -89,9 +82,23 @@ def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
         run.log.print(f"\nstopped in step {run.state.step}; --resume goes on from the last checkpoint")
         raise
     finally:
+        run.saver.close()
         announce(run)
         run.close(failed)
-    finish(run)
+    if not config.run.preflight:
+        finish(run)
+
+
+def to_the_end(run: Run) -> None:
+    """All steps, and the report; or as many as there are before the run is asked to stop."""
+    debug = run.config.debug
+    folder = run.config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
+    with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
+        fit(run, step_done)
+    run.saver.finish()
+    announce(run)
+    if not run.stopping:
+        report(run)
 
 
 def fit(run: Run, step_done: Callable[[], None]) -> None:

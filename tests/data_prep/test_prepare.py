@@ -288,6 +288,7 @@ def test_a_killed_beginning_leaves_nothing_to_another_recipe(corpus, tmp_path):
     assert list(verify(tmp_path / "data")) == [] and not list((tmp_path / "data").glob("*.npy"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded(data_folder, tmp_path):
     """120 MB of repeated long rows, of which parquet keeps three; a document of 4 million letters; a line of 8 MB."""

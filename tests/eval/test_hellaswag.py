@@ -161,6 +161,7 @@ def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
         torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(expected.nats), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow  # a run on two processes is compared with this command in test_harness.py
 def test_two_processes_score_as_one_does(random_model, data, tmp_path):
     command = ["-m", "eval.hellaswag", random_model, "--data", data, "--limit", "30", "--output"]
     run_command(sys.executable, *command, tmp_path / "one.json", cwd=ROOT)

@@ -60,8 +60,21 @@ def test_what_the_curves_say(tiny_run):
     assert run.curves["loss"].values == tiny_run.losses()
     assert run.curves["val_loss"].steps == [0, 5, 10, 15, 20]
     seconds = run.seconds()
-    assert len(seconds) == 21
-    assert seconds[3] == pytest.approx(sum(512 / metrics[step]["tokens_per_second"] for step in range(3)))
+    assert seconds.steps == list(range(21))
+    assert seconds.at(3) == pytest.approx(sum(512 / metrics[step]["tokens_per_second"] for step in range(3)))
+    assert run.tokens().at(3) == 3 * 512
+
+
+def test_batches_that_grow_and_steps_without_one(tmp_path):
+    """Tokens and time of a run that branched off at step 4, with a ramp, whose step 6 passed over its batch."""
+    lines = [(4, 1000, 100, 50.0), (5, 1200, 200, 100.0), (7, 1600, 200, 50.0)]
+    keys = ("step", "tokens", "batch_tokens", "tokens_per_second")
+    text = [json.dumps(dict(zip(keys, line, strict=True))) for line in lines]
+    text.insert(2, json.dumps({"step": 6, "skipped": [3, 4]}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    run = read_run(tmp_path)
+    assert [run.tokens().at(step) for step in (4, 5, 6, 8)] == [900, 1000, 1200, 1600]
+    assert [run.seconds().at(step) for step in (4, 5, 6, 8)] == [0, 2, 4, 8]
 
 
 def test_logs_of_the_peers(tmp_path):

@@ -1,6 +1,6 @@
 """One of two gloo processes that train a model sharded over them by FSDP2; started by test_sharded.py.
 
-    torchrun --nproc_per_node 2 sharded_worker.py FOLDER STEPS OPTIMIZER
+    torchrun --nproc_per_node 2 sharded_worker.py FOLDER STEPS OPTIMIZER ...
 
 Half-way the weights and the optimizer are saved, and a second model goes on from there beside the first.
 """
@@ -45,8 +45,6 @@ def step(model: GPTModel, optimizer: torch.optim.Optimizer, batch: dict[str, tor
 
 
 def main(folder: Path, steps: int, kind: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     settings = OptimizerSettings(optimizer=kind, learning_rate=1e-2)
     model = shard(make_model())
     optimizer = make_optimizer(model, settings)
@@ -69,8 +67,11 @@ def main(folder: Path, steps: int, kind: str) -> None:
         result = {"losses": losses + [first for first, _ in rest], "resumed": losses + [last for _, last in rest]}
         (folder / "losses.json").write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for optimizer in sys.argv[3:]:
+        main(Path(sys.argv[1]) / optimizer, int(sys.argv[2]), optimizer)
+    dist.destroy_process_group()

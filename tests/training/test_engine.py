@@ -41,8 +41,7 @@ CURVES = {
     "full checkpointing": lambda: train(checkpointed("full")),
     "selective checkpointing": lambda: train(checkpointed("selective")),
     "compiled": lambda: train(compiled()),
-    "compiled, accumulated": lambda: train(compiled(), micro_batches=8),
-    "compiled, selective checkpointing": lambda: train(compiled("selective")),
+    "compiled, selective checkpointing, accumulated": lambda: train(compiled("selective"), micro_batches=8),
 }
 
 

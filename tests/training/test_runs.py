@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_MODEL, VOCAB_SIZE, Finished, launch
+from forks import begin
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,8 +112,7 @@ def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
     """Settings, weights and position are the trunk's; the learning rate falls to its end over what is added."""
     trunk = recipe.folder / "checkpoints" / "step_00000005"
     root = recipe.folder.parents[1]
-    launch("--resume", trunk, "--cooldown_steps", "4", "--run_name", "cooled", cwd=root)
-    branch = Finished(root / "runs" / "cooled", "")
+    branch = begin(["--resume", trunk, "--cooldown_steps", "4", "--run_name", "cooled"], root).finished("cooled")
     metrics = branch.metrics()
     assert sorted(metrics) == [5, 6, 7, 8, 9] and "val_loss" in metrics[9]
     assert metrics[5]["loss"] == recipe.metrics()[5]["loss"]  # of the same weights, on the same batch
@@ -298,10 +298,17 @@ def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_file
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="refused only where there is no accelerator")
+def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path):
+    """What ddp.yaml's launcher sets."""
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    code, text = begin(["--data", data_folder, "--batch_tokens", "4096"], tmp_path, env=launched).ended()
+    assert code == 2 and text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="refused only where there is no accelerator")
 @pytest.mark.parametrize(
     ("launch_file", "options", "message"),
     [
-        ("ddp", ("--num_processes", "2"), "the launch asked for 2 processes on GPUs, and torch sees none"),
         ("fsdp2", ("--num_processes", "2", "--gpu_ids=-1,-1"), "the launch file asks for FSDP, Accelerate gives"),
         ("cpu", ("--num_processes", "2"), "the launch asked for several processes and got one"),
     ],

@@ -11,16 +11,25 @@ from conftest import ROOT, run_command
 from tiny import STEPS, batches, make_model, train
 from transformers import AutoModelForCausalLM
 
+KINDS = ("adamw", "muon")
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_sharded_training_is_that_of_one_process(tmp_path, kind):
-    """The same losses, saved as an ordinary checkpoint from which a second model goes on bitwise."""
-    here = Path(__file__).parent
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A folder for each optimizer, with what two processes have made of it."""
+    folder = tmp_path_factory.mktemp("sharded")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    words = [*launcher, here / "sharded_worker.py", tmp_path, str(STEPS), kind]
-    run_command(*words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
-    result = json.loads((tmp_path / "losses.json").read_text())
+    words = [*launcher, Path(__file__).parent / "sharded_worker.py", folder, str(STEPS), *KINDS]
+    run_command(*words, cwd=folder, env=os.environ | {"PYTHONPATH": path})
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_training_is_that_of_one_process(sharded, kind):
+    """The same losses, saved as an ordinary checkpoint from which a second model goes on bitwise."""
+    folder = sharded / kind
+    result = json.loads((folder / "losses.json").read_text())
 
     model = make_model()
     alone = train(model, optimizer=kind)
@@ -31,7 +40,7 @@ def test_sharded_training_is_that_of_one_process(tmp_path, kind):
 
     half = make_model()
     train(half, optimizer=kind, steps=STEPS // 2)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
     ids = batches(1)[0]["input_ids"]
     with torch.no_grad():
         difference = stock(ids).logits - half(ids).logits
