@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from data_prep.cli import ArgumentParser, run
 from eval.contest import spread
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_option("rounds", type=int, default=3, help="turns of each")
     args = parser.parse_args()
     size = SIZES[args.size]
+    logging.disable_progress_bar()
     accelerator = make_accelerator(mixed_precision=args.precision)
     torch.manual_seed(0)
     model = GPTModel(size.config).train()

@@ -1,5 +1,7 @@
 """Checkpoints written in the background, one at a time, while training goes on."""
 
+import os
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +11,7 @@ from data_prep.cli import UserError, first_line
 from training.checkpoint import Snapshot, complete_checkpoints, prune_checkpoints, write_checkpoint
 
 _PAUSES = (1, 5)  # seconds before another attempt
+_LOWEST_PRIORITY = 19
 
 
 class Saver:
@@ -20,7 +23,7 @@ class Saver:
 
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints = checkpoints
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver", initializer=_stand_back)
         self.tasks: list[Future[None]] = []
         self.said: SimpleQueue[str] = SimpleQueue()
         self.failure: str | None = None  # of the last checkpoint
@@ -85,3 +88,9 @@ class Saver:
                 self.failure = None
                 self.said.put(f"step {snapshot.state.step:>6}  saved {folder}")
                 return
+
+
+def _stand_back() -> None:
+    """Let this thread have the cores that training leaves; nobody waits for it until the next checkpoint."""
+    if sys.platform == "linux":  # elsewhere it is the whole process whose priority would be lowered
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
