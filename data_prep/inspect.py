@@ -116,7 +116,7 @@ def sequences(folders: list[Path], run_folder: Path, first: int, stop: int) -> I
         weights, order, seed = (settings[name] for name in ("data_weights", "order", "seed"))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{run_folder}: not the folder of a run ({first_line(error)})") from error
-    if len(settings["data"]) != len(folders):
+    if [Path(name).name for name in settings["data"]] != [folder.name for folder in folders]:
         raise UserError(f"{run_folder} is a run on {' '.join(settings['data'])}; name the same folders, in that order")
     manifests = [Manifest.read(folder) for folder in folders]
     mixture = training_order(folders, manifests, shares_of(manifests, weights), "train", order, seed, length)

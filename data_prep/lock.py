@@ -1,6 +1,7 @@
 """One process at a time for a folder."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +27,16 @@ def locked(folder: Path) -> Iterator[None]:
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another process; wait for it, or stop it") from error
+            # One that another process has just let go of and removed guards nothing.
+            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
+            held = False
+        if not held:
+            raise UserError(f"{folder} is in use by another process; wait for it, or stop it")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something is in it now
-                for empty in made:
+            for empty in made:
+                with contextlib.suppress(OSError):  # it is gone, or something is in it now
                     empty.rmdir()

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.scandir")
+_FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.chmod", "os.scandir")
 
 
 def on_event(kind: str, folder: Path, act: Callable[[], None]) -> None:
-    """Call `act` whenever something is done to a file or folder under `folder` (`file`), or a module of the model has
-    been gone through, in training or in evaluation (`forward`)."""
+    """Call `act` whenever something is done to a file or folder under `folder`, or anything removed (`file`), or a
+    module of the model has been gone through, in training or in evaluation (`forward`)."""
     import torch
 
     if kind == "forward":
@@ -19,7 +19,8 @@ def on_event(kind: str, folder: Path, act: Callable[[], None]) -> None:
         return
 
     def hook(name: str, arguments: tuple) -> None:
-        if name in _FILE_EVENTS and isinstance(arguments[0], str | Path) and folder.name in str(arguments[0]):
+        # What is removed within a folder is named by itself.
+        if name in ("os.remove", "os.rmdir") or (name in _FILE_EVENTS and folder.name in str(arguments[0])):
             act()
 
     sys.addaudithook(hook)
@@ -111,6 +112,13 @@ def in_step(step: int, rank: int, act: Callable[[], None]) -> None:
 def die() -> None:
     """End like a process that the system kills."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after(checkpoint: Path) -> None:
+    """The same, once that checkpoint is complete."""
+    while not (checkpoint / "COMPLETE").exists():
+        pass
+    die()
 
 
 def fail() -> None:

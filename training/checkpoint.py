@@ -161,6 +161,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path.parent for path in checkpoints.glob(f"step_*/{COMPLETE}"))
 
 
+def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Those that a run was killed in the middle of moving into place or of removing."""
+    return [path for path in sorted(checkpoints.glob("step_*")) if path.is_dir() and not (path / COMPLETE).exists()]
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint, its mark first of all, so that a half-removed one is never taken for whole."""
     if folder.exists():
@@ -170,7 +175,15 @@ def remove_checkpoint(folder: Path) -> None:
 
 def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
     """Remove all complete checkpoints but the newest `keep_last`, the best and, unless 0, those of each `keep_every`
-    steps."""
+    steps; and what kills have left half-made. To be called when nothing is being written.
+
+    While the best has not been written (its disk was full, say), the one that was the best before it may be any: all
+    stay.
+    """
+    for remains in (*incomplete_checkpoints(checkpoints), *checkpoints.glob(".step_*.partial")):
+        shutil.rmtree(remains)
+    if best_step is not None and not (checkpoint_folder(checkpoints, best_step) / COMPLETE).exists():
+        return
     for folder in complete_checkpoints(checkpoints)[:-keep_last]:
         step = int(folder.name.removeprefix("step_"))
         if step != best_step and not (keep_every and step % keep_every == 0):
@@ -178,11 +191,15 @@ def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int, best_s
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None for one that is as it was written."""
+    """What is wrong with a checkpoint's files, None for one that is as it was written.
+
+    Raises:
+        OSError: where the disk cannot be read at the moment, which says nothing of the checkpoint.
+    """
     try:
         hashes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         damaged = [name for name, digest in hashes.items() if file_hash(folder / name) != digest]
-    except (OSError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError) as error:
         return str(error)
     return f"not as written: {', '.join(damaged)}" if damaged else None
 
@@ -238,7 +255,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         parameter, key = name.rsplit("/", 1)
         by_parameter.setdefault(parameter, {})[key] = tensor
     for name, parameter in _named_parameters(model):
-        for key, tensor in by_parameter[name].items():
+        for key, tensor in by_parameter.get(name, {}).items():  # none of one that no step has updated
             optimizer.state[parameter][key] = _placed_like(tensor, parameter)
 
 

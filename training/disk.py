@@ -27,7 +27,7 @@ def room_for_checkpoints(config: TrainingConfig, checkpoint_bytes: int) -> tuple
     if needed > room:
         raise UserError(
             f"{kept} checkpoints of {gib(checkpoint_bytes)} take {gib(needed)}, and {place} has room for {gib(room)}; "
-            f"make room, lower keep_last={config.run.keep_last} or raise keep_every={config.run.keep_every}"
+            f"make room, or keep fewer (keep_last={config.run.keep_last}, keep_every={config.run.keep_every})"
         )
     return needed, room
 

@@ -102,15 +102,13 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
-        for batch in micro_batches:
+        for batch in micro_batches:  # all of them: other processes may wait for this one
             with torch.compiler.set_stance("force_eager"):  # a compiled block would be compiled anew with its hooks
                 model(**on_device(batch, device), use_cache=False, skip_logits=True)
-            if found:
-                return f"the first result that is not finite is that of {found[0]}", True
     finally:
         for hook in hooks:
             hook.remove()
-    return None
+    return (f"the first result that is not finite is that of {found[0]}", True) if found else None
 
 
 def _largest_gradient(model: GPTModel, micro_batches: list[Batch], device: torch.device) -> tuple[str, bool]:

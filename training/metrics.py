@@ -1,5 +1,7 @@
 """What a run writes down: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`; and the progress."""
 
+import errno
+import io
 import json
 import math
 import sys
@@ -48,9 +50,9 @@ class RunLog:
         self.started, self.first_step, self.max_steps = time.perf_counter(), from_step, max_steps
 
     def _open(self, from_step: int) -> None:
-        self.text = _open_from(self.folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
-        self.metrics = _open_from(self.folder / "metrics.jsonl", lambda line: json.loads(line)["step"] < from_step)
-        self.samples = _open_from(self.folder / "samples.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        self.text = _Lines(self.folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
+        self.metrics = _Lines(self.folder / "metrics.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        self.samples = _Lines(self.folder / "samples.jsonl", lambda line: json.loads(line)["step"] < from_step)
 
     def cut(self, from_step: int) -> None:
         """Go back to the steps before `from_step`."""
@@ -150,11 +152,39 @@ class RunLog:
         self.pending = {}
 
 
-def _open_from(path: Path, keep: Callable[[str], bool]) -> Any:
-    """Open a log to append to, without the lines that `keep` does not hold for and what was cut off in writing."""
+class _Lines:
+    """A log that is appended to. What does not fit on a full disk waits until it does: training goes on."""
+
+    _FLUSH_BYTES = 1 << 13
+
+    def __init__(self, path: Path, keep: Callable[[str], bool]) -> None:
+        """Open it without the lines that `keep` does not hold for and what was cut off in writing."""
+        _cut(path, keep)
+        self.file: io.FileIO = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close
+        self.waiting = b""
+
+    def write(self, text: str) -> None:
+        self.waiting += text.encode()
+        if len(self.waiting) > self._FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring what waits to the file, as far as there is room for it."""
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def _cut(path: Path, keep: Callable[[str], bool]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and keep(line)]
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.rename(path)
-    return open(path, "a", encoding="utf-8")

@@ -1,9 +1,6 @@
 """Before a long run: everything once, and what the run will take."""
 
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,27 +23,12 @@ _TIMED_STEPS = 3
 _HELLASWAG_ITEMS = 64
 
 
-@contextmanager
-def out_of_the_way(config: TrainingConfig, is_first: bool) -> Iterator[None]:
-    """Let the run write beside where it will be, on the same disk, and leave nothing there.
-
-    Args:
-        is_first: whether this is the process that cleans up.
-    """
+def get_out_of_the_way(config: TrainingConfig) -> None:
+    """Have the run write beside where it will be, on the same disk, tell nobody, and evaluate little."""
     run = config.run
-    place = Path(run.runs_dir)
-    made = [path for path in (place, *place.parents) if not path.exists()]
-    run.runs_dir, run.auto_resume = str(place / ".preflight"), False
+    run.runs_dir, run.auto_resume, run.report_to = str(Path(run.runs_dir) / ".preflight"), False, "none"
     run.resume = None if run.resume == NEWEST else run.resume
     run.hellaswag_limit = min(run.hellaswag_limit or _HELLASWAG_ITEMS, _HELLASWAG_ITEMS)
-    try:
-        yield
-    finally:
-        if is_first:
-            shutil.rmtree(run.runs_dir, ignore_errors=True)
-            for empty in made:
-                if empty.exists() and not any(empty.iterdir()):
-                    empty.rmdir()
 
 
 @dataclass(frozen=True)

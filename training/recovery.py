@@ -1,5 +1,7 @@
 """What a run does about a step that diverged: pass over its batch, go back, or end."""
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +38,12 @@ def see_to(run: Run, done: StepInFlight, metrics: dict[str, Any]) -> None:
     if len(state.skipped) >= settings.max_skipped:
         raise _end(run, Diverged(what, done.batch), f"max_skipped={settings.max_skipped} batches were passed over")
     if wrong.finite or settings.on_nonfinite == "rollback":
-        raise Diverged(what, done.batch)
+        run.saver.wait()
+        if agreed(run.accelerator, lambda: bool(complete_checkpoints(run.checkpoints))):
+            raise Diverged(what, done.batch)
+    if wrong.finite:
+        run.log.print(f"{what}; there is no checkpoint to go back to yet, and the run goes on")
+        return
     state.skipped.append(list(done.batch))
     run.log.print(f"{what}; the weights are as they were, and {_named(done.batch)} passed over")
 
@@ -45,17 +52,21 @@ def go_back(run: Run, diverged: Diverged) -> None:
     """Restore the last checkpoint, and pass over the batch when the run comes to it again.
 
     Raises:
-        UserError: where there is no checkpoint yet.
+        UserError: where all checkpoints are damaged.
     """
-    run.saver.wait()
     checkpoint, found = agreed(run.accelerator, lambda: newest_intact(run.checkpoints))
     for line in found:
         run.log.print(line)
     if checkpoint is None:
-        raise _end(run, diverged, "there is no checkpoint to go back to yet")
-    skipped = [*run.state.skipped, list(diverged.batch)]
-    run.state = load_state(checkpoint)
-    run.state.skipped = skipped
+        raise _end(run, diverged, "no checkpoint to go back to is whole")
+    before = run.state
+    run.state = replace(
+        load_state(checkpoint),
+        data=before.data,
+        settings=before.settings,
+        num_processes=before.num_processes,
+        skipped=[*before.skipped, list(diverged.batch)],
+    )
     weights = GPTModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True).state_dict()
     set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
@@ -73,6 +84,8 @@ def _named(batch: tuple[int, int]) -> str:
 def _end(run: Run, diverged: Diverged, why: str) -> UserError:
     """The error that ends a run: what happened, in which batch and layer, and what is left of the run."""
     where = diagnosis(run.accelerator, run.bare_model, run.train_ahead.make(diverged.batch[0]))
+    if not run.accelerator.is_main_process:
+        sys.exit(2)  # the first process says it for all
     first, stop = diverged.batch
     folders = " ".join(map(str, run.data.folders))
     run.saver.wait()

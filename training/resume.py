@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data_prep.cli import UserError
-from training.checkpoint import COMPLETE, RunState, complete_checkpoints, damage, load_state
+from training.checkpoint import RunState, complete_checkpoints, damage, incomplete_checkpoints, load_state
 from training.model import different_sizes
 from training.settings import NEWEST, TrainingConfig
 
@@ -31,8 +31,8 @@ def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
     chosen = None if run.resume in (None, NEWEST) else Path(run.resume)
     if run.resume == NEWEST or (run.auto_resume and complete):
         newest, said = newest_intact(folder)
-        if newest is not None or run.auto_resume:
-            return newest or chosen, said
+        if newest is not None:
+            return newest, said
         raise UserError(
             "; ".join([*said, f"{config.run_folder} has no complete checkpoint to resume from; start without --resume"])
         )
@@ -53,13 +53,8 @@ def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
     for folder in reversed(complete_checkpoints(checkpoints)):
         if (wrong := damage(folder)) is None:
             return folder, said
-        said.append(f"{set_aside(folder)} is damaged ({wrong}); the one before it is taken")
+        said.append(f"{set_aside(folder)} is damaged ({wrong}) and set aside")
     return None, said
-
-
-def incomplete_checkpoints(folder: Path) -> list[Path]:
-    """Those that a run was killed in the middle of moving into place or of removing."""
-    return [path for path in sorted(folder.glob("step_*")) if path.is_dir() and not (path / COMPLETE).exists()]
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -280,4 +280,5 @@ class TrainingConfig:
         """
         settings = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimizer)
         settings |= {"mixed_precision": mixed_precision, "gradient_compression": self.run.gradient_compression}
+        settings |= {"overfit_single_batch": self.debug.overfit_single_batch}
         return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *MODEL_SIZES)}

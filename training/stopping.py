@@ -35,7 +35,8 @@ class StopRequest:
             if self.interrupted_at is None:
                 self.interrupted_at = now
                 if os.environ.get("RANK", "0") == "0":
-                    print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+                    # Not print(): the signal may have come in the middle of one.
+                    os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
             elif now - self.interrupted_at > _SAME_SIGNAL_SECONDS:
                 raise KeyboardInterrupt
         self.reason = self.reason or signal.Signals(number).name

@@ -6,7 +6,9 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 """
 
 import contextlib
+import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from training.divergence import Diverged, is_skipped
 from training.meter import StepInFlight, over_processes
 from training.metrics import log_pictures
 from training.optimizer import set_learning_rate
-from training.preflight import out_of_the_way, preflight
+from training.preflight import get_out_of_the_way, preflight
 from training.profiling import profiling
 from training.recovery import go_back, see_to
 from training.resume import AlreadyFinished
@@ -48,17 +50,18 @@ def main() -> None:
         if not is_first:
             sys.exit(2)  # the first process says it for all
         raise
-    aside = out_of_the_way(config, is_first) if config.run.preflight else contextlib.nullcontext()
-    with (
-        stop_requests(config.run.max_minutes) as stop,
-        aside,
-        locked(config.run_folder) if is_first else contextlib.nullcontext(),
-    ):
+    if config.run.preflight:
+        get_out_of_the_way(config)
+    alone = locked(config.run_folder) if is_first else contextlib.nullcontext()
+    with stop_requests(config.run.max_minutes) as stop, alone:
         try:
             whole_run(config, stop)
         except AlreadyFinished as finished:
             if is_first:
                 print(finished)
+        finally:
+            if config.run.preflight and is_first:
+                shutil.rmtree(config.run_folder)
 
 
 def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
@@ -210,7 +213,7 @@ def validate(run: Run, saved: bool) -> None:
     consumed = run.data.consumed(run.train_data, state.position)
     run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes), consumed)
     accelerator.log({"val_loss": loss, "val_bits_per_byte": bits_per_byte(nats, run.val_bytes)}, step=state.step)
-    if saved and (state.best_val_loss is None or not loss >= state.best_val_loss):
+    if saved and (state.best_val_loss is None or math.isnan(state.best_val_loss) or loss < state.best_val_loss):
         state.best_val_loss, state.best_step = loss, state.step
 
 
@@ -295,13 +298,17 @@ def finish(run: Run) -> None:
     folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
     if run.stopping:
         why = run.stop.reason or "another process was asked to"
-        print(f"\nstopped after step {run.state.step} ({why}); the same command with --resume goes on from {last}")
+        goes_on = (
+            f"the same command with --resume goes on from {last}" if last.exists() else "no step has been done yet"
+        )
+        print(f"\nstopped after step {run.state.step} ({why}); {goes_on}")
         return
     best = checkpoint_folder(run.checkpoints, run.state.best_step)
     print(
         f"\nreport           {run.config.report_folder / 'report.md'}\n"
         f"last checkpoint  {last}\n"
-        f"best checkpoint  {best} (validation loss {run.state.best_val_loss:.4f})\n"
+        f"best checkpoint  {best if best.exists() else 'was not written'} "
+        f"(validation loss {run.state.best_val_loss:.4f})\n"
         f"\nNow try\n"
         f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
         f"  python -m eval.loss {last} --data {run.data.folders[0]}\n"

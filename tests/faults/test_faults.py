@@ -1,5 +1,6 @@
 """What can go wrong goes wrong, for real: what the user is told, what is left, and how the run goes on."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, Finished, launch
 from forks import Plant, begin
-from plants import bad_batch, die, fail, in_step, saves_that_fail, signalled
+from plants import bad_batch, die_after, fail, in_step, saves_that_fail, signalled
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -42,8 +43,8 @@ def whole(command, tmp_path_factory) -> Finished:
 @pytest.fixture
 def half(command, whole, tmp_path) -> Finished:
     """A run that was killed between its checkpoints of steps 6 and 9."""
-    run = begin(command, tmp_path, partial(in_step, 8, 0, die))
-    code, text = run.ended()
+    killed = partial(in_step, 8, 0, partial(die_after, Path("runs/run/checkpoints/step_00000006")))
+    code, text = begin(command, tmp_path, killed).ended()
     assert code == -signal.SIGKILL
     run = Finished(tmp_path / "runs" / "run", text)
     assert [path.name for path in run.checkpoints] == ["step_00000003", "step_00000006"]
@@ -129,10 +130,10 @@ def test_a_truncated_shard_is_refused(command, data_folder, tmp_path):
 def test_a_disk_that_fills_up(command, whole, small_disk):
     """Each checkpoint that does not fit is tried again and given up; what was there stays; with room, it goes on."""
     ballast, flags = small_disk / "ballast", [*command, "--runs_dir", small_disk]
-    code, text = begin(flags, small_disk.parent, partial(disk_fills_up, ballast, 1_800_000)).ended()
+    code, text = begin(flags, small_disk.parent, partial(disk_fills_up, ballast)).ended()
     assert code == 2 and "No space left on device" in text, text
     assert "giving up until the next checkpoint" in text
-    assert re.search(r"error: step 12 could not be saved: .*; the last one is .*/step_0000000[369]", text)
+    assert re.search(r"error: step 12 could not be saved: .*; the last one is .*/step_00000003", text)
     complete = list((small_disk / "run" / "checkpoints").iterdir())
     assert complete and all((path / "COMPLETE").exists() for path in complete)  # and nothing half-made beside them
     code, text = begin(flags, small_disk.parent).ended()
@@ -143,10 +144,18 @@ def test_a_disk_that_fills_up(command, whole, small_disk):
     assert_same(whole, Finished(small_disk / "run", text))
 
 
-def disk_fills_up(ballast: Path, size: int) -> None:
-    """Something else takes the room, in the second step; nobody waits for another attempt to write."""
+def disk_fills_up(ballast: Path) -> None:
+    """Something else takes all the room, once there is a checkpoint; nobody waits for another attempt to write."""
+
+    def fill() -> None:
+        while not (ballast.parent / "run" / "checkpoints" / "step_00000003" / "COMPLETE").exists():
+            pass
+        with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(1000))
+
     saves_that_fail(0)
-    in_step(1, 0, partial(ballast.write_bytes, bytes(size)))
+    in_step(4, 0, fill)
 
 
 def test_a_folder_that_cannot_be_written_to(command, small_disk):
@@ -169,12 +178,13 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(command, tmp_path)
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
 
 
-# In the first validation, in a step, while a checkpoint is written, while the last one is, in what follows it.
+# In the first validation, in a step, while the first checkpoint is written, while a later one is, later on.
 MOMENTS = [
     ("forward", 2, signal.SIGTERM),
     ("forward", 150, signal.SIGTERM),
     ("file", 30, signal.SIGUSR1),
     ("file", 90, signal.SIGTERM),
+    ("forward", 300, signal.SIGINT),
     ("forward", 900, signal.SIGTERM),
 ]
 
@@ -185,9 +195,9 @@ def test_asked_to_stop_it_leaves_a_checkpoint(command, whole, tmp_path, kind, co
     code, text = run.ended()
     assert code == 0, text
     stopped = re.search(r"stopped after step (\d+) \((\w+)\); the same command with --resume goes on from (\S+)", text)
-    if stopped:
-        assert stopped[2] == what.name and (tmp_path / stopped[3] / "COMPLETE").exists()
-        assert stopped[3].endswith(f"step_{int(stopped[1]):08d}")
+    assert stopped is not None and 0 < int(stopped[1]) < STEPS
+    assert stopped[2] == what.name and (tmp_path / stopped[3] / "COMPLETE").exists()
+    assert stopped[3].endswith(f"step_{int(stopped[1]):08d}")
     assert_same(whole, begin(command, tmp_path).finished("run"))
 
 
@@ -222,9 +232,10 @@ def planted(plant: Plant) -> dict[str, str]:
 
 def test_one_two_one_processes(command, whole, tmp_path):
     """The same sequences, losses but for rounding."""
-    code, _ = begin(command, tmp_path, partial(in_step, 4, 0, die)).ended()
-    assert code == -signal.SIGKILL
-    killed = partial(in_step, 4, 1, die)
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    killed = partial(in_step, 4, 0, partial(die_after, checkpoints / "step_00000003"))
+    assert begin(command, tmp_path, killed).ended()[0] == -signal.SIGKILL
+    killed = partial(in_step, 4, 1, partial(die_after, checkpoints / "step_00000006"))
     done = launch(
         *command, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted(killed), expect=None
     )
@@ -331,7 +342,8 @@ def test_going_back_passes_over_the_batch(command, data_folder, whole, tmp_path,
 
     # The one batch is never trained on: a run that is told so from the beginning is the same.
     shutil.rmtree(run.folder)
-    code, _ = begin([*command, *flags], tmp_path, partial(in_step, 7, 0, die)).ended()
+    killed = partial(in_step, 7, 0, partial(die_after, Path("runs/run/checkpoints/step_00000006")))
+    code, _ = begin([*command, *flags], tmp_path, killed).ended()
     assert code == -signal.SIGKILL
     state = tmp_path / "runs" / "run" / "checkpoints" / "step_00000006" / "training_state" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"skipped": [[112, 128]]}))
@@ -343,6 +355,14 @@ def test_going_back_passes_over_the_batch(command, data_folder, whole, tmp_path,
     marks.write_text(json.dumps(hashes))
     told = begin([*command, *flags], tmp_path).finished("run")
     assert [told.metrics()[s].get("loss") for s in range(12)] == [metrics[s].get("loss") for s in range(12)]
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_goes_on(command, data_folder, tmp_path):
+    plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES), 100.0, "LayerNorm", 4)
+    flags = [*command, "--spike_zscore", "9", "--spike_window", "3", "--save_every", "6"]
+    run = begin(flags, tmp_path, plant).finished("run")
+    assert re.search("step 4: the loss is .* there is no checkpoint to go back to yet, and the run goes on", run.stdout)
+    assert sorted(run.metrics()) == list(range(13)) and None not in run.losses()
 
 
 def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder, tmp_path):

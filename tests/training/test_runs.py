@@ -225,7 +225,11 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
             (folder / "COMPLETE").write_text("{}")
     prune_checkpoints(tmp_path, keep_last=2, keep_every=0, best_step=10)
     assert [path.name for path in complete_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (10, 30, 40)]
-    assert (tmp_path / "step_00000050").is_dir() and not (tmp_path / "step_00000020").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (10, 30, 40)]
+    prune_checkpoints(tmp_path, keep_last=1, keep_every=20, best_step=50)  # which could not be written
+    assert len(complete_checkpoints(tmp_path)) == 3
+    prune_checkpoints(tmp_path, keep_last=1, keep_every=20, best_step=40)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000040"]
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tiny_run):
