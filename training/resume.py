@@ -33,9 +33,8 @@ def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
         newest, said = newest_intact(folder)
         if newest is not None:
             return newest, said
-        raise UserError(
-            "; ".join([*said, f"{config.run_folder} has no complete checkpoint to resume from; start without --resume"])
-        )
+        remedy = "remove that folder to start anew" if complete else "start without --resume"
+        raise UserError("; ".join([*said, f"{config.run_folder} has no complete checkpoint to resume from; {remedy}"]))
     if chosen is not None and (wrong := damage(chosen)):
         raise UserError(f"resume={str(chosen)!r} is damaged, or no complete checkpoint ({wrong}); take an earlier one")
     if complete and (chosen is None or chosen.absolute() != complete[-1].absolute()):

@@ -11,7 +11,7 @@ from data_prep.cli import UserError, first_line
 from training.checkpoint import Snapshot, complete_checkpoints, prune_checkpoints, write_checkpoint
 
 _PAUSES = (1, 5)  # seconds before another attempt
-_NICENESS = 10  # a tenth of the time of a core that training wants too
+_NICENESS = 15  # a thirtieth of the time of a core that training wants too
 
 
 class Saver:

@@ -103,6 +103,15 @@ def test_a_damaged_checkpoint_is_set_aside(half, whole, command, damage):
     assert_same(whole, resumed)
 
 
+def test_a_run_is_not_begun_anew_because_all_of_it_is_damaged(half, command):
+    for checkpoint in half.checkpoints:
+        flip(checkpoint / "model.safetensors")
+    log = (half.folder / "metrics.jsonl").read_text()
+    code, text = begin(command, half.folder.parents[1]).ended()
+    assert code == 2 and "no complete checkpoint to resume from; remove that folder to start anew" in text
+    assert (half.folder / "metrics.jsonl").read_text() == log
+
+
 def test_a_checkpoint_without_its_mark_is_passed_over(half, whole, command):
     (half.checkpoints[-1] / "COMPLETE").unlink()
     resumed = begin(command, half.folder.parents[1]).finished("run")
@@ -203,7 +212,7 @@ def test_asked_to_stop_it_leaves_a_checkpoint(command, whole, tmp_path, kind, co
 
 def test_the_clock_runs_out(command, whole, tmp_path):
     code, text = begin([*command, "--max_minutes", "0.001"], tmp_path).ended()
-    assert code == 0 and re.search(r"stopped after step [01] \(max_minutes=0.001\); the same command", text), text
+    assert code == 0 and re.search(r"stopped after step [01] \(max_minutes=0.001\); ", text), text
     assert_same(whole, begin(command, tmp_path).finished("run"))
 
 
