@@ -101,6 +101,7 @@ def test_a_ramp_of_batches_is_accounted_for(recipe):
     assert load_state(recipe.checkpoints[-1]).position == consumed // 32
 
 
+@pytest.mark.slow  # two processes without the recipe, and the recipe without them, are tested elsewhere
 def test_two_processes_follow_the_same_recipe(train, recipe):
     other = train("recipe_two", *RECIPE, launch_file="cpu_ddp")
     difference = np.array(other.losses()) - np.array(recipe.losses())
