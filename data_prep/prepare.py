@@ -173,6 +173,22 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
     return tokenizer, manifest
 
 
+def preparing_command(folder: Path, manifest: Manifest) -> list[str]:
+    """The words of the command that makes a folder with this manifest, less `python -m`; none for adopted shards."""
+    source, name = manifest.source, manifest.tokenizer["name"]
+    if "split" not in source:
+        return []
+    tokenizer = ["bpe", "--vocab_size", str(manifest.tokenizer["vocab_size"])] if name.startswith("bpe-") else [name]
+    words = ["data_prep.prepare", str(folder), "--source", source["source"], "--tokenizer", *tokenizer]
+    for option, value in {"name": source["name"], "revision": source["commit"] or source["revision"]}.items():
+        words += [f"--{option}", value] if value else []
+    for option, default in {"split": "train", "text_column": "text"}.items():
+        words += [f"--{option}", source[option]] if source[option] != default else []
+    words += [word for condition in source["where"] for word in ("--where", condition)]
+    words += ["--shard_tokens", str(manifest.shard_tokens), "--val_shards", str(manifest.val_shards)]
+    return [*words, "--dtype", manifest.dtype, "--format", manifest.format]
+
+
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="data folder to make, or to go on with")

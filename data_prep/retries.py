@@ -39,12 +39,23 @@ class Retries:
         time.sleep(delay)
 
 
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error; None where there is none."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later. By name: the network libraries of fsspec's protocols are many."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
+    if (status := status_of(error)) is not None:
         return status >= 500 or status in (408, 429)
+    names = {cls.__name__ for cls in type(error).__mro__}
     if "OfflineModeIsEnabled" in names:
         return False
-    return bool(names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"})
+    if names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"}:
+        return True
+    return error.__cause__ is not None and is_transient(error.__cause__)

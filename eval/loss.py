@@ -4,7 +4,6 @@ python -m eval.loss runs/quickstart/checkpoints/step_00000800 --data data/quicks
 python -m eval.loss gpt2 --data some.txt --stride 512
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
 from eval.models import evaluating, load_model
+from eval.scores import language_modeling_scores
 from modeling.loss import IGNORE_INDEX
 
 
@@ -31,27 +31,6 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple
             total += model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss.item()
             count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     return total, count
-
-
-def language_modeling_scores(nats: float, tokens: int, text_bytes: int) -> dict[str, float]:
-    """What a summed cross entropy says of a text.
-
-    Args:
-        nats: the summed cross entropy, in nats.
-        tokens, text_bytes: that it was summed over.
-
-    Returns:
-        `loss` in nats per token and `perplexity`, comparable for one tokenizer; `bits_per_byte`, comparable between
-        tokenizers; NaN where there is nothing to divide by.
-    """
-    loss = nats / tokens if tokens else math.nan
-    perplexity = math.inf if loss >= 700 else math.exp(loss)
-    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte(nats, text_bytes)}
-
-
-def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """Cross entropy for each byte of text: comparable between tokenizers, as nats per token are not."""
-    return nats / math.log(2) / text_bytes if text_bytes else math.nan
 
 
 def read_tokens(data: Path, tokenizer: Any) -> Tensor:

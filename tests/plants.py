@@ -124,3 +124,23 @@ def die_after(checkpoint: Path) -> None:
 def fail() -> None:
     """Meet an error that no other process does."""
     raise RuntimeError("the disk of this process is gone")
+
+
+def online(then: Callable[[], None] | None = None) -> None:
+    """Let a process that was forked from one without a network have one; and then what else goes wrong."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = False
+    if then is not None:
+        then()
+
+
+def wait_until_gone(port: int) -> None:
+    """Return when nobody listens there any more."""
+    import socket
+
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            return

@@ -20,7 +20,8 @@ from eval.contest import spread
 from eval.launch import make_accelerator
 from modeling import GPTModel
 from training.benchmark import SIZES, batches
-from training.checkpoint import RunState, take_snapshot, write_checkpoint
+from training.checkpoint import take_snapshot, write_checkpoint
+from training.checkpoint_folders import RunState
 from training.optimizer import make_optimizer
 from training.saving import Saver
 from training.settings import OptimizerSettings

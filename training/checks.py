@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_prep.cli import UserError, unknown_name
+from data_prep.hub import repository_problem
 from eval.hellaswag import RULES
 from eval.launch import on_cpu
 from training.precision import chosen_precision, fp8_is_available
@@ -39,6 +40,8 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
     problems += _evaluation_problems(run, num_processes)
     if run.report_to not in ("none", "all") and find_spec(run.report_to) is None:
         problems.append(f"report_to={run.report_to!r} is not installed; pip install {run.report_to}")
+    if config.hub.push_to_hub is not None and os.environ.get("RANK", "0") == "0":  # the process that uploads
+        problems += filter(None, [repository_problem("push_to_hub", config.hub.push_to_hub)])
     known = config.to_dict()
     problems += [f"override: {unknown_name(name, known)}" for name in run.override if name not in known]
     if Path(run.run_name).name != run.run_name:

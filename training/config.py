@@ -11,24 +11,14 @@ from transformers import HfArgumentParser
 from data_prep.cli import UserError, first_line, unknown_name
 from modeling import PRESETS
 from training.checks import raise_all
-from training.settings import (
-    MODEL_SIZES,
-    NEWEST,
-    DataSettings,
-    DebugSettings,
-    DivergenceSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunSettings,
-    TrainingConfig,
-)
+from training.settings import MODEL_SIZES, NEWEST, RunSettings, TrainingConfig
 
 _Option = list[str]  # "--name" and its values
 
 
 class _Parser(HfArgumentParser):
     def __init__(self) -> None:
-        groups = (ModelSettings, DataSettings, OptimizerSettings, RunSettings, DivergenceSettings, DebugSettings)
+        groups = [field.type for field in dataclasses.fields(TrainingConfig)]
         super().__init__(
             groups,
             prog="accelerate launch training/train.py",

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
+from data_prep.prepare import preparing_command
 from training.data import Data
 from training.settings import START, TrainingConfig
 from training.topology import describe_device
@@ -17,7 +18,9 @@ from training.topology import describe_device
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")
 
 
-def write_environment(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int) -> None:
+def write_environment(
+    config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, flops_per_token: int
+) -> None:
     """Write the resolved settings, and the versions, revision, hardware and data, into the run's folder."""
     settings = {name: value for name, value in config.to_dict().items() if name not in START}
     environment = {
@@ -31,11 +34,15 @@ def write_environment(config: TrainingConfig, accelerator: Accelerator, data: Da
         "distributed_type": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
         "parameters": parameters,
+        "flops_per_token": flops_per_token,
         "data": [
             {
                 "folder": str(folder),
                 "source": manifest.source["source"],
                 "name": manifest.source.get("name"),
+                "revision": manifest.source.get("commit"),
+                "prepared_by": preparing_command(folder, manifest),
+                "cleaning": manifest.cleaning,
                 "tokenizer": manifest.tokenizer["name"],
                 "training_tokens": manifest.tokens("train"),
                 "share": share,

@@ -10,7 +10,8 @@ from data_prep.cli import UserError
 from eval.launch import peak_memory
 from eval.loss import summed_loss
 from modeling import GPTModel
-from training.checkpoint import Snapshot, damage, load_state, take_snapshot, write_checkpoint
+from training.checkpoint import Snapshot, take_snapshot, write_checkpoint
+from training.checkpoint_folders import damage, load_state
 from training.disk import checkpoints_kept, gib, room_for_checkpoints
 from training.memory import memory_for_this_process
 from training.optimizer import set_learning_rate
@@ -18,6 +19,7 @@ from training.settings import NEWEST, TrainingConfig
 from training.setup import Run
 from training.step import training_step
 from training.topology import agreed
+from training.uploads import check_access
 
 _TIMED_STEPS = 3
 _HELLASWAG_ITEMS = 64
@@ -58,6 +60,8 @@ def preflight(run: Run) -> None:
     Raises:
         UserError: for what would end the run later.
     """
+    if run.config.hub.push_to_hub:
+        agreed(run.accelerator, lambda: check_access(run.config.run_folder))
     found = _go_through(run)
     text = agreed(run.accelerator, lambda: forecast(run.config, found, run.bare_model.num_parameters()))
     run.log.print(text)
@@ -127,10 +131,11 @@ def forecast(config: TrainingConfig, found: Findings, parameters: int) -> str:
     )
     needed, room = room_for_checkpoints(config, found.checkpoint_bytes)
     hellaswag = "HellaSwag, " if run.hellaswag_every else ""
+    hub = f", access to {config.hub.push_to_hub}" if config.hub.push_to_hub else ""
     return "\n".join(
         [
             "",
-            f"preflight   all of it works: steps, a validation, {hellaswag}a checkpoint there and back",
+            f"preflight   all of it works: steps, a validation, {hellaswag}a checkpoint there and back{hub}",
             f"parameters  {parameters:,}",
             f"steps       {steps:,}: {tokens:,} tokens",
             f"time        {hours:,.2f} hours of training at {found.tokens_a_step / found.seconds_a_step:,.0f} "

@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from data_prep.cli import UserError
 from modeling import GPTModel
-from training.checkpoint import complete_checkpoints, load_state, load_training_state
+from training.checkpoint import load_training_state
+from training.checkpoint_folders import complete_checkpoints, load_state
 from training.divergence import Diverged, diagnosis, judge
 from training.meter import StepInFlight
 from training.resume import newest_intact

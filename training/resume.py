@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data_prep.cli import UserError
-from training.checkpoint import RunState, complete_checkpoints, damage, incomplete_checkpoints, load_state
+from training.checkpoint_folders import RunState, complete_checkpoints, damage, incomplete_checkpoints, load_state
 from training.model import different_sizes
 from training.settings import NEWEST, TrainingConfig
 

@@ -3,12 +3,14 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
 from data_prep.cli import UserError, first_line
-from training.checkpoint import Snapshot, complete_checkpoints, prune_checkpoints, write_checkpoint
+from training.checkpoint import Snapshot, write_checkpoint
+from training.checkpoint_folders import complete_checkpoints
 
 _PAUSES = (1, 5)  # seconds before another attempt
 _NICENESS = 15  # a thirtieth of the time of a core that training wants too
@@ -34,16 +36,20 @@ class Saver:
         self.wait()
         self.tasks.append(self.thread.submit(self._save, snapshot))
 
-    def prune(self, keep_last: int, keep_every: int, best_step: int | None) -> None:
-        """Remove older checkpoints, once the one that is being written is done."""
+    def afterwards(self, what: str, task: Callable[[], None]) -> None:
+        """Do something once the checkpoint that is being written is done.
 
-        def remove() -> None:
+        Args:
+            what: to say of it where it fails, which does no harm.
+        """
+
+        def attempt() -> None:
             try:
-                prune_checkpoints(self.checkpoints, keep_last, keep_every, best_step)
+                task()
             except OSError as error:
-                self.said.put(f"an older checkpoint could not be removed: {first_line(error)}")
+                self.said.put(f"{what}: {first_line(error)}")
 
-        self.tasks.append(self.thread.submit(remove))
+        self.tasks.append(self.thread.submit(attempt))
 
     def messages(self) -> list[str]:
         """What has been done since this was last asked."""

@@ -166,6 +166,23 @@ class RunSettings:
 
 
 @dataclass
+class HubSettings:
+    _argument_group_name = "publishing"
+
+    push_to_hub: str | None = _field(
+        None, "USER/NAME on the Hub, where checkpoints are uploaded to, with a model card, while training goes on"
+    )
+    hub_strategy: Literal["end", "checkpoint", "best", "all"] = _field(
+        "checkpoint",
+        "what to upload. end: the last checkpoint; checkpoint: the newest, whenever the one before it is up; best: "
+        "each that is the best so far; all: every one",
+    )
+    hub_revisions: bool = _field(False, "tag each of them with its step, as in step_00000500")
+    hub_private_repo: bool = _field(False, "make the repository a private one, if it is not there yet")
+    hub_license: str = _field("mit", "licence that the model card names, as the Hub spells it")
+
+
+@dataclass
 class DivergenceSettings:
     _argument_group_name = "when a step goes wrong"
 
@@ -198,6 +215,7 @@ class TrainingConfig:
     data: DataSettings
     optimizer: OptimizerSettings
     run: RunSettings
+    hub: HubSettings
     divergence: DivergenceSettings
     debug: DebugSettings
 

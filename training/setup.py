@@ -16,7 +16,8 @@ from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
 from modeling import GPTModel, flops_per_token
 from training.batches import Ahead, Batch, Batches
-from training.checkpoint import RunState, load_training_state
+from training.checkpoint import load_training_state
+from training.checkpoint_folders import RunState
 from training.data import Data, load_data, validation_sequences
 from training.disk import room_for_checkpoints
 from training.environment import write_environment
@@ -31,6 +32,7 @@ from training.schedule import BatchPlan, Schedule
 from training.settings import TrainingConfig
 from training.stopping import StopRequest
 from training.topology import agreed, describe_device, make_accelerator
+from training.uploads import Uploads
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Run:
         val_bytes: bytes of text that their labels stand for.
         hellaswag: its items under each rule that is asked for.
         task_manager: what the lm-evaluation-harness knows of its tasks; None if none are asked for.
+        uploads: to the Hub; None if there are none, and but on the main process.
         stop: this process's request to end the run, and `stopping`, what all of them have agreed on.
         in_flight: the step that has not been recorded yet, and `recorded_at`, when the one before it was.
     """
@@ -67,6 +70,7 @@ class Run:
     state: RunState
     log: RunLog
     saver: Saver
+    uploads: Uploads | None
     stop: StopRequest
     stopping: bool = False
     in_flight: StepInFlight | None = None
@@ -102,6 +106,8 @@ class Run:
         self.train_ahead.close()
         self.log.close()
         if failed:
+            if self.uploads is not None:
+                self.uploads.close()
             return
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
         self.accelerator.end_training()
@@ -164,11 +170,14 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         shutil.rmtree(config.report_folder, ignore_errors=True)  # of what the run was before it goes on
-        write_environment(config, accelerator, data, parameters)
+        flops = flops_per_token(accelerator.unwrap_model(model).config, config.sequence_length)
+        write_environment(config, accelerator, data, parameters, flops)
         print(header(config, accelerator, data, parameters, state))
     if config.run.report_to != "none":
         accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
     state.num_processes = accelerator.num_processes
+    saver = Saver(config.checkpoints)
+    publishing = config.hub.push_to_hub is not None and not config.run.preflight
     log = RunLog(config.run_folder, state.step, config.max_steps, config.run.log_every, accelerator.is_main_process)
     return Run(
         config=config,
@@ -188,7 +197,8 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         task_manager=task_manager,
         state=state,
         log=log,
-        saver=Saver(config.checkpoints),
+        saver=saver,
+        uploads=Uploads(config.run_folder, saver, log.flush) if publishing and accelerator.is_main_process else None,
         stop=stop,
     )
 
@@ -253,5 +263,6 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
             f"steps   {config.max_steps} {begin}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",
+            *([f"hub     {config.hub.push_to_hub}"] if config.hub.push_to_hub else []),
         ]
     )

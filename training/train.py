@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as recorded_for_launcher
@@ -22,8 +23,10 @@ from data_prep.lock import locked
 from eval.generate import Sampling, generate, isolated_random_state
 from eval.harness import evaluate_tasks
 from eval.launch import processes_launched
-from eval.loss import bits_per_byte, summed_loss
-from training.checkpoint import checkpoint_folder, take_snapshot
+from eval.loss import summed_loss
+from eval.scores import bits_per_byte
+from training.checkpoint import take_snapshot
+from training.checkpoint_folders import checkpoint_folder, prune_checkpoints
 from training.checks import check_config
 from training.config import parse_config
 from training.divergence import Diverged, is_skipped
@@ -88,6 +91,9 @@ def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
         run.saver.close()
         announce(run)
         run.close(failed)
+    if run.uploads is not None:
+        for message in run.uploads.finish(lambda: run.stopping or bool(stop)):
+            print(message, flush=True)
     if not config.run.preflight:
         finish(run)
 
@@ -133,7 +139,7 @@ def fit(run: Run, step_done: Callable[[], None]) -> None:
             if settings.sample_every and (last or (step > 0 and step % settings.sample_every == 0)):
                 sample(run)
             if saving and run.accelerator.is_main_process:
-                run.saver.prune(settings.keep_last, settings.keep_every, run.state.best_step)
+                put_away(run)
             if last:
                 break
             train(run)
@@ -193,6 +199,8 @@ def record(run: Run) -> None:
     metrics["mfu"] = run.flops_utilisation(metrics["tokens_per_second"])
     run.log.train(done.step, metrics)
     run.accelerator.log(metrics, step=done.step)
+    for message in run.uploads.look(done.step) if run.uploads is not None else ():
+        run.log.print(message)
     see_to(run, done, metrics)
 
 
@@ -266,6 +274,16 @@ def save(run: Run) -> None:
     snapshot = take_snapshot(run.accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder)
     if snapshot is not None:
         run.saver.save(snapshot)
+
+
+def put_away(run: Run) -> None:
+    """Let the checkpoint of this step be uploaded, if it is to be, and remove those that are not to be kept."""
+    step, settings, hub = run.state.step, run.config.run, run.config.hub
+    wanted = {"end": step == run.config.max_steps, "best": step == run.state.best_step}
+    if run.uploads is not None and wanted.get(hub.hub_strategy, True):
+        run.uploads.expect(checkpoint_folder(run.checkpoints, step))
+    prune = partial(prune_checkpoints, run.checkpoints, settings.keep_last, settings.keep_every, run.state.best_step)
+    run.saver.afterwards("an older checkpoint could not be removed", prune)
 
 
 def announce(run: Run) -> None:

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.cli import UserError, run
 from eval.generate import Sampling, generate
-from eval.loss import bytes_of_tokens, language_modeling_scores, read_tokens, summed_loss, windows
+from eval.loss import bytes_of_tokens, read_tokens, summed_loss, windows
 from eval.models import load_model
+from eval.scores import language_modeling_scores
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from forks import begin
 from data_prep.cli import UserError
 from data_prep.manifest import Manifest
 from eval.models import load_model
-from training.checkpoint import damage, load_state
+from training.checkpoint_folders import damage, load_state
 
 PROGRAM = "open({file!r}, 'w').close()\nclass GPT2LMHeadModel: ...\nclass Tokenizer: ...\n"
 

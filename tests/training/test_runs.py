@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import Source
 from modeling import GPTConfig, GPTModel
-from training.checkpoint import RunState, complete_checkpoints, load_state, prune_checkpoints
+from training.checkpoint_folders import RunState, complete_checkpoints, load_state, prune_checkpoints
 
 
 def initial_model(data_folder, folder):

@@ -1,0 +1,151 @@
+"""Upload checkpoints of a run to the Hub, each with its model card: those that wait to be, or else the last.
+
+python -m training.publish runs/mine
+python -m training.publish runs/mine --push_to_hub USER/NAME --step 500
+
+With --push_to_hub, training runs it by itself. What has failed is tried again by the same command.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.hub import Hub, repository_problem
+from data_prep.lock import locked
+from eval.card import model_card, until
+from eval.logs import read_run
+from eval.plots import plot_all
+from training.checkpoint_folders import COMPLETE, checkpoint_folder
+from training.outbox import FOLDER, put, released_checkpoint, step_of, waiting
+
+_LOCK_ATTEMPTS = 600  # a second each
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where checkpoints go, and how.
+
+    Attributes:
+        repository: `USER/NAME`.
+        strategy: as `hub_strategy` of the settings.
+        revisions: tag each with its step.
+        private: make the repository a private one, if it has to be made.
+        licence: that the model card names.
+    """
+
+    repository: str
+    strategy: str
+    revisions: bool
+    private: bool
+    licence: str
+
+
+def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
+    """Upload the checkpoints of `steps`, or if there are none named, those that wait, or else the last one (under the
+    strategy `best`: the best one) of the run.
+
+    Raises:
+        UserError: for whatever the user can mend. What has not been uploaded waits.
+    """
+    hub = Hub(to.repository, "model")
+    with _outbox(run_folder):
+        if not steps and not waiting(run_folder):
+            released = released_checkpoint(run_folder, to.strategy)
+            if released is None:
+                raise UserError(f"{run_folder} has no complete checkpoint to publish")
+            put(released, run_folder)
+        for step in steps:
+            checkpoint = checkpoint_folder(run_folder / "checkpoints", step)
+            if not (checkpoint / COMPLETE).exists():
+                raise UserError(f"step={step}: {checkpoint} is not there, or not complete")
+            put(checkpoint, run_folder)
+        hub.create(to.private)
+        for checkpoint in _to_upload(run_folder, to.strategy, steps):
+            _add_card(checkpoint, run_folder, to)
+            step = step_of(checkpoint)
+            url = hub.upload(checkpoint, f"Step {step}", tag=checkpoint.name if to.revisions else None)
+            print(f"step {step:>6}  published {url}", flush=True)
+            shutil.rmtree(checkpoint)
+
+
+@contextlib.contextmanager
+def _outbox(run_folder: Path) -> Iterator[None]:
+    """Hold the outbox, once another process has let go of it: one that outlives its run is soon done."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(run_folder / FOLDER))
+            except UserError:
+                if attempt + 1 == _LOCK_ATTEMPTS:
+                    raise
+                time.sleep(1)
+                continue
+            yield
+            return
+
+
+def _to_upload(run_folder: Path, strategy: str, steps: list[int]) -> list[Path]:
+    """What waits to be uploaded, less what has been overtaken, which is removed."""
+    found = waiting(run_folder)
+    if steps or strategy == "all":
+        return found
+    for overtaken in found[:-1]:
+        shutil.rmtree(overtaken)
+    return found[-1:]
+
+
+def _add_card(checkpoint: Path, run_folder: Path, to: Destination) -> None:
+    """Write the model card, its pictures and the settings of the run beside a checkpoint that waits."""
+    record, step = read_run(run_folder), step_of(checkpoint)
+    pictures = plot_all([until(record, step)], checkpoint)
+    card = model_card(record, step, checkpoint, to.repository, to.licence, pictures)
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    shutil.copyfile(run_folder / "config.yaml", checkpoint / "training_config.yaml")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m training.publish", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_option("push_to_hub", metavar="USER/NAME", help="repository; the run's if not given")
+    parser.add_option("step", type=int, nargs="+", default=[], help="checkpoints to upload, by their steps")
+    parser.add_option("hub_revisions", action="store_true", help="tag each with its step")
+    parser.add_option("hub_private_repo", action="store_true", help="make the repository a private one")
+    parser.add_option("hub_license", help="licence that the model card names; the run's, which is mit, if not given")
+    parser.add_option("check", action="store_true", help="only see whether the Hub would take it")
+    args = parser.parse_args()
+    settings = _settings(args.run)
+    repository = args.push_to_hub or settings.get("push_to_hub")
+    if repository is None:
+        raise UserError(f"{args.run} has no push_to_hub; say where to: --push_to_hub USER/NAME")
+    if problem := repository_problem("push_to_hub", repository):
+        raise UserError(problem)
+    if args.check:
+        Hub(repository, "model").check_access()
+        print(f"{repository} can be written to")
+        return
+    to = Destination(
+        repository=repository,
+        strategy=settings.get("hub_strategy", "checkpoint"),
+        revisions=args.hub_revisions or settings.get("hub_revisions", False),
+        private=args.hub_private_repo or settings.get("hub_private_repo", False),
+        licence=args.hub_license or settings.get("hub_license", "mit"),
+    )
+    publish(args.run, to, args.step)
+
+
+def _settings(run_folder: Path) -> dict[str, Any]:
+    file = run_folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_folder} is not the folder of a run (no config.yaml)")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run(main)
