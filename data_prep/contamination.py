@@ -17,6 +17,7 @@ import numpy as np
 from data_prep.cleaning.decontaminate import COMMON_DOCUMENTS, NGRAM, SHORTEST_NGRAM, Index, ngram_length, split_words
 from data_prep.cleaning.evaluation_sets import read_items
 from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.hub import local_folder
 from data_prep.manifest import Manifest
 from data_prep.shards import open_shard
 
@@ -208,7 +209,7 @@ def _token_documents(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.contamination", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="data folder, as data_prep.prepare makes it")
+    parser.add_argument("folder", type=local_folder, help="data folder, as data_prep.prepare makes it")
     parser.add_option("against", type=Path, nargs="+", required=True, metavar="FILE", help="sets: .jsonl, .txt")
     parser.add_option("fields", nargs="+", help="of a record that make up an item; HellaSwag's, or every string")
     args = parser.parse_args()

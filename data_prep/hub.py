@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_prep.cli import UserError, first_line
 from data_prep.retries import Retries, status_of
 
 T = TypeVar("T")
+PREFIX = "hf://datasets/"
 _DELAYS = (1, 4, 16)  # seconds before another attempt; the Hub's client itself repeats most requests before
 _TIMEOUT = 60.0  # seconds without a sign of life
 _NEW_TOKEN = "make one that may write at https://huggingface.co/settings/tokens, then: hf auth login, or HF_TOKEN"
@@ -37,6 +38,29 @@ def repository_problem(option: str, repository: str) -> str | None:
     return None
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether a data folder's name is that of one on the Hub, as in `hf://datasets/USER/NAME`."""
+    return name.startswith(PREFIX)
+
+
+def local_folder(name: str, download: bool = True) -> Path:
+    """A data folder: the one of this name, or where the one of `hf://datasets/USER/NAME[@REVISION]` is kept.
+
+    Args:
+        download: what of it is not kept yet.
+
+    Raises:
+        UserError: for a name that is none, and for one that cannot be downloaded, or is not kept.
+    """
+    if not is_on_hub(name):
+        return Path(name)
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if repository.count("/") != 1:
+        raise UserError(f"{name!r} is not of the form {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION")
+    hub = Hub(repository, "dataset")
+    return Path(hub.snapshot(revision or None, download))
+
+
 class Hub:
     """A repository on the Hub; what fails for the moment is tried again.
 
@@ -57,12 +81,24 @@ class Hub:
         """Make the repository, if it is not there yet."""
         self._try(lambda: self.api.create_repo(**self.where, private=private or None, exist_ok=True))
 
-    def upload(self, folder: Path, message: str, tag: str | None = None) -> str:
-        """Upload a folder as one commit, of what is not there yet: its address."""
-        commit = self._try(lambda: self.api.upload_folder(**self.where, folder_path=folder, commit_message=message))
+    def upload(self, files: dict[str, Path | bytes], message: str, tag: str | None = None) -> str:
+        """Upload files, by their names there, as one commit of what is not there yet: its address."""
+        from huggingface_hub import CommitOperationAdd
+
+        def commit() -> Any:
+            additions = [CommitOperationAdd(name, content) for name, content in files.items()]  # good for one attempt
+            return self.api.create_commit(**self.where, operations=additions, commit_message=message)
+
+        done = self._try(commit)
         if tag is not None:
-            self._try(lambda: self._tag(tag, commit.oid))
-        return commit.commit_url
+            self._try(lambda: self._tag(tag, done.oid))
+        return done.commit_url
+
+    def snapshot(self, revision: str | None, download: bool) -> str:
+        """Where all files of a revision are kept, the missing ones downloaded."""
+        return self._try(
+            lambda: self.api.snapshot_download(**self.where, revision=revision, local_files_only=not download)
+        )
 
     def check_access(self) -> None:
         """See that the repository, or if it is not there its owner's account, may be written to.

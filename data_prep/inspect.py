@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, first_line, run
+from data_prep.hub import local_folder
 from data_prep.manifest import Manifest
 from data_prep.order import shares_of, training_order
 from data_prep.shards import open_shard
@@ -102,7 +103,7 @@ def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) 
         yield f"--- {shard.file}, document {number + 1}, {len(document):,} tokens\n{shown}"
 
 
-def sequences(folders: list[Path], run_folder: Path, first: int, stop: int) -> Iterator[str]:
+def sequences(names: list[str], run_folder: Path, first: int, stop: int) -> Iterator[str]:
     """The training sequences at positions `first` to before `stop` of a run on these folders, as text.
 
     Raises:
@@ -116,8 +117,9 @@ def sequences(folders: list[Path], run_folder: Path, first: int, stop: int) -> I
         weights, order, seed = (settings[name] for name in ("data_weights", "order", "seed"))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{run_folder}: not the folder of a run ({first_line(error)})") from error
-    if [Path(name).name for name in settings["data"]] != [folder.name for folder in folders]:
+    if [Path(name).name for name in settings["data"]] != [Path(name).name for name in names]:
         raise UserError(f"{run_folder} is a run on {' '.join(settings['data'])}; name the same folders, in that order")
+    folders = list(map(local_folder, names))
     manifests = [Manifest.read(folder) for folder in folders]
     mixture = training_order(folders, manifests, shares_of(manifests, weights), "train", order, seed, length)
     tokenizer = hf_tokenizer(folders[0] / "tokenizer")
@@ -132,7 +134,7 @@ def _range(word: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.inspect", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="data folders")
+    parser.add_argument("folders", nargs="+", help="data folders, or hf://datasets/USER/NAME")
     parser.add_option("documents", type=int, default=3, help="to show of each folder")
     parser.add_option("split", choices=["train", "val"], default="train", help="to show documents of")
     parser.add_option("seed", type=int, default=0, help="of the choice of documents")
@@ -147,7 +149,7 @@ def main() -> None:
         return
     if args.documents < 0:
         raise UserError(f"documents={args.documents} must be at least 0")
-    manifests = {folder: Manifest.read(folder) for folder in args.folders}
+    manifests = {folder: Manifest.read(folder) for folder in map(local_folder, args.folders)}
     total = sum(shard.tokens for manifest in manifests.values() for shard in manifest.shards)
     for folder, manifest in manifests.items():
         found = statistics(folder, manifest)

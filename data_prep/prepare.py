@@ -173,13 +173,13 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
     return tokenizer, manifest
 
 
-def preparing_command(folder: Path, manifest: Manifest) -> list[str]:
+def preparing_command(folder: str, manifest: Manifest) -> list[str]:
     """The words of the command that makes a folder with this manifest, less `python -m`; none for adopted shards."""
     source, name = manifest.source, manifest.tokenizer["name"]
     if "split" not in source:
         return []
     tokenizer = ["bpe", "--vocab_size", str(manifest.tokenizer["vocab_size"])] if name.startswith("bpe-") else [name]
-    words = ["data_prep.prepare", str(folder), "--source", source["source"], "--tokenizer", *tokenizer]
+    words = ["data_prep.prepare", folder, "--source", source["source"], "--tokenizer", *tokenizer]
     for option, value in {"name": source["name"], "revision": source["commit"] or source["revision"]}.items():
         words += [f"--{option}", value] if value else []
     for option, default in {"split": "train", "text_column": "text"}.items():

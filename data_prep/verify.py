@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.hub import local_folder
 from data_prep.manifest import Manifest, Shard
 from data_prep.shards import file_hash, open_shard
 
@@ -55,7 +56,7 @@ def _of_shard(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m data_prep.verify", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="data folder")
+    parser.add_argument("folder", type=local_folder, help="data folder, or hf://datasets/USER/NAME")
     folder = parser.parse_args().folder
     problems = list(verify(folder))
     if problems:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.hub import local_folder
 from eval.models import evaluating, load_model
 from eval.scores import language_modeling_scores
 from modeling.loss import IGNORE_INDEX
@@ -83,7 +84,7 @@ def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterat
 def main() -> None:
     parser = ArgumentParser(prog="python -m eval.loss", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
-    parser.add_option("data", type=Path, required=True, help="data folder (its validation split) or text file")
+    parser.add_option("data", type=local_folder, required=True, help="data folder (its validation split) or text file")
     parser.add_option("length", type=int, help="tokens in a window; the model's n_positions by default")
     parser.add_option("stride", type=int, help="tokens from one window to the next; the length by default")
     parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")

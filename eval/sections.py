@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep import contamination
 from data_prep.cli import UserError
+from data_prep.hub import local_folder
 from eval.logs import Record
 
 CAPTIONS = {
@@ -45,7 +46,7 @@ def data(record: Record) -> str:
         source = " ".join(filter(None, [one["source"], one.get("name")]))
         amounts = [f"{one['training_tokens']:,}", f"{one['share']:.1%}"]
         rows.append([f"`{one['folder']}`", source, one.get("revision") or "", one["tokenizer"], *amounts])
-        lines += _cleaning(one) + _contamination(Path(one["folder"]))
+        lines += _cleaning(one) + _contamination(one["folder"])
     if not rows:
         return ""
     heading = ["folder", "source", "revision", "tokenizer", "training tokens", "share"]
@@ -63,11 +64,12 @@ def _cleaning(one: dict[str, Any]) -> list[str]:
     return [f"- Cleaning of `{one['folder']}`: {'; '.join(steps) or 'none by this program'}."]
 
 
-def _contamination(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return [f"- Contamination: `{folder}` is not here to ask."]
+def _contamination(folder: str) -> list[str]:
     try:
-        found = contamination.recorded(folder)
+        path = local_folder(folder, download=False)
+        if not path.is_dir():
+            return [f"- Contamination: `{folder}` is not here to ask."]
+        found = contamination.recorded(path)
     except UserError as error:  # of data that has changed since
         return [f"- Contamination: not known ({error})."]
     if not found:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_prep.cli import UserError, unknown_name
-from data_prep.hub import repository_problem
+from data_prep.hub import is_on_hub, repository_problem
 from eval.hellaswag import RULES
 from eval.launch import on_cpu
 from training.precision import chosen_precision, fp8_is_available
@@ -81,7 +81,7 @@ def _data_problems(config: TrainingConfig) -> list[str]:
     problems = [
         f"data={folder!r}: no such folder; prepare one with python -m data_prep.prepare"
         for folder in folders
-        if folder != QUICKSTART_DATA and not Path(folder).is_dir()
+        if folder != QUICKSTART_DATA and not is_on_hub(folder) and not Path(folder).is_dir()
     ]
     if len(set(folders)) != len(folders):
         problems.append(f"data={folders} names a folder twice; give it a larger weight instead")

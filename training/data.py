@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cli import UserError
+from data_prep.hub import local_folder
 from data_prep.manifest import FILE_NAME, Manifest
 from data_prep.order import shares_of, training_order
 from data_prep.prepare import Recipe, prepare
@@ -18,9 +19,11 @@ class Data:
     """Shard folders of one tokenizer, each with its share.
 
     Attributes:
+        names: as the settings have them; `folders`, where those are.
         shares: of each folder in the training tokens, summing to 1.
     """
 
+    names: list[str]
     folders: list[Path]
     manifests: list[Manifest]
     shares: list[float]
@@ -63,20 +66,21 @@ class Data:
         """How far each folder has been read at a position: its `share`, `tokens` and `epochs`."""
         mixture = batches.mixture
         return {
-            str(folder): {"share": share, "tokens": count * source.length, "epochs": count / source.per_epoch}
-            for folder, share, source, count in zip(
-                self.folders, self.shares, mixture.sources, mixture.consumed(position), strict=True
+            name: {"share": share, "tokens": count * source.length, "epochs": count / source.per_epoch}
+            for name, share, source, count in zip(
+                self.names, self.shares, mixture.sources, mixture.consumed(position), strict=True
             )
         }
 
 
 def load_data(config: TrainingConfig) -> Data:
-    """Read the manifests of the data folders and check them; the quickstart's folder is made if it is not there.
+    """Read the manifests of the data folders and check them; the quickstart's folder is made if it is not there, and
+    those on the Hub are downloaded.
 
     Raises:
         UserError: for a damaged or unfinished folder, folders of different tokenizers, and one smaller than a sequence.
     """
-    folders = list(map(Path, config.data.data))
+    folders = list(map(local_folder, config.data.data))
     manifests = [_prepared(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.tokenizer["sha256"] != manifests[0].tokenizer["sha256"]:
@@ -90,7 +94,7 @@ def load_data(config: TrainingConfig) -> Data:
                     f"{folder}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
                     f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
                 )
-    return Data(folders, manifests, shares_of(manifests, config.data.data_weights))
+    return Data(config.data.data, folders, manifests, shares_of(manifests, config.data.data_weights))
 
 
 def _prepared(folder: Path) -> Manifest:

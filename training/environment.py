@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
+from data_prep.hub import is_on_hub
 from data_prep.prepare import preparing_command
 from training.data import Data
 from training.settings import START, TrainingConfig
@@ -37,17 +38,17 @@ def write_environment(
         "flops_per_token": flops_per_token,
         "data": [
             {
-                "folder": str(folder),
+                "folder": name,
                 "source": manifest.source["source"],
                 "name": manifest.source.get("name"),
                 "revision": manifest.source.get("commit"),
-                "prepared_by": preparing_command(folder, manifest),
+                "prepared_by": [] if is_on_hub(name) else preparing_command(name, manifest),
                 "cleaning": manifest.cleaning,
                 "tokenizer": manifest.tokenizer["name"],
                 "training_tokens": manifest.tokens("train"),
                 "share": share,
             }
-            for folder, manifest, share in zip(data.folders, data.manifests, data.shares, strict=True)
+            for name, manifest, share in zip(data.names, data.manifests, data.shares, strict=True)
         ],
     }
     _write(config.run_folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

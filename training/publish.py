@@ -70,7 +70,8 @@ def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
         for checkpoint in _to_upload(run_folder, to.strategy, steps):
             _add_card(checkpoint, run_folder, to)
             step = step_of(checkpoint)
-            url = hub.upload(checkpoint, f"Step {step}", tag=checkpoint.name if to.revisions else None)
+            files = {path.name: path for path in sorted(checkpoint.iterdir())}
+            url = hub.upload(files, f"Step {step}", tag=checkpoint.name if to.revisions else None)
             print(f"step {step:>6}  published {url}", flush=True)
             shutil.rmtree(checkpoint)
 

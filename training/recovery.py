@@ -88,7 +88,7 @@ def _end(run: Run, diverged: Diverged, why: str) -> UserError:
     if not run.accelerator.is_main_process:
         sys.exit(2)  # the first process says it for all
     first, stop = diverged.batch
-    folders = " ".join(map(str, run.data.folders))
+    folders = " ".join(run.data.names)
     run.saver.wait()
     complete = complete_checkpoints(run.checkpoints)
     return UserError(

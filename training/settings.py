@@ -51,7 +51,9 @@ class DataSettings:
 
     data: list[str] = dataclasses.field(
         default_factory=lambda: [QUICKSTART_DATA],
-        metadata={"help": "data folders made by data_prep.prepare; the default is prepared if missing"},
+        metadata={
+            "help": "folders made by data_prep.prepare, or hf://datasets/USER/NAME; the default is prepared if missing"
+        },
     )
     data_weights: list[float] | None = dataclasses.field(
         default=None,

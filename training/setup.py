@@ -248,10 +248,10 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
     accumulated = config.accumulation_steps(plan.batch_tokens, processes)
     ramp = f", from {plan.ramp_start:,} in the first {plan.ramp_tokens:,}" if plan.ramp_tokens else ""
     sources = [
-        f"data    {folder}: {manifest.tokens('train'):,} training tokens "
+        f"data    {name}: {manifest.tokens('train'):,} training tokens "
         f"({share * total / manifest.tokens('train'):.2f} epochs), {manifest.tokens('val'):,} for validation"
         + (f", {share:.1%} of the run" if len(data.folders) > 1 else "")
-        for folder, manifest, share in zip(data.folders, data.manifests, data.shares, strict=True)
+        for name, manifest, share in zip(data.names, data.manifests, data.shares, strict=True)
     ]
     return "\n".join(
         [

@@ -329,7 +329,7 @@ def finish(run: Run) -> None:
         f"(validation loss {run.state.best_val_loss:.4f})\n"
         f"\nNow try\n"
         f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
-        f"  python -m eval.loss {last} --data {run.data.folders[0]}\n"
+        f"  python -m eval.loss {last} --data {run.data.names[0]}\n"
         f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
         f"--max_steps {2 * run.config.max_steps}"
     )

@@ -92,7 +92,7 @@ def test_its_command_makes_the_same_data(card, data_folder, tmp_path, monkeypatc
     line = next(line for line in text.splitlines() if line.startswith("python -m data_prep.prepare"))
     words = shlex.split(line)[2:]
     manifest = Manifest.read(data_folder)
-    assert words == preparing_command(data_folder, manifest)
+    assert words == preparing_command(str(data_folder), manifest)
     monkeypatch.setattr("sys.argv", [words[0], str(tmp_path / "again"), *words[2:]])
     prepare_main()
     again = Manifest.read(tmp_path / "again")

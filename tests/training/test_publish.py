@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, run_command
+from conftest import TINY_MODEL, Finished, launch, run_command
 from forks import begin
 from plants import die, in_step, online, wait_until_gone
 from safetensors.torch import load_file
@@ -173,6 +173,25 @@ def test_preflight_asks_the_hub(recipe, tmp_path):
         code, text = begin(argv, tmp_path, online, hub.environment()).ended()
         assert code == 2 and "user/asked: the token may only read" in text
     assert {path.name for path in tmp_path.iterdir()} == {"output_0", "output_1"}
+
+
+def test_data_is_used_from_the_hub(data_folder, recipe, tmp_path):
+    """Pushed and trained on by its name there: the losses are those of the folder itself."""
+    name = "hf://datasets/user/small"
+    with serve() as hub:
+        said = command("data_prep.push", data_folder, "user/small", "--license", "mit", hub=hub, cwd=tmp_path)
+        assert f"{name} stands for it" in said
+        card = hub.repositories["datasets/user/small"].commits[said.split()[0].rpartition("/")[2]]["README.md"]
+        assert b"license: mit" in card and b"training/train.py --data hf://datasets/user/small" in card
+        environment = os.environ | hub.environment() | {"HF_HOME": str(tmp_path / "cache")}
+        launch(*recipe("far"), "--max_steps", "5", "--data", f"{name}@main", cwd=tmp_path, env=environment)
+        assert "is whole" in command("data_prep.verify", name, hub=hub, cwd=tmp_path)
+        said = command("data_prep.verify", f"{name}er", hub=hub, cwd=tmp_path, expect=2)
+        assert said.startswith("error: user/smaller: 404 Client Error.") and said.count("\n") == 1
+    far = Finished(tmp_path / "runs" / "far", "")
+    near = begin([*recipe("near"), "--max_steps", "5"], tmp_path).finished("near")
+    assert far.losses() == near.losses()
+    assert far.metrics()[5]["data"].keys() == {f"{name}@main"}
 
 
 def test_what_cannot_be_a_repository(monkeypatch):

@@ -1,0 +1,85 @@
+"""Put a data folder on the Hub, where `hf://datasets/USER/NAME` stands for it.
+
+python -m data_prep.push data/mine USER/mine
+"""
+
+import shlex
+from pathlib import Path
+
+from data_prep import contamination
+from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.hub import PREFIX, Hub, repository_problem
+from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.prepare import preparing_command
+from data_prep.verify import verify
+
+
+def push(folder: Path, repository: str, private: bool = False, licence: str | None = None) -> str:
+    """Upload a data folder, once all of its hashes and counts have been found to be right.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: for a folder that is not whole, and for what the Hub refuses.
+    """
+    manifest = Manifest.read(folder)
+    if problems := list(verify(folder)):
+        raise UserError(f"{problems[0]}; prepare the folder again")
+    hub = Hub(repository, "dataset")
+    hub.create(private)
+    names = [FILE_NAME, contamination.FILE_NAME, *(shard.file for shard in manifest.shards)]
+    names += [f"tokenizer/{path.name}" for path in sorted((folder / "tokenizer").iterdir())]
+    files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).exists()}
+    files["README.md"] = dataset_card(manifest, folder, repository, licence).encode()
+    return hub.upload(files, f"{manifest.tokens('train'):,} training tokens")
+
+
+def dataset_card(manifest: Manifest, folder: Path, repository: str, licence: str | None) -> str:
+    """The `README.md` of a data folder on the Hub."""
+    source = manifest.source
+    revision = f" at `{source['commit']}`" if source.get("commit") else ""
+    steps = [f"{step['step']} kept {step['documents_out']:,} documents" for step in manifest.cleaning]
+    words = preparing_command(str(folder), manifest)
+    return "\n".join(
+        [
+            "---",
+            *([f"license: {licence}"] if licence else []),
+            "tags:\n- gpt-accelerate\n- pre-tokenized",
+            "task_categories:\n- text-generation",
+            "viewer: false",
+            "---",
+            "",
+            f"# {repository.rpartition('/')[2]}",
+            "",
+            f"`{source['source']}` {source.get('name') or ''}{revision}, as tokens of `{manifest.tokenizer['name']}`: "
+            f"{manifest.tokens('train'):,} for training and {manifest.tokens('val'):,} for validation, in "
+            f"{len(manifest.shards)} shards of {manifest.dtype}. Every document begins with token "
+            f"{manifest.tokenizer['eos_token_id']}; `{FILE_NAME}` has the hash of each shard.",
+            "",
+            f"Cleaning: {'; '.join(steps) or 'none by this program'}.",
+            "",
+            "```bash",
+            f"accelerate launch training/train.py --data {PREFIX}{repository}",
+            *([f"python -m {shlex.join(words)}  # which made it"] if words else []),
+            "```",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m data_prep.push", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="data folder")
+    parser.add_argument("repository", metavar="USER/NAME", help="data set on the Hub, which is made if it is not there")
+    parser.add_option("private", action="store_true", help="make it a private one")
+    parser.add_option("license", help="licence that its card names, as the Hub spells it")
+    args = parser.parse_args()
+    if problem := repository_problem("repository", args.repository):
+        raise UserError(problem)
+    print(push(args.folder, args.repository, args.private, args.license))
+    print(f"{PREFIX}{args.repository} stands for it, as in --data {PREFIX}{args.repository}")
+
+
+if __name__ == "__main__":
+    run(main)
