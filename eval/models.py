@@ -18,18 +18,22 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     Raises:
         UserError: where there is none, or one that is not GPT-2's, or no tokenizer beside it.
     """
+    check_folder(name)
+    return load_weights(name).to(device or torch.accelerator.current_accelerator() or "cpu"), hf_tokenizer(name)
+
+
+def load_weights(name: str) -> GPTModel:
+    """The model of `load_model` by itself, on the CPU."""
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    check_folder(name)
     try:
-        model = GPTModel.from_pretrained(name, dtype=torch.float32).eval()
+        return GPTModel.from_pretrained(name, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model {name!r}: {first_line(error)}") from error
-    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), hf_tokenizer(name)
 
 
 def check_folder(name: str) -> None:
