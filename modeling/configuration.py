@@ -50,4 +50,5 @@ class GPTConfig(GPT2Config):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `config.json` as GPT-2's own, so that every client of GPT-2 can load what lies beside it."""
         self.architectures = ["GPT2LMHeadModel"]
+        self.n_ctx = self.n_positions  # a second name of it, which llama.cpp's converter goes by
         super().save_pretrained(save_directory, **kwargs)

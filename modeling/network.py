@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -302,10 +302,11 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
                 )
         if skip_logits is None:
             skip_logits = self.training and loss is not None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return GPTOutput(
             loss=loss,
             z_loss=z_part,
-            logits=None if skip_logits else self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)),
+            logits=None if skip_logits else self.lm_head(hidden[:, kept]),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -199,7 +199,7 @@ def test_sequences_of_a_run_are_shown_as_text(recipe, data_folder):
     config = parse_config([str(recipe.folder / "config.yaml")])
     batch = load_data(config).batches(config, "train").sequences(40, 3)
     tokenizer = AutoTokenizer.from_pretrained(data_folder / "tokenizer")
-    shown = list(sequences([data_folder], recipe.folder, 40, 43))
+    shown = list(sequences([str(data_folder)], recipe.folder, 40, 43))
     assert shown == [f"--- sequence {40 + i}\n{tokenizer.decode(row)}" for i, row in enumerate(batch["input_ids"])]
 
 
