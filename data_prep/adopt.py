@@ -72,7 +72,7 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.adopt", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.adopt", __doc__)
     parser.add_argument("folder", type=Path, help="folder of shards")
     parser.add_option("tokenizer", default="gpt2", help="that wrote them, if there is no tokenizer/ beside them")
     args = parser.parse_args()

@@ -215,7 +215,7 @@ def table(rows: dict[str, list[tuple[float, float]]], text_bytes: int, tokens: i
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.benchmark", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.benchmark", __doc__)
     parser.add_option("megabytes", type=int, default=300, help="of text")
     parser.add_option("repeats", type=int, default=5, help="rounds, in each of which every contender runs once")
     parser.add_option("contender", nargs=3, metavar=("NAME", "CORPUS", "SCRATCH"), help="run one of them, once")

@@ -145,7 +145,7 @@ def table(report: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.clean", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.clean", __doc__)
     parser.add_argument("config", type=Path, help="YAML file; data_prep/configs/clean.yaml explains every setting")
     config = read_config(parser.parse_args().config)
     report = clean(config)

@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -23,11 +25,45 @@ def unknown_name(name: str, known: Iterable[str]) -> str:
     return f"unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, `--both_spellings` of a name, and a suggestion for an unknown one."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each option by one of its spellings, what kind of value it takes, and its default where it has one."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+    _KINDS = {int: "N", float: "X", Path: "PATH"}
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, 110))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.option_strings and action.option_strings[0] != "-h":
+            values = self._format_args(action, self._get_default_metavar_for_optional(action))
+            return f"{action.option_strings[0]} {values}".rstrip()
+        return super()._format_action_invocation(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if isinstance(action.const, bool) and action.nargs == "?":
+            return "true|false"
+        return self._KINDS.get(action.type, action.dest.upper())
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if action.help is None or default is None or default is False or default in ([], argparse.SUPPRESS):
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{action.help} [{str(shown).replace('%', '%%')}]"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in the help, `--both_spellings` of a name, and a suggestion for an unknown one.
+
+    Args:
+        doc: the docstring of the command's module: what it does, then how it is called.
+    """
+
+    def __init__(self, prog: str, doc: str) -> None:
+        summary, _, rest = doc.strip().partition("\n")
+        super().__init__(
+            prog=prog, description=summary, epilog=rest.strip(), formatter_class=HelpFormatter, allow_abbrev=False
+        )
 
     def add_option(self, name: str, **kwargs: Any) -> None:
         """Add `--some_name`, which `--some-name` spells as well."""

@@ -208,7 +208,7 @@ def _token_documents(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.contamination", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.contamination", __doc__)
     parser.add_argument("folder", type=local_folder, help="data folder, as data_prep.prepare makes it")
     parser.add_option("against", type=Path, nargs="+", required=True, metavar="FILE", help="sets: .jsonl, .txt")
     parser.add_option("fields", nargs="+", help="of a record that make up an item; HellaSwag's, or every string")

@@ -133,7 +133,7 @@ def _range(word: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.inspect", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.inspect", __doc__)
     parser.add_argument("folders", nargs="+", help="data folders, or hf://datasets/USER/NAME")
     parser.add_option("documents", type=int, default=3, help="to show of each folder")
     parser.add_option("split", choices=["train", "val"], default="train", help="to show documents of")

@@ -190,7 +190,7 @@ def preparing_command(folder: str, manifest: Manifest) -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.prepare", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.prepare", __doc__)
     parser.add_argument("folder", type=Path, help="data folder to make, or to go on with")
     parser.add_option(
         "source",

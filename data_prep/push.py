@@ -69,7 +69,7 @@ def dataset_card(manifest: Manifest, folder: Path, repository: str, licence: str
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.push", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.push", __doc__)
     parser.add_argument("folder", type=Path, help="data folder")
     parser.add_argument("repository", metavar="USER/NAME", help="data set on the Hub, which is made if it is not there")
     parser.add_option("private", action="store_true", help="make it a private one")

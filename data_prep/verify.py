@@ -55,7 +55,7 @@ def _of_shard(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m data_prep.verify", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m data_prep.verify", __doc__)
     parser.add_argument("folder", type=local_folder, help="data folder, or hf://datasets/USER/NAME")
     folder = parser.parse_args().folder
     problems = list(verify(folder))

@@ -118,7 +118,7 @@ def table(title: str, results: dict[str, tuple[list[float], int]], amount: int, 
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m eval.benchmark", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m eval.benchmark", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=Path, metavar="FILE", help="hellaswag_val.jsonl; downloaded if not given")
     parser.add_option("items", type=int, default=500, help="of HellaSwag, drawn at random")

@@ -153,7 +153,7 @@ def _show(model: GPTModel, tokenizer: Any, prompt: str, sampling: Sampling, comp
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m eval.generate", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m eval.generate", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("prompt", help="text to continue; typed line by line if not given")
     parser.add_option("max_new_tokens", type=int, default=200, help="tokens to add, fewer if the text ends before")

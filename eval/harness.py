@@ -138,7 +138,7 @@ def results_path(model: str) -> Path:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m eval.harness", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("tasks", required=True, metavar="A,B,...", help="tasks and groups; gpt2_zero_shot: GPT-2's paper")
     parser.add_option("stock", action="store_true", help="run it as transformers' own GPT-2, not as GPTModel")

@@ -189,7 +189,7 @@ def _download(dataset: str, address: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="accelerate launch -m eval.hellaswag", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("accelerate launch -m eval.hellaswag", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=Path, metavar="FILE", help="hellaswag_val.jsonl; downloaded if not given")
     parser.add_option("limit", type=int, help="only the first so many items")

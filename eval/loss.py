@@ -82,7 +82,7 @@ def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterat
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m eval.loss", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m eval.loss", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=local_folder, required=True, help="data folder (its validation split) or text file")
     parser.add_option("length", type=int, help="tokens in a window; the model's n_positions by default")

@@ -90,7 +90,7 @@ def _published(model: Published) -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m eval.report", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m eval.report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a log.txt or main.log")
     parser.add_option("output", type=Path, help="folder; RUN/report of a single run folder, else report, if not given")
     parser.add_option("batch_tokens", type=int, help="tokens of a step, for logs that do not say")

@@ -1,5 +1,8 @@
 """A stand-in for the Hub on 127.0.0.1: as much of its protocol as it takes to make repositories, to upload to them,
-to tag, to list and to download, with the ways in which it fails."""
+to tag, to list and to download, with the ways in which it fails. By itself it serves until it is stopped:
+
+    python tests/standin_hub.py
+"""
 
 import base64
 import hashlib
@@ -345,3 +348,9 @@ ROUTES = {
     r"PUT /lfs/([0-9a-f]{64})": "lfs_upload",
     r"(?:GET|HEAD) /((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.*)": "resolve",
 }
+
+
+if __name__ == "__main__":  # to try publishing without an account
+    with serve() as here:
+        print("export " + " ".join(f"{name}={value}" for name, value in here.environment().items()), flush=True)
+        threading.Event().wait()

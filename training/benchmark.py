@@ -253,7 +253,7 @@ def table(size: Size, precision: str, speeds: dict[str, list[float]], memory: di
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m training.benchmark", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m training.benchmark", __doc__)
     parser.add_option("sizes", nargs="+", default=["quickstart", "small"], choices=list(SIZES), help="models")
     parser.add_option(
         "contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="who takes part"

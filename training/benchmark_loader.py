@@ -51,7 +51,7 @@ def model_rate(steps: int) -> float:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m training.benchmark_loader", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m training.benchmark_loader", __doc__)
     parser.add_option("data", nargs="+", default=["data/quickstart"], help="data folders, a mixture if several")
     parser.add_option("repeats", type=int, default=5, help="rounds, in each of which every length is measured once")
     args = parser.parse_args()

@@ -32,7 +32,7 @@ _EVERY = 100
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m training.benchmark_saving", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m training.benchmark_saving", __doc__)
     parser.add_option("size", default="gpt2-124m", choices=list(SIZES), help="model")
     parser.add_option("precision", default="bf16", choices=["bf16", "no"], help="of the arithmetic")
     parser.add_option("micro_batch", type=int, default=1, help="sequences in a step")

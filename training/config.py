@@ -1,5 +1,6 @@
 """Reading the settings of a run: flags over file over preset over defaults."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -8,12 +9,18 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from data_prep.cli import UserError, first_line, unknown_name
-from modeling import PRESETS
+from data_prep.cli import HelpFormatter, UserError, first_line, unknown_name
+from modeling import PRESETS, GPTConfig, parameter_count
 from training.checks import raise_all
 from training.settings import MODEL_SIZES, NEWEST, RunSettings, TrainingConfig
 
 _Option = list[str]  # "--name" and its values
+
+
+class _ListPresets(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(presets_table())
+        parser.exit()
 
 
 class _Parser(HfArgumentParser):
@@ -24,8 +31,10 @@ class _Parser(HfArgumentParser):
             prog="accelerate launch training/train.py",
             usage="%(prog)s [CONFIG.yaml] [--name value ...]",
             description="Train a GPT. Flags go over the file, the file over the preset, the preset over the defaults.",
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        self.add_argument("--list_presets", action=_ListPresets, nargs=0, help="show the published sizes, and exit")
         self._option_string_actions["--micro_batch"].type = number_or_auto
 
     def error(self, message: str) -> None:
@@ -34,6 +43,21 @@ class _Parser(HfArgumentParser):
 
 def number_or_auto(word: str) -> int | str:
     return word if word == "auto" else int(word)
+
+
+def presets_table() -> str:
+    """The published sizes, one a line, with the batch and the learning rate to train each by."""
+    lines = [
+        f"{'preset':<12}{'parameters':>16}{'layers':>8}{'width':>7}{'heads':>7}{'context':>9}{'batch_tokens':>14}"
+        f"{'learning_rate':>15}"
+    ]
+    for name, preset in PRESETS.items():
+        config = GPTConfig(**{size: getattr(preset, size) for size in MODEL_SIZES})
+        lines.append(
+            f"{name:<12}{parameter_count(config):>16,}{preset.n_layer:>8}{preset.n_embd:>7}{preset.n_head:>7}"
+            f"{preset.n_positions:>9,}{preset.batch_tokens:>14,}{preset.learning_rate:>15.1e}"
+        )
+    return "\n".join([*lines, "With GPT-2's vocabulary of 50,257, head tied; --preset NAME trains one."])
 
 
 def parse_config(argv: list[str]) -> TrainingConfig:
@@ -154,8 +178,6 @@ def _of_branch(checkpoint: Path, given: dict[str, list[str]]) -> list[_Option]:
 
 def _sizes_of(name: str) -> dict[str, int]:
     """The sizes of a GPT-2 in a folder or on the Hub."""
-    from modeling import GPTConfig
-
     try:
         config = GPTConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -95,7 +95,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, backend: dict[str, Any], vocab_s
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m training.export_gguf", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m training.export_gguf", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_argument("file", type=Path, help=".gguf file to write")
     parser.add_option("dtype", choices=["float32", "float16"], default="float32", help="of the matrices")

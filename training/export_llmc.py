@@ -98,7 +98,7 @@ def _order(config: GPTConfig) -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m training.export_llmc", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m training.export_llmc", __doc__)
     parser.add_argument("source", help="checkpoint folder or GPT-2 on the Hub, to be written; .bin file, to be read")
     parser.add_argument("target", type=Path, help=".bin file to write; folder to make of one")
     parser.add_option("dtype", choices=["float32", "bfloat16"], default="float32", help="of the .bin file's weights")

@@ -20,7 +20,7 @@ from training.optimizer import set_learning_rate
 from training.settings import MODEL_SIZES, TrainingConfig
 from training.step import training_step
 
-# Up to this length a CPU is faster with whole attention matrices than with the fused kernel (training/BENCHMARKS.md).
+# Up to this length a CPU is faster with whole attention matrices than with the fused kernel (docs/benchmarks.md).
 _EAGER_TOKENS = 512
 
 

@@ -112,7 +112,7 @@ def _add_card(checkpoint: Path, run_folder: Path, to: Destination) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m training.publish", description=__doc__.split("\n")[0])
+    parser = ArgumentParser("python -m training.publish", __doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_option("push_to_hub", metavar="USER/NAME", help="repository; the run's if not given")
     parser.add_option("step", type=int, nargs="+", default=[], help="checkpoints to upload, by their steps")

@@ -1,6 +1,6 @@
-"""What it takes to train each GPT-3 preset: memory, launch file and days; written to SCALING.md.
+"""What it takes to train each GPT-3 preset: memory, launch file and days; written to docs/scaling.md.
 
-    python -m training.scaling > training/SCALING.md
+    python -m training.scaling > docs/scaling.md
 
 A plan on paper. Throughput is what an assumed share of the GPU's peak gives; measure yours, and set it here.
 """
@@ -99,7 +99,7 @@ def config_of(preset: Preset) -> GPTConfig:
 
 
 def document() -> str:
-    """SCALING.md."""
+    """docs/scaling.md."""
     lines = [
         "# What each GPT-3 preset takes",
         "",

@@ -332,6 +332,7 @@ def finish(run: Run) -> None:
         f"  python -m eval.loss {last} --data {run.data.names[0]}\n"
         f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
         f"--max_steps {2 * run.config.max_steps}"
+        + ("" if run.config.hub.push_to_hub else f"\n  python -m training.publish {folder} --push_to_hub USER/NAME")
     )
 
 

@@ -191,7 +191,7 @@ def test_fp8_without_the_hardware_is_refused_before_anything_is_loaded(monkeypat
 def test_the_scaling_plan_is_what_its_script_says():
     from training.scaling import document
 
-    assert (ROOT / "training" / "SCALING.md").read_text() == document() + "\n"
+    assert (ROOT / "docs" / "scaling.md").read_text() == document() + "\n"
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
