@@ -34,7 +34,10 @@ class _Parser(HfArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--list_presets", action=_ListPresets, nargs=0, help="show the published sizes, and exit")
+        nowhere = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        self.add_argument(
+            "--list_presets", action=_ListPresets, nargs=0, help="show the published sizes, and exit", **nowhere
+        )
         self._option_string_actions["--micro_batch"].type = number_or_auto
 
     def error(self, message: str) -> None:
