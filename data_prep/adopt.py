@@ -45,14 +45,18 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
     for split, path in [("val", path) for path in val] + [("train", path) for path in train]:
         tokens = open_shard(path)
         dtypes.add(str(tokens.dtype))
-        documents, largest = int(np.count_nonzero(tokens == tokenizer.eos_token_id)), int(tokens.max(initial=0))
-        if not documents or largest >= tokenizer.vocab_size:
+        if (largest := int(tokens.max(initial=0))) >= tokenizer.vocab_size:
             raise UserError(
-                f"{path}: {documents} documents begin in it, and its largest id is {largest}; tokenizer "
-                f"{tokenizer.name!r} begins documents with {tokenizer.eos_token_id} and ends at "
+                f"{path}: its largest id is {largest}, and those of tokenizer {tokenizer.name!r} end at "
                 f"{tokenizer.vocab_size - 1}; name the one that wrote it with --tokenizer"
             )
+        documents = int(np.count_nonzero(tokens == tokenizer.eos_token_id))
         shards.append(Shard(path.name, split, len(tokens), documents, file_hash(path)))
+    if not any(shard.documents for shard in shards):
+        raise UserError(
+            f"{folder}: none of the shards has id {tokenizer.eos_token_id} in it, with which tokenizer "
+            f"{tokenizer.name!r} begins documents; name the one that wrote them with --tokenizer"
+        )
     formats = {path.suffix.lstrip(".") for path in val + train}
     if len(dtypes | formats) != 2:
         raise UserError(

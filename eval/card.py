@@ -31,7 +31,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
     parts = [
         f"# {repository.rpartition('/')[2]}",
         _summary(record, step),
-        section("Use", _use(repository)),
+        section("Use", _use(record, config, repository)),
         section("Evaluation", "\n\n".join(filter(None, [_evaluation(record, step), sections.pictures(pictures)]))),
         section("Model", _architecture(record, config)),
         section("Training", _training(record, step)),
@@ -161,11 +161,13 @@ def _summary(record: Record, step: int) -> str:
     )
 
 
-def _use(repository: str) -> str:
+def _use(record: Record, config: dict[str, Any], repository: str) -> str:
+    prompt = next(iter(record.settings["sample_prompts"]), "The")
     return f"""```python
 from transformers import pipeline
 
-print(pipeline("text-generation", model="{repository}")("Once upon a time")[0]["generated_text"])
+generate = pipeline("text-generation", model="{repository}")
+print(generate({prompt!r}, max_new_tokens={min(50, config["n_positions"] // 2)})[0]["generated_text"])
 ```
 
 `AutoModelForCausalLM.from_pretrained("{repository}", revision=...)` takes a commit, or a tag such as `step_00000500`

@@ -20,7 +20,8 @@ LOADING = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling import GPTModel
-name, revision, output = sys.argv[1:]
+name, revision, output, card = sys.argv[1:]
+exec(open(card).read().split("```python")[1].split("```")[0])  # its own way of using the model
 tokens = torch.arange(1, 25)[None]
 kinds = (GPTModel, AutoModelForCausalLM)
 logits = [kind.from_pretrained(name, revision=revision).eval()(tokens).logits for kind in kinds]
@@ -48,7 +49,10 @@ def command(module: str, *words: object, hub: StandIn, cwd: Path, expect: int = 
 def loaded(repository: str, revision: str, hub: StandIn, cwd: Path) -> dict:
     """The logits of GPTModel and of stock transformers, in a fresh process that has the name and nothing else."""
     environment = os.environ | hub.environment() | {"HF_HOME": str(cwd / "cache")}
-    run_command(sys.executable, "-c", LOADING, repository, revision, cwd / "out.pt", cwd=cwd, env=environment)
+    place = hub.repositories[f"models/{repository}"]
+    (cwd / "card.md").write_bytes(place.commits[place.branches["main"]]["README.md"])
+    words = [repository, revision, cwd / "out.pt", cwd / "card.md"]
+    run_command(sys.executable, "-c", LOADING, *words, cwd=cwd, env=environment)
     return torch.load(cwd / "out.pt")
 
 
