@@ -138,7 +138,7 @@ def command_line(corpus, folder) -> list[str]:
     return [str(folder), "--source", str(corpus), *flags]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path, seed):
     """Each process kills itself, as `kill -9` does, in a random call: where it writes, hashes, renames or counts."""
     rng = random.Random(seed)

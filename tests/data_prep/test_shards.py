@@ -193,9 +193,12 @@ def test_what_cannot_be_taken_on_is_refused(data_folder, tmp_path):
     with pytest.raises(UserError, match=r"no .npy or .bin files with 'val' and with 'train'"):
         adopt(tmp_path, tokenizer)
     bin_file(tmp_path / "x_train_1.bin", [600, 601])
-    with pytest.raises(UserError, match=r"its largest id is 601; tokenizer .* ends at 600"):
+    with pytest.raises(UserError, match=r"its largest id is 601, and those of tokenizer .* end at 600"):
         adopt(tmp_path, tokenizer)
-    bin_file(tmp_path / "x_train_1.bin", [600, 7])
+    for name in ("x_val_0.bin", "x_train_1.bin"):
+        bin_file(tmp_path / name, [3, 7])
+    with pytest.raises(UserError, match="none of the shards has id 600 in it, with which tokenizer"):
+        adopt(tmp_path, tokenizer)
     np.save(tmp_path / "x_train_2.npy", np.array([600, 7], dtype=np.uint16))
     with pytest.raises(UserError, match="shards of several kinds"):
         adopt(tmp_path, tokenizer)

@@ -54,6 +54,7 @@ def test_the_plain_command_works_on_a_checkpoint(plain):
     assert plain["lambada_local/perplexity"] > 1 and 1 < plain["wikitext_local/bits_per_byte"] < 6
 
 
+@pytest.mark.clients
 def test_gptmodel_scores_as_the_plain_command_finds(tiny_run, plain, folder):
     """Options that are not ours are passed on; the results lie beside the checkpoint."""
     checkpoint = folder / "step_00000020"

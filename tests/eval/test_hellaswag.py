@@ -150,7 +150,7 @@ def test_all_items_agree(data, data_folder, tmp_path, steps):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rule", ["completion", "lm_eval"])
+@pytest.mark.parametrize("rule", ["completion", pytest.param("lm_eval", marks=pytest.mark.slow)])
 def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
     items = read_items(data)[5000:5040]
     expected = evaluate(random_model, items, rule, batch_size=64)

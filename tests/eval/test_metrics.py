@@ -38,6 +38,7 @@ def test_multiple_choice_accumulates_over_batches():
     assert metric.compute() == pytest.approx(CHOICE)
 
 
+@pytest.mark.slow
 def test_metrics_accumulate_over_processes(tmp_path):
     program = f"""
 import json, sys, evaluate

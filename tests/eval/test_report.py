@@ -111,8 +111,10 @@ def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
     run = read_run(tmp_path / "log.txt", batch_tokens=524288)
     run.environment = {"parameters": 124_439_808, "packages": {}, "mixed_precision": "bf16", "num_processes": 8,
                        "device": "NVIDIA A100", "platform": "Linux", "python": "3.11", "git_revision": None,
-                       "command": [], "data": []}  # fmt: skip
-    rows = table(write_report([run], tmp_path / "report").read_text(), "Results")
+                       "command": ["/home/me/training/train.py", "--seed", "1"], "data": []}  # fmt: skip
+    text = write_report([run], tmp_path / "report").read_text()
+    assert "\n- `training/train.py --seed 1`\n" in text
+    rows = table(text, "Results")
     assert rows["GPT-2 124M"]["HellaSwag, completion"] == "0.2955"
     assert rows["GPT-2 124M"]["HellaSwag, lm_eval"] == "0.3114"
     assert rows["GPT-3 125M"]["HellaSwag, completion"] == "0.3370"

@@ -146,11 +146,9 @@ def test_what_is_published(recipe, tmp_path):
         assert repository.tags["step_00000005"] not in (first, None)
         weights = repository.commits[repository.tags["step_00000005"]]["model.safetensors"]
         assert weights == (other.checkpoints[0] / "model.safetensors").read_bytes()
-        checking = [run.folder, "--check", "--push_to_hub"]
-        assert "can be written to" in command("training.publish", *checking, "user/done", hub=hub, cwd=tmp_path)
-        refusals = {"someone/else": "the token is that of user, who may write to user", "a b/c": "a b/c"}
-        for name, problem in refusals.items():
-            assert problem in command("training.publish", *checking, name, hub=hub, cwd=tmp_path, expect=2)
+        checking = [run.folder, "--check", "--push_to_hub", "someone/else"]
+        said = command("training.publish", *checking, hub=hub, cwd=tmp_path, expect=2)
+        assert "the token is that of user, who may write to user" in said
 
 
 @pytest.mark.slow
