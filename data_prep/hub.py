@@ -131,6 +131,7 @@ class Hub:
 
     def _try(self, request: Callable[[], T]) -> T:
         from huggingface_hub import get_session
+        from huggingface_hub.errors import RepositoryNotFoundError
 
         retries = Retries(_DELAYS, "nothing is lost")
         while True:
@@ -140,6 +141,9 @@ class Hub:
                 return request()
             except (LookupError, TypeError, AttributeError):  # mistakes, not failures
                 raise
+            except RepositoryNotFoundError as error:  # for which the Hub answers 401 as well as 404
+                kind = self.where["repo_type"]
+                raise UserError(f"{self.repository}: no such {kind} on the Hub, or one that is not for you") from error
             except Exception as error:  # of several libraries
                 if refusal := _REFUSALS.get(status_of(error)):
                     raise UserError(f"{self.repository}: {refusal}") from error

@@ -27,6 +27,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
     from huggingface_hub import ModelCard
 
     record = until(record, step)
+    samples = sections.last_samples(record)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     parts = [
         f"# {repository.rpartition('/')[2]}",
@@ -36,7 +37,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
         section("Model", _architecture(record, config)),
         section("Training", _training(record, step)),
         section("Data", sections.data(record)),
-        section("Samples", sections.samples(record)),
+        section(f"Samples of step {samples[0]['step']}", sections.samples(record)) if samples else "",
         section("Limits", _limits()),
         section("Reproduction", _reproduction(record, repository)),
         section("Environment", sections.environment(record)),
@@ -62,6 +63,7 @@ def until(record: Record, step: int) -> Record:
         environment=record.environment,
         samples=[sample for sample in record.samples if sample["step"] <= step],
         harness={name: scores for name, scores in record.harness.items() if name == f"step_{step:08d}"},
+        harness_limits=record.harness_limits,
     )
 
 
@@ -69,16 +71,15 @@ def _metadata(record: Record, step: int, repository: str, licence: str) -> Any:
     from huggingface_hub import ModelCardData
 
     sources = [one["source"] for one in record.environment["data"] if one.get("revision")]  # those of the Hub
-    begun_from = record.settings.get("init_from")
     return ModelCardData(
         model_name=repository.rpartition("/")[2],
-        base_model=begun_from if begun_from and not Path(begun_from).exists() else None,
+        base_model=record.environment.get("base_model"),
         datasets=sorted(set(sources)) or None,
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt-accelerate"],
-        eval_results=evaluation_results(record, step),
+        eval_results=evaluation_results(record, step) or None,
     )
 
 
@@ -109,6 +110,7 @@ def evaluation_results(record: Record, step: int) -> list[Any]:
             found.append(result(source, trained_on, metric, scores[metric], pretty, **split))
         if (bits := _at(record, "val_bits_per_byte", step)) is not None:
             found.append(result(source, trained_on, "bits_per_byte", bits, "Bits per byte", **split))
+    limit = record.settings.get("hellaswag_limit")
     for rule in _RULES:
         for metric in ("acc_norm", "acc"):
             if (value := _at(record, f"hellaswag/{rule}/{metric}", step)) is not None:
@@ -120,9 +122,10 @@ def evaluation_results(record: Record, step: int) -> list[Any]:
                         value,
                         f"{metric} by the {rule} rule",
                         dataset_split="validation",
-                        dataset_args=_only_the_first(record, "hellaswag_limit"),
+                        dataset_args={"limit": limit} if limit else None,
                     )
                 )
+    limits = record.harness_limits.get(f"step_{step:08d}", {})
     for task, scores in record.harness.get(f"step_{step:08d}", {}).items():
         for metric, value in scores.items():
             found.append(
@@ -132,15 +135,10 @@ def evaluation_results(record: Record, step: int) -> list[Any]:
                     metric,
                     value,
                     f"{metric} by lm-evaluation-harness",
-                    dataset_args=_only_the_first(record, "lm_eval_limit"),
+                    dataset_args={"limit": limits[task]} if task in limits else None,
                 )
             )
     return [one for one in found if math.isfinite(one.metric_value)]
-
-
-def _only_the_first(record: Record, setting: str) -> dict[str, int] | None:
-    limit = record.settings.get(setting)
-    return {"limit": limit} if limit else None
 
 
 def _at(record: Record, metric: str, step: int) -> float | None:
@@ -211,7 +209,9 @@ def _training(record: Record, step: int) -> str:
         rows.append(["FLOPs", f"{tokens * flops:.3g}, of {flops:,.0f} a token"])
     rows.append(["hardware", sections.hardware(record)])
     if seconds:
-        rows.append(["time", f"{sections.duration(seconds.at(step))} of training, evaluations and checkpoints aside"])
+        since = f" since step {seconds.steps[0]:,}, where it branched off" if seconds.steps[0] else ""
+        took = sections.duration(seconds.at(step))
+        rows.append(["time", f"{took} of training{since}, evaluations and checkpoints aside"])
     settings = f"<details><summary>All settings</summary>\n\n{sections.settings([record])}\n\n</details>"
     return f"{table(['', ''], rows)}\n\n{settings}"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -40,6 +41,7 @@ class Record:
         settings, environment: of `config.yaml` and `environment.json`; empty for logs of other trainers.
         samples: lines of `samples.jsonl`.
         harness: scores of the lm-evaluation-harness by checkpoint, task and metric.
+        harness_limits: how many items those are of, by checkpoint and task, where not of all.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     harness: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    harness_limits: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric, None where it was never measured."""
@@ -113,16 +116,23 @@ def _read_our_run(folder: Path) -> Record:
         settings=settings,
         environment=_json(folder / "environment.json") or {},
         samples=_json_lines(folder / "samples.jsonl"),
-        harness=_harness_results(folder / "checkpoints"),
+        harness=_harness_results(folder / "checkpoints", harness_scores),
+        harness_limits=_harness_results(folder / "checkpoints", harness_limits),
     )
 
 
-def _harness_results(checkpoints: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """The harness's scores by checkpoint, task and metric, of all of its results that lie beside a checkpoint."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def _harness_results(checkpoints: Path, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What `read` finds by task, for each checkpoint, in all results of the harness that lie beside it."""
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoints.glob("step_*.lm_eval*.json")):
-        found.setdefault(path.name.partition(".")[0], {}).update(harness_scores(_json(path)))
+        found.setdefault(path.name.partition(".")[0], {}).update(read(_json(path)))
     return found
+
+
+def harness_limits(results: dict[str, Any]) -> dict[str, int]:
+    """By task, how many items were evaluated, where that is not all."""
+    counts = results.get("n-samples", {})
+    return {task: count["effective"] for task, count in counts.items() if count["effective"] < count["original"]}
 
 
 def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:

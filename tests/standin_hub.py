@@ -143,7 +143,10 @@ class Handler(BaseHTTPRequestHandler):
     def repository(self, place: str, revision: str = "main") -> tuple[Repository, str] | None:
         repository = self.hub.repositories.get(place)
         if repository is None:
-            self.fail(404, "Repository not found", "RepoNotFound")
+            if "Authorization" in self.headers:
+                self.fail(404, "Repository not found", "RepoNotFound")
+            else:
+                self.fail(401, "Invalid username or password.")
             return None
         commit = repository.commit_of(revision)
         if commit is None:

@@ -171,6 +171,7 @@ def _of_branch(checkpoint: Path, given: dict[str, list[str]]) -> list[_Option]:
     """The settings of the run that `checkpoint` is of, ended after the cooldown if one is asked for."""
     step, position = saved_progress(checkpoint)
     settings = _read_yaml(checkpoint.absolute().parents[1] / "config.yaml")
+    settings.pop("push_to_hub", None)  # where the other run is published
     length = settings["sequence_length"] or settings["n_positions"]
     if "cooldown_tokens" in given and "max_tokens" not in given:
         settings["max_tokens"] = position * length + int(given["cooldown_tokens"][0])

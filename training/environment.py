@@ -23,6 +23,7 @@ def write_environment(
     config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, flops_per_token: int
 ) -> None:
     """Write the resolved settings, and the versions, revision, hardware and data, into the run's folder."""
+    begun_from = config.model.init_from
     settings = {name: value for name, value in config.to_dict().items() if name not in START}
     environment = {
         "command": sys.argv,
@@ -34,6 +35,7 @@ def write_environment(
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
+        "base_model": None if begun_from is None or Path(begun_from).exists() else begun_from,  # on the Hub
         "parameters": parameters,
         "flops_per_token": flops_per_token,
         "data": [

@@ -37,8 +37,9 @@ def write_gguf(model: GPTModel, tokenizer: Any, file: Path, dtype: torch.dtype =
 
     config = model.config
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    if config.activation_function != "gelu_new" or not config.scale_attn_weights:
-        raise UserError(f"llama.cpp's GPT-2 has gelu_new and scaled attention, not {config.activation_function}")
+    fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
+        raise UserError(f"llama.cpp's GPT-2 is another network than this one, which has {', '.join(other)}")
     if not _SPLIT.items() <= (backend["pre_tokenizer"] or {}).items() or backend["normalizer"] is not None:
         raise UserError("this tokenizer does not split text as GPT-2's does; use llama.cpp's convert_hf_to_gguf.py")
 

@@ -35,11 +35,10 @@ def write_llmc(model: GPTModel, file: Path, dtype: torch.dtype = torch.float32) 
         UserError: for a model that llm.c's network is not.
     """
     config = model.config
-    if (config.n_inner or 4 * config.n_embd) != 4 * config.n_embd or config.activation_function != "gelu_new":
-        raise UserError(
-            f"llm.c has a hidden width of 4 n_embd and gelu_new; this model has n_inner={config.n_inner} and "
-            f"{config.activation_function}"
-        )
+    fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    fixed["n_inner"] = None if config.n_inner is None else 4 * config.n_embd
+    if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
+        raise UserError(f"llm.c's network is another than this one, which has {', '.join(other)}")
     padded = -(-config.vocab_size // _PADDED_TO) * _PADDED_TO
     version = next(number for number, of in _VERSIONS.items() if of == dtype)
     header = np.zeros(_HEADER, dtype="<i4")
@@ -76,7 +75,9 @@ def read_llmc(file: Path) -> GPTModel:
         )
     config = GPTConfig(n_positions=n_positions, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     model = GPTModel(config).eval()
-    values = torch.from_numpy(content[4 * _HEADER :]).view(_VERSIONS[version])
+    content = content[4 * _HEADER :]
+    dtype = _VERSIONS[version]
+    values = torch.from_numpy(content[: len(content) // dtype.itemsize * dtype.itemsize]).view(dtype)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shapes["transformer.wte.weight"] = torch.Size([padded, n_embd])
     names = _order(config)

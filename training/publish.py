@@ -7,6 +7,7 @@ With --push_to_hub, training runs it by itself. What has failed is tried again b
 """
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from data_prep.lock import locked
 from eval.card import model_card, until
 from eval.logs import read_run
 from eval.plots import plot_all
-from training.checkpoint_folders import COMPLETE, checkpoint_folder
-from training.outbox import FOLDER, put, released_checkpoint, step_of, waiting
+from training.checkpoint_folders import COMPLETE, checkpoint_folder, complete_checkpoints
+from training.outbox import FOLDER, put, recover, step_of, taken, waiting
 
 _LOCK_ATTEMPTS = 600  # a second each
 
@@ -56,24 +57,23 @@ def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
     """
     hub = Hub(to.repository, "model")
     with _outbox(run_folder):
+        recover(run_folder)
         if not steps and not waiting(run_folder):
-            released = released_checkpoint(run_folder, to.strategy)
-            if released is None:
-                raise UserError(f"{run_folder} has no complete checkpoint to publish")
-            put(released, run_folder)
+            put(_released_checkpoint(run_folder, to.strategy), run_folder)
         for step in steps:
             checkpoint = checkpoint_folder(run_folder / "checkpoints", step)
             if not (checkpoint / COMPLETE).exists():
                 raise UserError(f"step={step}: {checkpoint} is not there, or not complete")
             put(checkpoint, run_folder)
+        chosen = _to_upload(run_folder, to.strategy, steps)
         hub.create(to.private)
-        for checkpoint in _to_upload(run_folder, to.strategy, steps):
-            _add_card(checkpoint, run_folder, to)
+        for checkpoint in chosen:
             step = step_of(checkpoint)
-            files = {path.name: path for path in sorted(checkpoint.iterdir())}
-            url = hub.upload(files, f"Step {step}", tag=checkpoint.name if to.revisions else None)
+            with taken(checkpoint) as folder:
+                _add_card(folder, step, run_folder, to)
+                files = {path.name: path for path in sorted(folder.iterdir())}
+                url = hub.upload(files, f"Step {step}", tag=checkpoint.name if to.revisions else None)
             print(f"step {step:>6}  published {url}", flush=True)
-            shutil.rmtree(checkpoint)
 
 
 @contextlib.contextmanager
@@ -95,20 +95,36 @@ def _outbox(run_folder: Path) -> Iterator[None]:
 def _to_upload(run_folder: Path, strategy: str, steps: list[int]) -> list[Path]:
     """What waits to be uploaded, less what has been overtaken, which is removed."""
     found = waiting(run_folder)
-    if steps or strategy == "all":
+    if steps:
+        return [checkpoint for checkpoint in found if step_of(checkpoint) in steps]
+    if strategy == "all":
         return found
     for overtaken in found[:-1]:
         shutil.rmtree(overtaken)
     return found[-1:]
 
 
-def _add_card(checkpoint: Path, run_folder: Path, to: Destination) -> None:
-    """Write the model card, its pictures and the settings of the run beside a checkpoint that waits."""
-    record, step = read_run(run_folder), step_of(checkpoint)
+def _released_checkpoint(run_folder: Path, strategy: str) -> Path:
+    """The checkpoint that a finished run is known by: its last, or under the strategy `best` its best."""
+    complete = complete_checkpoints(run_folder / "checkpoints")
+    if not complete:
+        raise UserError(f"{run_folder} has no complete checkpoint to publish")
+    if strategy != "best":
+        return complete[-1]
+    losses = read_run(run_folder).curves["val_loss"]
+    by_step = dict(zip(losses.steps, losses.values, strict=True))
+    return min(complete, key=lambda checkpoint: by_step.get(step_of(checkpoint), math.inf))
+
+
+def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination) -> None:
+    """Write the model card, its pictures and the settings of the run beside a checkpoint that is to be uploaded."""
+    record = read_run(run_folder)
     pictures = plot_all([until(record, step)], checkpoint)
     card = model_card(record, step, checkpoint, to.repository, to.licence, pictures)
     (checkpoint / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(run_folder / "config.yaml", checkpoint / "training_config.yaml")
+    # Whoever runs them has another place to publish to, or none.
+    settings = {name: value for name, value in record.settings.items() if not name.startswith(("push_to_hub", "hub_"))}
+    (checkpoint / "training_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def main() -> None:

@@ -172,7 +172,9 @@ class HubSettings:
     _argument_group_name = "publishing"
 
     push_to_hub: str | None = _field(
-        None, "USER/NAME on the Hub, where checkpoints are uploaded to, with a model card, while training goes on"
+        None,
+        "USER/NAME on the Hub, where checkpoints are uploaded to, with a model card, while training goes on; none: "
+        "nowhere",
     )
     hub_strategy: Literal["end", "checkpoint", "best", "all"] = _field(
         "checkpoint",
@@ -182,6 +184,10 @@ class HubSettings:
     hub_revisions: bool = _field(False, "tag each of them with its step, as in step_00000500")
     hub_private_repo: bool = _field(False, "make the repository a private one, if it is not there yet")
     hub_license: str = _field("mit", "licence that the model card names, as the Hub spells it")
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub == "none":
+            self.push_to_hub = None
 
 
 @dataclass

@@ -321,7 +321,8 @@ def finish(run: Run) -> None:
         )
         print(f"\nstopped after step {run.state.step} ({why}); {goes_on}")
         return
-    best = checkpoint_folder(run.checkpoints, run.state.best_step)
+    best, published = checkpoint_folder(run.checkpoints, run.state.best_step), run.config.hub.push_to_hub
+    publishing = f"python -m training.publish {folder} --push_to_hub USER/NAME"
     print(
         f"\nreport           {run.config.report_folder / 'report.md'}\n"
         f"last checkpoint  {last}\n"
@@ -332,7 +333,7 @@ def finish(run: Run) -> None:
         f"  python -m eval.loss {last} --data {run.data.names[0]}\n"
         f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
         f"--max_steps {2 * run.config.max_steps}"
-        + ("" if run.config.hub.push_to_hub else f"\n  python -m training.publish {folder} --push_to_hub USER/NAME")
+        + (f" --push_to_hub {published}_longer" if published else f"\n  {publishing}")
     )
 
 

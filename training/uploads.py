@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 from training.outbox import put, step_of, waiting
 from training.saving import Saver
 
@@ -35,7 +35,7 @@ class Uploads:
         self.expected: Path | None = None
         self.newest: Path | None = next(reversed(waiting(run_folder)), None)
         self.tried: Path | None = None
-        self._start("--check")
+        self.said, self.checking = self._start("--check"), True
 
     def expect(self, checkpoint: Path) -> None:
         """Have a checkpoint uploaded, once it is written and all records of its step are there."""
@@ -51,26 +51,29 @@ class Uploads:
             self.flush()
             self.saver.afterwards("a checkpoint could not be set aside for the Hub", partial(self._put, self.expected))
             self.expected = None
-        said = self._ended("tried again with the next checkpoint")
+        said = self.said + self._ended("tried again with the next checkpoint")
+        self.said = []
         newest = self.newest
         if self.process is None and newest not in (None, self.tried):
-            self.tried = newest
-            self._start()
+            self.tried, self.checking = newest, False
+            said += self._start()
         return said
 
     def finish(self, stopping: Callable[[], bool]) -> Iterator[str]:
         """Upload what waits, unless or until the run is to stop; yields what has come of it."""
         again = f"this tries again: python -m training.publish {self.run_folder}"
         if self.expected is not None:
-            self._put(self.expected)
-        if self.tried is None:  # only whether the Hub can be reached has been asked so far
+            try:
+                self._put(self.expected)
+            except OSError as error:
+                yield f"not published: {first_line(error)}; {again}"
+        if self.checking:
             self._terminate()
         yield from self._wait(stopping, "tried again at the end")
         failed = ""
         if (left := waiting(self.run_folder)) and not stopping():
             yield f"uploading {left[-1].name}; Ctrl-C leaves that for later"
-            self._start()
-            for failed in self._wait(stopping, again):
+            for failed in (*self._start(), *self._wait(stopping, again)):
                 yield failed
         self.close()
         if (left := waiting(self.run_folder)) and again not in failed:
@@ -89,15 +92,19 @@ class Uploads:
 
     def _put(self, checkpoint: Path) -> None:
         if checkpoint.exists():  # if it could be written
-            self.newest = put(checkpoint, self.run_folder)
+            self.newest, self.tried = put(checkpoint, self.run_folder), None
 
-    def _start(self, *options: str) -> None:
-        self.output.seek(0)
-        self.output.truncate()
-        self.process = subprocess.Popen(
-            _command(self.run_folder, *options), stdout=self.output, stderr=self.output, stdin=subprocess.DEVNULL
-        )
-        os.setpriority(os.PRIO_PROCESS, self.process.pid, _NICENESS)
+    def _start(self, *options: str) -> list[str]:
+        """Begin an upload, or say why that is not possible."""
+        words = _command(self.run_folder, *options)
+        try:
+            self.output.seek(0)
+            self.output.truncate()
+            self.process = subprocess.Popen(words, stdout=self.output, stderr=self.output, stdin=subprocess.DEVNULL)
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, _NICENESS)
+        except OSError as error:
+            return [f"not published: {first_line(error)}"]
+        return []
 
     def _wait(self, stopping: Callable[[], bool], otherwise: str) -> list[str]:
         while self.process is not None and self.process.poll() is None and not stopping():

@@ -37,6 +37,7 @@ def card(train, swag_file, tmp_path_factory) -> tuple[ModelCard, dict, str]:
     scores = {"wikitext": {"alias": "wikitext", "word_perplexity,none": 33.25, "word_perplexity_stderr,none": "N/A"}}
     for step in (STEP, 20):
         results = {"results": scores} if step == STEP else {"results": {"wikitext": {"word_perplexity,none": 99.0}}}
+        results["n-samples"] = {"wikitext": {"original": 62, "effective": 7}}
         (run.folder / "checkpoints" / f"step_{step:08d}.lm_eval.json").write_text(json.dumps(results))
     record = read_run(run.folder)
     text = model_card(record, STEP, run.checkpoints[0], "user/carded", "mit", [run.folder / "report" / "loss.png"])
@@ -64,6 +65,7 @@ def test_its_metadata_is_the_hub_s(card):
     name, again = model_index_to_eval_results(eval_results_to_model_index(data.model_name, data.eval_results))
     assert name == "carded" and again == data.eval_results
     assert {one.dataset_args["limit"] for one in again if "acc" in one.metric_type} == {4}
+    assert [one.dataset_args["limit"] for one in again if one.dataset_type == "wikitext"] == [7]
 
 
 def test_it_is_complete(card, data_folder):

@@ -7,19 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_MODEL, Finished, launch, run_command
 from forks import begin
 from plants import die, in_step, online, wait_until_gone
-from safetensors.torch import load_file
 from standin_hub import StandIn, serve
 
 from data_prep.hub import repository_problem
 from modeling import GPTModel
+from training.config import parse_config
+from training.outbox import put, recover, step_of, taken, waiting
 
 LOADING = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling import GPTModel
+from training.config import parse_config
+from training.outbox import put, recover, step_of, taken, waiting
 name, revision, output, card = sys.argv[1:]
 exec(open(card).read().split("```python")[1].split("```")[0])  # its own way of using the model
 tokens = torch.arange(1, 25)[None]
@@ -77,6 +81,9 @@ def test_trained_killed_resumed_published_and_loaded_by_name(recipe, tmp_path):
 
         files = repository.commits[repository.tags["step_00000010"]]
         assert not [name for name in files if "training_state" in name or name == "COMPLETE"]
+        settings = yaml.safe_load(files["training_config.yaml"])
+        assert settings["max_steps"] == 20 and "push_to_hub" not in settings  # for whoever runs it again
+        assert parse_config(["--resume", str(run.checkpoints[1]), "--run_name", "b"]).hub.push_to_hub is None
         loss = run.metrics()[10]["val_loss"]
         assert f"| Validation loss, nats per token | {loss:.4f} |" in files["README.md"].decode()
         assert f"{run.metrics()[15]['val_loss']:.4f}" not in files["README.md"].decode()
@@ -108,12 +115,12 @@ def test_a_hub_that_fails_does_not_touch_the_run(recipe, tmp_path, what, message
     if what == "gone":
         run = training.finished("failing")
     assert run.losses() == alone.losses()
-    assert load_file(run.checkpoints[-1] / "model.safetensors").keys()
     *_, last = (line for line in run.stdout.splitlines() if "published" in line)
     assert message in last
     assert last.endswith("this tries again: python -m training.publish runs/failing")
     assert "report           runs/failing/report/report.md" in run.stdout
-    assert os.environ.get("HF_TOKEN", hub.environment()["HF_TOKEN"]) not in run.stdout
+    assert hub.environment()["HF_TOKEN"] not in run.stdout
+    assert len(list((run.folder / "hub").glob("*step_*"))) == 1  # the others were overtaken
 
     hub.failing, hub.token = None, StandIn.token
     with serve(hub):
@@ -134,13 +141,17 @@ def test_what_is_published(recipe, tmp_path):
         to = ["--push_to_hub", "user/done", "--hub_license", "apache-2.0"]
         said = command("training.publish", run.folder, *to, "--step", "7", hub=hub, cwd=tmp_path, expect=2)
         assert "step=7: " in said
+        config = run.folder / "config.yaml"  # the best is the last, of which its own checkpoint does not know yet
+        config.write_text(config.read_text().replace("hub_strategy: checkpoint", "hub_strategy: best"))
         command("training.publish", run.folder, *to, "--hub_private_repo", hub=hub, cwd=tmp_path)
         repository = hub.repositories["models/user/done"]
         assert repository.messages == ["Step 20"] and repository.private and not repository.tags
         command("training.publish", run.folder, *to, hub=hub, cwd=tmp_path)
         assert repository.messages == ["Step 20"]  # nothing has changed
         tagged = [*to, "--hub_revisions", "--step", "5"]
+        put(run.checkpoints[2], run.folder)
         command("training.publish", run.folder, *tagged, hub=hub, cwd=tmp_path)
+        assert repository.messages[1:] == ["Step 5"] and [step_of(left) for left in waiting(run.folder)] == [15]
         first = repository.tags["step_00000005"]
         command("training.publish", other.folder, *tagged, hub=hub, cwd=tmp_path)
         assert repository.tags["step_00000005"] not in (first, None)
@@ -149,6 +160,24 @@ def test_what_is_published(recipe, tmp_path):
         checking = [run.folder, "--check", "--push_to_hub", "someone/else"]
         said = command("training.publish", *checking, hub=hub, cwd=tmp_path, expect=2)
         assert "the token is that of user, who may write to user" in said
+
+
+def test_what_is_being_uploaded_cannot_be_lost(recipe, tmp_path):
+    """Replaced meanwhile, failed, or left behind by a killed process: what waits in the end is the newest of a step."""
+    run = begin([*recipe("outbox"), "--max_steps", "5"], tmp_path).finished("outbox")
+    place = put(run.checkpoints[0], run.folder)
+    with taken(place) as folder:
+        assert not place.exists() and waiting(run.folder) == [place]
+        assert (folder / "model.safetensors").samefile(run.checkpoints[0] / "model.safetensors")
+        put(run.checkpoints[0], run.folder)
+        (place / "newer").touch()
+    assert (place / "newer").exists() and not folder.exists()
+    with pytest.raises(OSError, match="the network"), taken(place):
+        raise OSError("the network")
+    assert (place / "newer").exists()
+    place.rename(folder)  # as a killed process leaves it
+    recover(run.folder)
+    assert waiting(run.folder) == [place] and (place / "newer").exists()
 
 
 @pytest.mark.slow
@@ -189,7 +218,7 @@ def test_data_is_used_from_the_hub(data_folder, recipe, tmp_path):
         launch(*recipe("far"), "--max_steps", "5", "--data", f"{name}@main", cwd=tmp_path, env=environment)
         assert "is whole" in command("data_prep.verify", name, hub=hub, cwd=tmp_path)
         said = command("data_prep.verify", f"{name}er", hub=hub, cwd=tmp_path, expect=2)
-        assert said.startswith("error: user/smaller: 404 Client Error.") and said.count("\n") == 1
+        assert said == "error: user/smaller: no such dataset on the Hub, or one that is not for you\n"
     far = Finished(tmp_path / "runs" / "far", "")
     near = begin([*recipe("near"), "--max_steps", "5"], tmp_path).finished("near")
     assert far.losses() == near.losses()
