@@ -101,7 +101,7 @@ def evaluation_results(record: Record, step: int) -> list[Any]:
 
     found = []
     data = record.environment["data"]
-    trained_on = ", ".join(" ".join(filter(None, [one["source"], one.get("name")])) for one in data)
+    trained_on = ", ".join(map(sections.source, data))
     split = {"dataset_split": "validation", "dataset_revision": data[0].get("revision") if len(data) == 1 else None}
     if (loss := _at(record, "val_loss", step)) is not None:
         scores = language_modeling_scores(loss, 1, 0)
@@ -149,12 +149,12 @@ def _at(record: Record, metric: str, step: int) -> float | None:
 
 def _summary(record: Record, step: int) -> str:
     about = record.environment
-    sources = ", ".join(dict.fromkeys(one["source"] for one in about["data"]))
+    sources = ", ".join(dict.fromkeys(map(sections.source, about["data"])))
     start = f"`{record.settings['init_from']}`" if record.settings.get("init_from") else "random weights"
     tokens = _tokens(record, step)
     return (
         f"A GPT-2 with {about['parameters']:,} parameters, pre-trained from {start} on "
-        f"{f'{tokens:,.0f}' if tokens else 'an unknown number of'} tokens of `{sources}`; step {step:,} of the run "
+        f"{f'{tokens:,.0f}' if tokens else 'an unknown number of'} tokens of {sources}; step {step:,} of the run "
         f"`{record.name}`. An ordinary Hugging Face GPT-2 checkpoint, which everything that reads one loads."
     )
 

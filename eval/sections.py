@@ -8,6 +8,7 @@ from typing import Any
 from data_prep import contamination
 from data_prep.cli import UserError
 from data_prep.hub import local_folder
+from data_prep.sources import BUILTIN
 from eval.logs import Record
 
 CAPTIONS = {
@@ -43,14 +44,19 @@ def data(record: Record) -> str:
     """The data of a run, how it was cleaned, and what of each evaluation set was found in it."""
     rows, lines = [], []
     for one in record.environment.get("data", []):
-        source = " ".join(filter(None, [one["source"], one.get("name")]))
         amounts = [f"{one['training_tokens']:,}", f"{one['share']:.1%}"]
-        rows.append([f"`{one['folder']}`", source, one.get("revision") or "", one["tokenizer"], *amounts])
+        rows.append([f"`{one['folder']}`", source(one), one.get("revision") or "", one["tokenizer"], *amounts])
         lines += _cleaning(one) + _contamination(one["folder"])
     if not rows:
         return ""
     heading = ["folder", "source", "revision", "tokenizer", "training tokens", "share"]
     return table(heading, rows) + "\n\n" + "\n".join(lines)
+
+
+def source(one: dict[str, Any]) -> str:
+    """Where the text of a data folder came from, of what `environment.json` says of it."""
+    name = "the Python standard library" if one["source"] == BUILTIN else one["source"]
+    return " ".join(filter(None, [name, one.get("name")]))
 
 
 def _cleaning(one: dict[str, Any]) -> list[str]:
