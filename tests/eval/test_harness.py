@@ -49,6 +49,7 @@ def plain(tiny_run, folder):
     return scores(results)
 
 
+@pytest.mark.clients
 def test_the_plain_command_works_on_a_checkpoint(plain):
     assert {"lambada_local/acc", "lambada_local/perplexity", "wikitext_local/bits_per_byte"} <= plain.keys()
     assert plain["lambada_local/perplexity"] > 1 and 1 < plain["wikitext_local/bits_per_byte"] < 6
@@ -66,7 +67,8 @@ def test_gptmodel_scores_as_the_plain_command_finds(tiny_run, plain, folder):
     assert scores(results) == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("launch_file", [pytest.param("cpu", marks=pytest.mark.slow), "cpu_ddp"])
+@pytest.mark.clients
+@pytest.mark.parametrize("launch_file", ["cpu", "cpu_ddp"])
 def test_evaluations_in_a_run_change_nothing_and_agree_with_those_alone(tiny_run, train, plain, folder, launch_file):
     """In one process and in two: the losses of a run without them, the scores of the commands on its checkpoint."""
     flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--sample_every", "10"]
