@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,8 @@ def until(record: Record, step: int) -> Record:
         points = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if s <= step]
         if points:
             curves[name] = Curve(*map(list, zip(*points, strict=True)))
-    return Record(
-        name=record.name,
-        curves=curves,
-        tokens_per_step=record.tokens_per_step,
-        settings=record.settings,
-        environment=record.environment,
-        samples=[sample for sample in record.samples if sample["step"] <= step],
-        harness={name: scores for name, scores in record.harness.items() if name == f"step_{step:08d}"},
-        harness_limits=record.harness_limits,
-    )
+    samples = [sample for sample in record.samples if sample["step"] <= step]
+    return replace(record, curves=curves, samples=samples)
 
 
 def _metadata(record: Record, step: int, repository: str, licence: str) -> Any:

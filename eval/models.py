@@ -9,7 +9,7 @@ import torch
 
 from data_prep.cli import UserError, first_line
 from data_prep.tokenizer import hf_tokenizer
-from modeling import GPTModel
+from modeling import GPTConfig, GPTModel
 
 
 def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
@@ -34,6 +34,22 @@ def load_weights(name: str) -> GPTModel:
         return GPTModel.from_pretrained(name, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model {name!r}: {first_line(error)}") from error
+
+
+def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
+    """Check that a network is the one that other programs take every GPT-2 for.
+
+    Args:
+        reader: the program, for the message.
+        also: more fields of the configuration, each with the only value that it reads.
+
+    Raises:
+        UserError: with all fields that are otherwise.
+    """
+    fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    fixed |= also
+    if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
+        raise UserError(f"{reader}'s GPT-2 is another network than this one, which has {', '.join(other)}")
 
 
 def check_folder(name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from data_prep.cli import ArgumentParser, UserError, run
-from eval.models import load_model
+from eval.models import check_plain, load_model
 from modeling import GPTModel
 
 _SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # GPT-2's, which llama.cpp calls gpt-2
@@ -37,9 +37,7 @@ def write_gguf(model: GPTModel, tokenizer: Any, file: Path, dtype: torch.dtype =
 
     config = model.config
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
-        raise UserError(f"llama.cpp's GPT-2 is another network than this one, which has {', '.join(other)}")
+    check_plain(config, "llama.cpp")
     if not _SPLIT.items() <= (backend["pre_tokenizer"] or {}).items() or backend["normalizer"] is not None:
         raise UserError("this tokenizer does not split text as GPT-2's does; use llama.cpp's convert_hf_to_gguf.py")
 

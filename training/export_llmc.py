@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_prep.cli import ArgumentParser, UserError, run
-from eval.models import load_weights
+from eval.models import check_plain, load_weights
 from modeling import GPTConfig, GPTModel
 from modeling.import_checkpoint import write_folder
 
@@ -35,10 +35,7 @@ def write_llmc(model: GPTModel, file: Path, dtype: torch.dtype = torch.float32) 
         UserError: for a model that llm.c's network is not.
     """
     config = model.config
-    fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    fixed["n_inner"] = None if config.n_inner is None else 4 * config.n_embd
-    if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
-        raise UserError(f"llm.c's network is another than this one, which has {', '.join(other)}")
+    check_plain(config, "llm.c", n_inner=None if config.n_inner is None else 4 * config.n_embd)
     padded = -(-config.vocab_size // _PADDED_TO) * _PADDED_TO
     version = next(number for number, of in _VERSIONS.items() if of == dtype)
     header = np.zeros(_HEADER, dtype="<i4")

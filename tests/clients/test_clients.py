@@ -11,10 +11,13 @@ import pytest
 import torch
 from conftest import run_command
 from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from data_prep.cli import UserError
 from data_prep.tokenizer import gpt2_tokenizer
 from modeling import GPTConfig, GPTModel
+from training.export_gguf import write_gguf
 
 pytestmark = pytest.mark.clients
 PROMPT, NEW_TOKENS = "import os\n\nclass Test", 12
@@ -157,6 +160,18 @@ def test_gguf(checkpoint, tmp_path, dtype, tolerance):
     written = torch.tensor(tensors["blk.1.attn_qkv.weight"].data)
     assert torch.equal(written.float(), weights["transformer.h.1.attn.c_attn.weight"].T.to(written.dtype).float())
     agrees_with_llama_cpp(checkpoint, file, tolerance)
+
+
+def test_gguf_of_what_llama_cpp_does_not_know_is_refused(checkpoint, tmp_path):
+    pytest.importorskip("gguf")
+    model, tokenizer = GPTModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    with pytest.raises(UserError, match="does not split text as GPT-2's does"):
+        write_gguf(model, tokenizer, tmp_path / "model.gguf")
+    model.config.activation_function = "gelu"
+    with pytest.raises(UserError, match=r"llama\.cpp's GPT-2 is another network .* activation_function=gelu$"):
+        write_gguf(model, tokenizer, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def agrees_with_llama_cpp(folder: Path, file: Path, tolerance: float) -> None:

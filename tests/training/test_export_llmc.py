@@ -69,7 +69,10 @@ def test_what_is_refused(tiny_run, tmp_path):
     file.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"not a checkpoint of llm\.c"):
         read_llmc(file)
-    model.config.activation_function = "gelu"
-    with pytest.raises(UserError, match="another than this one, which has activation_function=gelu"):
+    model.config.activation_function, model.config.scale_attn_by_inverse_layer_idx = "gelu", True
+    with pytest.raises(
+        UserError,
+        match="another network than this one, which has activation_function=gelu, scale_attn_by_inverse_layer_idx=True",
+    ):
         write_llmc(model, tmp_path / "other.bin")
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
