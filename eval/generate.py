@@ -15,7 +15,7 @@ import torch
 
 from data_prep.cli import ArgumentParser, UserError, run
 from eval.models import evaluating, load_model
-from modeling import GPTModel
+from modeling import CACHE_NAME, GPTModel
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _static_cache(model: GPTModel) -> dict[str, Any]:
     compile_config = CompileConfig()
     compile_config._compile_all_devices = True  # by default transformers compiles on GPUs only
     cache = StaticCache(config=model.config, max_cache_len=model.config.n_positions)
-    return {"past_key_values": cache, "compile_config": compile_config}
+    return {CACHE_NAME: cache, "compile_config": compile_config}
 
 
 def _prompts(given: str | None) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """The model: configuration, network, loss and presets. Needs torch and transformers, nothing else of this project."""
 
+from modeling.arguments import CACHE_NAME
 from modeling.configuration import GPTConfig
 from modeling.conversion import register_checkpoint_conversion
 from modeling.network import GPTModel
 from modeling.presets import PRESETS, Preset, flops_per_token, parameter_count
 
-__all__ = ["PRESETS", "GPTConfig", "GPTModel", "Preset", "flops_per_token", "parameter_count"]
+__all__ = ["CACHE_NAME", "PRESETS", "GPTConfig", "GPTModel", "Preset", "flops_per_token", "parameter_count"]
 
 register_checkpoint_conversion()

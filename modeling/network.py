@@ -22,6 +22,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from modeling.arguments import (
+    CACHE_NAME,
+    accepts_past_key_values,
+    argument_names,
+    is_paged,
+    refuse_unknown_arguments,
+)
 from modeling.configuration import GPTConfig
 from modeling.conversion import to_disk_layout
 from modeling.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
@@ -69,13 +76,17 @@ class GPTAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, x: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None, **kwargs: Any
+        self, x: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """`[B, T, C]` in; `[B, T, C]` and, from the eager kernel, the weights `[B, H, T, S]` out."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(x.shape[-1], dim=-1))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(cache, Cache):
+            key, value = cache.update(key, value, self.layer_idx)
+        elif cache is not None and CACHE_NAME == "cache":
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:  # before transformers 5.24 the kernel itself updates the paged cache
+            kwargs["cache"] = cache
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
         y, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -118,7 +129,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -158,10 +169,11 @@ class GPTBackbone(GPTPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @accepts_past_key_values
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -170,6 +182,7 @@ class GPTBackbone(GPTPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As `GPTModel.forward`; the last hidden states are `[B, T, C]`, after the final norm."""
+        refuse_unknown_arguments(self, _BACKBONE_ARGUMENTS, cache, kwargs)
         for name in ("output_attentions", "output_hidden_states"):  # acted upon by `capture_outputs`
             kwargs.pop(name, None)
         if (input_ids is None) == (inputs_embeds is None):
@@ -180,12 +193,14 @@ class GPTBackbone(GPTPreTrainedModel):
         length = inputs_embeds.shape[1]
         if length > self.config.n_positions:
             raise ValueError(f"{length} tokens exceed n_positions={self.config.n_positions}; truncate the input.")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("cache= does not work with gradient checkpointing, which would write to it twice")
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         positions = position_ids
         if positions is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             positions = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
         x = inputs_embeds + self.wpe(positions)
         if token_type_ids is not None:
@@ -193,14 +208,14 @@ class GPTBackbone(GPTPreTrainedModel):
         x = self.drop(x)
 
         # Given position ids may restart within a row (packed sequences), which the mask then honours.
-        mask = create_causal_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values=past_key_values, position_ids=position_ids
-        )
+        past = {CACHE_NAME: None if is_paged(cache) else cache}
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, position_ids=position_ids, **past)
         for block in self.h:
-            x = block(x, attention_mask=mask, past_key_values=past_key_values, position_ids=positions, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
-        )
+            x = block(x, attention_mask=mask, cache=cache, position_ids=positions, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **{CACHE_NAME: cache if use_cache else None})
+
+
+_BACKBONE_ARGUMENTS = argument_names(GPTBackbone.forward)
 
 
 @dataclass
@@ -240,10 +255,11 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
+    @accepts_past_key_values
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -262,10 +278,13 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, C]` in its place; T at most `n_positions`.
+            cache: keys and values of the tokens before these, which are added to it. Until transformers 5.24 it was
+                called `past_key_values`, and may still be.
             attention_mask: `[B, S]`, 0 on padding (left padding for generation), S counting cached tokens.
             position_ids: `[B, T]`; 0, 1, 2, ... if None.
             labels: `[B, T]`, usually `input_ids` itself: shifted here. -100 is ignored.
-            shift_labels: `[B, T]`, already shifted: position t holds the token that follows `input_ids[:, t]`.
+            shift_labels: `[B, T]`, already shifted: position t holds the token that follows `input_ids[:, t]`. As in
+                transformers' losses, they go before `labels`.
             num_items_in_batch: divides the summed loss in place of the number of labels (gradient accumulation).
             loss_reduction: "none" for the loss of each token, `[B, T]`, 0 where ignored: for evaluation, as all logits
                 would be kept for a backward pass.
@@ -273,14 +292,24 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             skip_logits: leave the logits out where the loss is what is wanted; by default, when training with labels.
             z_loss: weight of the squared logarithm of the softmax's normalizer in a loss that is reduced, which keeps
                 the logits from drifting (PaLM, arXiv:2204.02311, section 5: 1e-4).
+            kwargs: what transformers' decorators and the attention kernel in use act on (`modeling.arguments`).
 
         Returns:
             `loss`, float32 in nats per token, a scalar if reduced, and `logits` `[B, T, V]`, each None if not
             computed; `z_loss`, the part of a reduced loss that is no cross entropy.
+
+        Raises:
+            TypeError: for an argument that nothing acts on, with the nearest known name.
+            ValueError: for arguments that exclude each other.
         """
+        refuse_unknown_arguments(self, _MODEL_ARGUMENTS, cache, kwargs)
+        if loss_reduction not in ("mean", "none"):
+            raise ValueError(f"loss_reduction={loss_reduction!r} must be 'mean' or 'none'")
+        if loss_reduction == "none" and (z_loss or num_items_in_batch is not None):
+            raise ValueError("loss_reduction='none' gives the loss of each token: no z_loss, no num_items_in_batch")
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -307,7 +336,10 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             loss=loss,
             z_loss=z_part,
             logits=None if skip_logits else self.lm_head(hidden[:, kept]),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+
+_MODEL_ARGUMENTS = argument_names(GPTModel.forward)

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 SUITE = Path(__file__).with_name("hf_model_suite.py")
+# It asks for save_pretrained(save_original_format=False), the layout of memory on disk: our one deliberate refusal, as
+# whoever reads such a folder as GPT-2 gets transposed matrices. Stock GPT-2, which has no conversion, skips it.
+REFUSED = {"test_can_load_from_already_mapped_keys"}
 
 
 @pytest.mark.skipif(
@@ -16,17 +19,19 @@ SUITE = Path(__file__).with_name("hf_model_suite.py")
 )
 def test_passes_wherever_stock_gpt2_passes(tmp_path):
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     run = subprocess.run([*command, str(SUITE)], capture_output=True, text=True)
     assert report.exists(), run.stdout + run.stderr
 
     # A test with subtests is reported once for each failing one: it passes if none of its entries failed.
-    outcomes = {"StockTest": {}, "OursTest": {}}
+    failed, passed = ({"StockTest": set(), "OursTest": set()} for _ in range(2))
     for case in ElementTree.parse(report).iter("testcase"):
-        passed = case.find("failure") is None and case.find("error") is None and case.find("skipped") is None
-        results = outcomes[case.get("classname").rsplit(".", 1)[1]]
-        results[case.get("name")] = results.get(case.get("name"), True) and passed
-    stock = {name for name, passed in outcomes["StockTest"].items() if passed}
-    ours = {name for name, passed in outcomes["OursTest"].items() if passed}
+        kind = case.get("classname").rsplit(".", 1)[1]
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed[kind].add(case.get("name"))
+        elif case.find("skipped") is None:
+            passed[kind].add(case.get("name"))
+    stock, ours = (passed[kind] - failed[kind] for kind in ("StockTest", "OursTest"))
     assert len(stock) > 90, "the suite did not run"
     assert not stock - ours, f"pass for GPT2LMHeadModel, not for GPTModel: {sorted(stock - ours)}\n{run.stdout[-3000:]}"
+    assert failed["OursTest"] - failed["StockTest"] <= REFUSED, run.stdout[-3000:]

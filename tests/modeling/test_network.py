@@ -6,12 +6,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from small_models import SMALL, as_ours, random_stock_model, tokens
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from modeling import GPTConfig, GPTModel
 
-SMALL = {"vocab_size": 211, "n_positions": 48, "n_embd": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 0}
-SMALL |= {"eos_token_id": 210, "pad_token_id": 0}
 VARIANTS = {
     "plain": {},
     "one_layer_wide": {"n_layer": 1, "n_embd": 96, "n_head": 6},
@@ -22,27 +21,6 @@ VARIANTS = {
     "relu": {"activation_function": "relu"},
     "untied": {"tie_word_embeddings": False},
 }
-
-
-def random_stock_model(seed=0, **fields) -> GPT2LMHeadModel:
-    """Stock GPT-2 with every weight random, biases and norms too: a wrong one must show."""
-    config = GPT2Config(**{**SMALL, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **fields})
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def as_ours(stock: GPT2LMHeadModel, folder, **options) -> GPTModel:
-    stock.save_pretrained(folder)
-    return GPTModel.from_pretrained(folder, **options).eval()
-
-
-def tokens(*shape, seed=1) -> torch.Tensor:
-    return torch.randint(1, SMALL["vocab_size"] - 1, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
@@ -108,25 +86,6 @@ def test_both_classes_live_in_one_process(tmp_path):
     assert torch.equal(before, again(ids).logits) and torch.equal(before, stock(ids).logits)
     again.save_pretrained(tmp_path / "c")
     assert torch.equal(GPTModel.from_pretrained(tmp_path / "c").eval()(ids).logits, ours(ids).logits)
-
-
-@pytest.mark.parametrize("sampling", [False, True])
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_generate_gives_the_tokens_of_stock(sampling, cache, tmp_path):
-    """With prompts of several lengths, padded on the left."""
-    stock = random_stock_model()
-    ours = as_ours(stock, tmp_path)
-    ids, mask = tokens(4, 12), torch.ones(4, 12, dtype=torch.int64)
-    for row, padding in enumerate((0, 3, 7, 11)):
-        mask[row, :padding] = 0
-        ids[row, :padding] = 0
-    texts = []
-    for model in (stock, ours):
-        torch.manual_seed(5)
-        options = {"do_sample": sampling, "max_new_tokens": 24, "cache_implementation": cache, "disable_compile": True}
-        texts.append(model.generate(ids, attention_mask=mask, **options))
-    assert torch.equal(*texts)
-    assert texts[0].shape[1] > 12
 
 
 def test_left_padding_does_not_change_what_is_generated(tmp_path):

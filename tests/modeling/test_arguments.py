@@ -1,0 +1,164 @@
+"""What `forward` is called with: the cache under both of its names, and nothing that is ignored."""
+
+import inspect
+import re
+import warnings
+
+import pytest
+import torch
+from small_models import SMALL, as_ours, random_stock_model, tokens
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+
+from modeling import CACHE_NAME, GPTConfig, GPTModel
+from modeling.arguments import _BY_FLASH_KERNELS, _BY_PAGED_KERNELS
+
+
+@pytest.fixture
+def model() -> GPTModel:
+    torch.manual_seed(0)
+    return GPTModel(GPTConfig(**SMALL)).eval()
+
+
+def left_padded(*lengths: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of these lengths and their mask, `[B, width]` each."""
+    mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
+    return tokens(len(lengths), width) * mask, mask
+
+
+def without_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, count: int, sample: bool):
+    """Greedy or sampled generation that computes everything again for each token."""
+    for _ in range(count):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1].float()
+        following = torch.multinomial(logits.softmax(dim=-1), 1) if sample else logits.argmax(dim=-1, keepdim=True)
+        ids, mask = torch.cat([ids, following], dim=1), torch.cat([mask, torch.ones_like(following)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 9, 5, 1)], ids=["whole", "left_padded"])
+def test_generate_is_that_of_stock_and_of_a_loop_without_cache(kind, sample, lengths, tmp_path):
+    stock = random_stock_model()
+    ours = as_ours(stock, tmp_path)
+    ids, mask = left_padded(*lengths, width=12)
+    texts = []
+    for model in (stock, ours):
+        cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
+        torch.manual_seed(5)
+        options = {"do_sample": sample, "top_k": 0, "max_new_tokens": 24, "eos_token_id": -1, "disable_compile": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            texts.append(model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **options))
+    torch.manual_seed(5)
+    texts.append(without_cache(ours, ids, mask, 24, sample))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
+
+
+def test_continuous_batching_gives_the_tokens_of_stock(tmp_path):
+    stock = random_stock_model()
+    found = []
+    for model in (stock, as_ours(stock, tmp_path)):
+        config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        prompts = [tokens(7).tolist(), tokens(3, seed=2).tolist()]
+        results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        found.append(sorted(result.generated_tokens for result in results.values()))
+    assert found[0] == found[1] and all(len(text) == 8 for text in found[0])
+
+
+def test_both_names_of_the_cache_mean_the_same(model):
+    ids, caches = tokens(2, 9), {name: DynamicCache(config=model.config) for name in ("cache", "past_key_values")}
+    logits = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name, cache in caches.items():
+            model(ids[:, :5], **{name: cache})
+            logits.append(model(ids[:, 5:], **{name: cache}).logits)
+        logits.append(model(ids[:, 5:], model(ids[:, :5])[CACHE_NAME]).logits)
+        with pytest.raises(ValueError, match="past_key_values"):
+            model(ids, **caches)
+    expected = model(ids, use_cache=False).logits[:, 5:]
+    for found in logits:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["kv_cache", "caches", "cache_params", "past", "state"])
+def test_a_cache_under_a_name_of_the_future_is_an_error_and_never_text(model, name, monkeypatch):
+    """A generation loop of a later transformers, which has renamed the cache again."""
+    prepare = model.prepare_inputs_for_generation
+
+    def renamed(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        inputs[name] = inputs.pop(CACHE_NAME)
+        return inputs
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", renamed)
+    with pytest.raises(TypeError, match=rf"GPTModel.forward\(\) does not act on '{name}'"):
+        model.generate(tokens(1, 5), max_new_tokens=4, do_sample=False)
+    with pytest.raises(TypeError, match=f"does not act on '{name}'"):
+        model.transformer(tokens(1, 5), **{name: DynamicCache(config=model.config)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lables": None}, "does not act on 'lables'; did you mean 'labels'"),
+        ({"attention_masks": None}, "did you mean 'attention_mask'"),
+        ({"past_key_value": None}, "does not act on 'past_key_value'"),
+        ({"encoder_hidden_states": None}, "does not act on 'encoder_hidden_states'"),
+        ({"head_mask": None}, "does not act on 'head_mask'"),
+        ({"cache_position": None}, "does not act on 'cache_position'"),
+        ({"zzz": 1}, "does not act on 'zzz'; it knows attention_mask, cache"),
+        ({"cu_seq_lens_q": None}, "'cu_seq_lens_q', which the attention kernel in use ('sdpa') does not act on"),
+        ({"kernel_options": {}}, "'kernel_options', which the attention kernel in use"),
+        ({"read_index": []}, "'read_index', which the attention kernel in use"),
+        ({"cache": ()}, "cache must be a transformers Cache, this is tuple"),
+        ({"cache": "dynamic"}, "cache must be a transformers Cache, this is str"),
+    ],
+)
+def test_what_nothing_acts_on_is_refused(model, arguments, message):
+    for part in (model, model.transformer):
+        if part is model.transformer and "lables" in arguments:
+            message = "GPTBackbone.forward() does not act on 'lables'"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            part(tokens(1, 4), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_reduction": "sum"}, "loss_reduction='sum' must be 'mean' or 'none'"),
+        ({"loss_reduction": "none", "z_loss": 1e-4}, "no z_loss"),
+        ({"loss_reduction": "none", "num_items_in_batch": 3}, "no num_items_in_batch"),
+    ],
+)
+def test_arguments_that_exclude_each_other_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(tokens(1, 4), labels=tokens(1, 4), **arguments)
+
+
+def test_a_cache_does_not_go_with_gradient_checkpointing(model):
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cache= does not work with gradient checkpointing"):
+        model(tokens(1, 4), cache=DynamicCache(config=model.config))
+    assert model(tokens(1, 4), labels=tokens(1, 4)).loss.requires_grad
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_is_causal_reaches_mask_and_kernel(attention, tmp_path):
+    """transformers' decorator takes it from the configuration or the call: every token then sees all others."""
+    stock = random_stock_model()
+    ours = as_ours(stock, tmp_path, attn_implementation=attention)
+    stock.set_attn_implementation(attention)
+    ids = tokens(2, 9)
+    theirs, mine = (model(ids, is_causal=False, use_cache=False).logits for model in (stock, ours))
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    assert not torch.allclose(mine, ours(ids, use_cache=False).logits, atol=1e-3)
+
+
+def test_the_lists_of_kernel_arguments_are_those_of_transformers():
+    assert set(FlashAttentionKwargs.__annotations__) == _BY_FLASH_KERNELS
+    declared = set(inspect.signature(GPTModel.forward).parameters) | {"is_causal"}
+    assert set(PagedAttentionArgs.__annotations__) - declared <= _BY_PAGED_KERNELS
