@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
+DATA = Path(__file__).parent / "data"  # excerpts of real data, each with its licence
+WHOLE_SETS = ROOT.parent / "shared" / "data"  # whole evaluation sets, for the long forms
 # A vocabulary that is no multiple of 128, as GPT-2's 50257 is none.
 VOCAB_SIZE = 601
 TINY_MODEL = ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--n_positions", "32"]
@@ -22,11 +23,11 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real data beside the repository; tests that need it skip where it is not."""
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the files of {SHARED}")
-    return SHARED
+def whole_sets() -> Path:
+    """Whole evaluation sets beside the repository; the long forms that need them skip where they are not."""
+    if not WHOLE_SETS.is_dir():
+        pytest.skip(f"needs {WHOLE_SETS} with hellaswag_val.jsonl in it: the whole set, not tests/data's excerpt")
+    return WHOLE_SETS
 
 
 @pytest.fixture(scope="session")
@@ -156,5 +157,5 @@ def tiny_run(train) -> Finished:
 def pytest_configure() -> None:
     # One thread for the tests of this process: they run beside each other, and threads of several only wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -6,6 +6,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from conftest import DATA
 
 from data_prep.cleaning.decontaminate import Index, cut, split_words
 from data_prep.cleaning.evaluation_sets import read_items
@@ -130,12 +131,12 @@ def test_a_document_in_more_than_ten_pieces_is_dropped(gap, kept):
         assert len(cut(text, np.array([[start, start + 10] for start in starts]))) == left
 
 
-def test_planted_hellaswag_items_are_cut_out_of_real_text(shared, tmp_path):
-    lines = (shared / "data" / "hellaswag_val.jsonl").read_text().splitlines()[:500]
+def test_planted_hellaswag_items_are_cut_out_of_real_text(tmp_path):
+    lines = (DATA / "hellaswag.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     path = tmp_path / "hellaswag.jsonl"
     path.write_text("\n".join(lines))
-    text = (shared / "data" / "tinyshakespeare.txt").read_text()
+    text = (DATA / "shakespeare.txt").read_text()
     index = Index.build(text for item in read_items(path) for text in item)
     assert not len(index.find(text)[0]), "Shakespeare wrote none of them"
     for number, record in enumerate(records[::10]):

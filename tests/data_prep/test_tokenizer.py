@@ -42,7 +42,6 @@ def random_texts(count: int) -> list[str]:
 @pytest.fixture(scope="module", params=["bpe", "gpt2"])
 def tokenizers(request, tmp_path_factory, text_files):
     if request.param == "gpt2":
-        request.getfixturevalue("shared")
         ours = gpt2_tokenizer()
     else:
         ours = train_tokenizer((path.read_text() for path in sorted(text_files.iterdir())), 601)
@@ -190,7 +189,7 @@ def test_the_end_of_text_is_the_last_id(tokenizers):
     assert auto(END_OF_TEXT)["input_ids"] == [ours.eos_token_id]
 
 
-def test_gpt2_is_gpt2(shared):
+def test_gpt2_is_gpt2():
     """Ids of the released encoder, as anyone can look them up in its encoder.json."""
     tokenizer = gpt2_tokenizer()
     assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (50257, 50256)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import DATA, ROOT
 from standin_hub import USER, serve
 
 pytestmark = pytest.mark.docs
@@ -28,7 +28,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def clone(tmp_path_factory, text_files, shared) -> Path:
+def clone(tmp_path_factory, text_files) -> Path:
     """What a user has: the project, some text, evaluation sets, and the quickstart's run."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
@@ -38,8 +38,7 @@ def clone(tmp_path_factory, text_files, shared) -> Path:
     (folder / "more_texts").mkdir()
     for path in text_files.glob("json_*.txt"):
         shutil.copy(path, folder / "more_texts")
-    lines = (shared / "data" / "hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "hellaswag_val.jsonl").write_text("".join(lines[:50]), encoding="utf-8")
+    shutil.copy(DATA / "hellaswag.jsonl", folder / "hellaswag_val.jsonl")
     settings = (
         "sources: {mine: my_texts/*.txt}\noutput: data/cleaned\ntasks: 1\nworkers: 1\nsteps: {exact_dedup: true}\n"
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, launch, needs_compiler, run_command
+from conftest import DATA, ROOT, launch, needs_compiler, run_command
 from standin_hub import serve_dataset
 
 from data_prep.cli import UserError
@@ -21,13 +21,11 @@ from modeling import GPTConfig, GPTModel
 TOLERANCE = 2e-3  # nats, of sums of some 300: float32 logits summed in another order
 
 
-@pytest.fixture(scope="module")
-def data(shared):
-    return shared / "data" / "hellaswag_val.jsonl"
+HELLASWAG = DATA / "hellaswag.jsonl"
 
 
 @pytest.fixture(scope="module")
-def random_model(shared, tmp_path_factory):
+def random_model(tmp_path_factory):
     """A checkpoint of random weights with GPT-2's tokenizer; weights large enough that endings differ in likelihood."""
     folder = tmp_path_factory.mktemp("random")
     torch.manual_seed(0)
@@ -53,7 +51,7 @@ def in_the_harness(folder, data, limit, here):
     from lm_eval.tasks import TaskManager
 
     (here / "data" / "evaluation").mkdir(parents=True)
-    (here / "data" / "evaluation" / data.name).symlink_to(data.resolve())
+    (here / "data" / "evaluation" / "hellaswag_val.jsonl").symlink_to(data.resolve())
     with contextlib.chdir(here):
         found = lm_eval.simple_evaluate(
             "hf",
@@ -118,21 +116,22 @@ def choices(items):
     return [[preprocess(ending) for ending in item["endings"]] for item in items]
 
 
-def test_items_agree_with_the_harness_and_with_the_loop_over_items(random_model, data, tmp_path):
+def test_items_agree_with_the_harness_and_with_the_loop_over_items(random_model, tmp_path):
     """Among them some with the marks of WikiHow's layout, which the original file has."""
-    items = read_items(data)[4000:4010]
+    items = read_items(HELLASWAG)[50:60]
     for n, mark in enumerate(["[header] ", " [title] a title", " [step]", "  [substeps] ", " [title]"] * 2):
         item = {**items[n], "ctx_a": items[n]["ctx_a"] + mark, "ctx_b": "" if n < 5 else items[n]["ctx_b"]}
         items.append({**item, "endings": [mark + ending + mark for ending in item["endings"]]})
-    path = tmp_path / data.name
+    path = tmp_path / HELLASWAG.name
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     check_against_both(random_model, path, 20, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 60])
-def test_all_items_agree(data, data_folder, tmp_path, steps):
+def test_all_items_agree(whole_sets, data_folder, tmp_path, steps):
     """For random weights and for some that a run has trained, of a small vocabulary."""
+    data = whole_sets / "hellaswag_val.jsonl"
     size = ["--n_layer", "2", "--n_embd", "48", "--n_head", "3", "--n_positions", "512", "--max_steps", str(steps or 1)]
     size += ["--learning_rate", "3e-3" if steps else "1e-12", "--warmup_steps", "0", "--sample_every", "0"]
     size += ["--val_tokens", "4096", "--micro_batch", "4"]
@@ -151,8 +150,8 @@ def test_all_items_agree(data, data_folder, tmp_path, steps):
 
 @needs_compiler
 @pytest.mark.parametrize("rule", ["completion", pytest.param("lm_eval", marks=pytest.mark.slow)])
-def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
-    items = read_items(data)[5000:5040]
+def test_batch_size_and_compilation_change_nothing(random_model, rule):
+    items = read_items(HELLASWAG)[40:80]
     expected = evaluate(random_model, items, rule, batch_size=64)
     for options in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 3, "compiled": True}):
         result = evaluate(random_model, items, rule, **options)
@@ -162,8 +161,8 @@ def test_batch_size_and_compilation_change_nothing(random_model, data, rule):
 
 
 @pytest.mark.slow  # a run on two processes is compared with this command in test_harness.py
-def test_two_processes_score_as_one_does(random_model, data, tmp_path):
-    command = ["-m", "eval.hellaswag", random_model, "--data", data, "--limit", "30", "--output"]
+def test_two_processes_score_as_one_does(random_model, tmp_path):
+    command = ["-m", "eval.hellaswag", random_model, "--data", HELLASWAG, "--limit", "30", "--output"]
     run_command(sys.executable, *command, tmp_path / "one.json", cwd=ROOT)
     config = ROOT / "accelerate_configs" / "cpu_ddp.yaml"
     done = run_command(
@@ -178,11 +177,11 @@ def test_two_processes_score_as_one_does(random_model, data, tmp_path):
     assert [result["rule"] for result in one] == ["completion", "lm_eval"] and one[0]["items"] == 30
 
 
-def test_contexts_that_do_not_fit_are_cut_and_counted(data, tmp_path):
+def test_contexts_that_do_not_fit_are_cut_and_counted(tmp_path):
     torch.manual_seed(0)
     GPTModel(GPTConfig(n_layer=1, n_embd=16, n_head=2, n_positions=96)).save_pretrained(tmp_path)
     gpt2_tokenizer().save(tmp_path)
-    items = read_items(data)[5000:5020]
+    items = read_items(HELLASWAG)[50:70]
     result = evaluate(tmp_path, items, "completion")
     question = HellaSwag.prepare(items, "completion", load_model(str(tmp_path))[1]).questions
     too_long = sum(len(q.context) + max(map(len, q.endings)) > 97 for q in question)

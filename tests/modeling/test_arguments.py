@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from generation import KINDS, LENGTHS, SAMPLING, three_ways
 from small_models import SMALL, as_ours, random_stock_model, tokens
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
@@ -21,40 +22,13 @@ def model() -> GPTModel:
     return GPTModel(GPTConfig(**SMALL)).eval()
 
 
-def left_padded(*lengths: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of these lengths and their mask, `[B, width]` each."""
-    mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
-    return tokens(len(lengths), width) * mask, mask
-
-
-def without_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, count: int, sample: bool):
-    """Greedy or sampled generation that computes everything again for each token."""
-    for _ in range(count):
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1].float()
-        following = torch.multinomial(logits.softmax(dim=-1), 1) if sample else logits.argmax(dim=-1, keepdim=True)
-        ids, mask = torch.cat([ids, following], dim=1), torch.cat([mask, torch.ones_like(following)], dim=1)
-    return ids
-
-
-@pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("lengths", [(12, 12), (12, 9, 5, 1)], ids=["whole", "left_padded"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("sample", SAMPLING)
+@pytest.mark.parametrize("kind", KINDS)
 def test_generate_is_that_of_stock_and_of_a_loop_without_cache(kind, sample, lengths, tmp_path):
     stock = random_stock_model()
-    ours = as_ours(stock, tmp_path)
-    ids, mask = left_padded(*lengths, width=12)
-    texts = []
-    for model in (stock, ours):
-        cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
-        torch.manual_seed(5)
-        options = {"do_sample": sample, "top_k": 0, "max_new_tokens": 24, "eos_token_id": -1, "disable_compile": True}
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)
-            texts.append(model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **options))
-    torch.manual_seed(5)
-    texts.append(without_cache(ours, ids, mask, 24, sample))
-    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
+    first, second, third = three_ways(stock, as_ours(stock, tmp_path), kind, sample, lengths)
+    assert torch.equal(first, second) and torch.equal(second, third)
 
 
 def test_continuous_batching_gives_the_tokens_of_stock(tmp_path):
@@ -63,7 +37,8 @@ def test_continuous_batching_gives_the_tokens_of_stock(tmp_path):
     for model in (stock, as_ours(stock, tmp_path)):
         config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
         prompts = [tokens(7).tolist(), tokens(3, seed=2).tolist()]
-        results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # its default takes most of the memory
+        results = model.generate_batch(prompts, config, continuous_batching_config=small)
         found.append(sorted(result.generated_tokens for result in results.values()))
     assert found[0] == found[1] and all(len(text) == 8 for text in found[0])
 

@@ -1,0 +1,81 @@
+"""Generation by stock GPT-2, by `GPTModel` and by a loop without any cache: the same tokens three times.
+
+python tests/generation.py runs/quickstart/checkpoints/step_00000800
+"""
+
+import itertools
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
+
+from modeling import CACHE_NAME, GPTModel
+
+KINDS, SAMPLING = ("dynamic", "static"), (False, True)
+LENGTHS = {"whole": (12, 12), "left_padded": (12, 9, 5, 1)}
+NEW_TOKENS, CONTEXT = 24, 40
+
+
+def left_padded(lengths: tuple[int, ...], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of these lengths and their mask, `[B, longest]` each."""
+    width, generator = max(lengths), torch.Generator().manual_seed(1)
+    mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
+    return torch.randint(1, vocab_size - 1, mask.shape, generator=generator) * mask, mask
+
+
+def without_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, sample: bool) -> torch.Tensor:
+    """Greedy or sampled generation that computes everything again for each token."""
+    for _ in range(NEW_TOKENS):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1].float()
+        following = torch.multinomial(logits.softmax(dim=-1), 1) if sample else logits.argmax(dim=-1, keepdim=True)
+        ids, mask = torch.cat([ids, following], dim=1), torch.cat([mask, torch.ones_like(following)], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def three_ways(
+    stock: GPT2LMHeadModel, ours: GPTModel, kind: str, sample: bool, lengths: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """The tokens of each of the three, `[B, longest + NEW_TOKENS]`; a deprecation warning is an error."""
+    ids, mask = left_padded(lengths, ours.config.vocab_size)
+    texts = []
+    for model in (stock, ours):
+        cache = (
+            DynamicCache(config=model.config)
+            if kind == "dynamic"
+            else StaticCache(config=model.config, max_cache_len=CONTEXT)
+        )
+        torch.manual_seed(5)
+        options = {"top_k": 0, "max_new_tokens": NEW_TOKENS, "eos_token_id": -1, "pad_token_id": 0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            texts.append(
+                model.generate(
+                    ids,
+                    attention_mask=mask,
+                    do_sample=sample,
+                    disable_compile=True,
+                    **options,
+                    **{CACHE_NAME: cache},
+                )
+            )
+    torch.manual_seed(5)
+    return [*texts, without_cache(ours, ids, mask, sample)]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    stock, ours = (cls.from_pretrained(folder, dtype=torch.float32).eval() for cls in (GPT2LMHeadModel, GPTModel))
+    for kind, sample, name in itertools.product(KINDS, SAMPLING, LENGTHS):
+        first, second, third = three_ways(stock, ours, kind, sample, LENGTHS[name])
+        same = torch.equal(first, second) and torch.equal(second, third)
+        print(f"{kind:8} {'sampled' if sample else 'greedy':8} {name:12} {'equal' if same else 'DIFFERENT'}")
+        if not same:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
