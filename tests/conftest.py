@@ -157,5 +157,7 @@ def tiny_run(train) -> Finished:
 def pytest_configure() -> None:
     # One thread for the tests of this process: they run beside each other, and threads of several only wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Runs in processes of their own have as many threads as there are cores, and wait for each other: without spinning.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"

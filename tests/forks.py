@@ -1,13 +1,14 @@
 """Real training processes that start at once: forked from one that has imported all that they need."""
 
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from conftest import Finished
+from conftest import ROOT, Finished
 
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training.train", "eval.report", "transformers.models.auto.tokenization_auto"])
@@ -46,25 +47,29 @@ def begin(argv: list[object], cwd: Path, plant: Plant | None = None, env: dict[s
     Args:
         plant: must be picklable: a function of a module, or a `functools.partial` of one.
     """
-    number = len(list(cwd.glob("output_*")))
-    output = cwd / f"output_{number}"
     on_cpu = {"ACCELERATE_USE_CPU": "true"}  # as accelerate_configs/cpu.yaml says
-    process = _CONTEXT.Process(target=_train, args=(list(map(str, argv)), cwd, output, plant, on_cpu | (env or {})))
+    return begin_command("training.train", argv, cwd, plant, on_cpu | (env or {}))
+
+
+def begin_command(
+    module: str, argv: list[object], cwd: Path, plant: Plant | None = None, env: dict[str, str] | None = None
+) -> Training:
+    """`python -m MODULE ARGV` from `cwd`."""
+    output = cwd / f"output_{len(list(cwd.glob('output_*')))}"
+    process = _CONTEXT.Process(target=_run, args=(module, list(map(str, argv)), cwd, output, plant, env or {}))
     process.start()
     return Training(process, cwd, output)
 
 
-def _train(argv: list[str], cwd: Path, output: Path, plant: Plant | None, env: dict[str, str]) -> None:
-    from data_prep.cli import run
-    from training.train import main
-
+def _run(module: str, argv: list[str], cwd: Path, output: Path, plant: Plant | None, env: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.update(env)
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    sys.argv = ["train.py", *argv]
+    file = str(ROOT.joinpath(*module.split(".")).with_suffix(".py"))
+    sys.argv = [file, *argv]
     if plant is not None:
         plant()
-    run(main)
+    runpy.run_path(file, run_name="__main__")

@@ -1,35 +1,35 @@
 """Every command line of the project: its help, and that what the documents show of it exists."""
 
-import importlib
 import re
 import shlex
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_project import PACKAGES
+from conftest import DATA, ROOT, TINY_MODEL, needs_compiler
+from forks import begin_command
+from project import PACKAGES
 
 from training.config import parse_config
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in PACKAGES
-    for path in (ROOT / package).glob("*.py")
-    if "ArgumentParser(" in (text := path.read_text(encoding="utf-8")) and '__name__ == "__main__"' in text
+    for path in (ROOT / package).rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def help_of(module: str, monkeypatch, capsys) -> str:
-    if module in ("training.train", "training.schedule"):  # which take the same settings
-        with pytest.raises(SystemExit) as ended:
-            parse_config(["--help"])
-    else:
-        monkeypatch.setattr("sys.argv", [module, "--help"])
-        with pytest.raises(SystemExit) as ended:
-            importlib.import_module(module).main()
-    assert ended.value.code == 0
-    return capsys.readouterr().out
+@cache
+def help_of(module: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        code, text = begin_command(module, ["--help"], Path(folder)).ended()
+    assert code == 0, text
+    return text
 
 
 def commands(text: str):
@@ -43,29 +43,27 @@ def commands(text: str):
                 yield module, words[words.index("-m") + 2 :]
 
 
-@pytest.mark.parametrize("module", [*MODULES, "training.train"])
-def test_help_reads_as_documentation(module, monkeypatch, capsys):
+@pytest.mark.parametrize("module", MODULES)
+def test_help_reads_as_documentation(module):
     """What it does, each option once, defaults where there are any."""
-    text = help_of(module, monkeypatch, capsys)
+    text = help_of(module)
     assert text.startswith("usage: ") and len(text.split("\n\n")[1]) > 20
     assert "None" not in text and "-- " not in text.replace("--name value", "")
     options = re.findall(r"^  (--\w+)", text, re.MULTILINE)
     assert len(options) == len(set(options))
 
 
-def test_options_on_the_pages_exist(monkeypatch, capsys):
-    texts, shown = {}, 0
+def test_options_on_the_pages_exist():
+    shown = 0
     for page in PAGES:
         for module, words in commands(page.read_text(encoding="utf-8")):
-            if module not in texts:
-                texts[module] = help_of(module, monkeypatch, capsys)
             for word in words:
                 if word.startswith("--"):
                     shown += 1
                     option = word.partition("=")[0]
                     if (module, option) == ("training.schedule", "--plot"):
                         continue  # the one that is its own
-                    assert re.search(rf"{option}\b", texts[module]), f"{page.name}: {module} has no {option}"
+                    assert re.search(rf"{option}\b", help_of(module)), f"{page.name}: {module} has no {option}"
     assert shown > 60
 
 
@@ -80,3 +78,91 @@ def test_presets_are_listed(capsys):
         parse_config(["--list_presets"])
     lines = capsys.readouterr().out.splitlines()
     assert any(re.fullmatch(r"gpt2-124m +124,439,808 +12 +768 +12 +1,024 +524,288 +6\.0e-04", line) for line in lines)
+
+
+TINY_CLEANING = """\
+sources: {{mine: {texts}/*.txt}}
+output: cleaned
+tasks: 1
+workers: 1
+steps: {{exact_dedup: true}}
+"""
+# Each command on tiny input, and what it must say; {run} is a finished run, {data} its data.
+QUICK = {
+    "data_prep.adopt": ("shards", "training and"),
+    "data_prep.clean": ("clean.yaml", "cleaned"),
+    "data_prep.contamination": ("{data} --against {hellaswag}", "of"),
+    "data_prep.inspect": ("{data} --documents 1", "{data}"),
+    "data_prep.prepare": ("mine --source {texts} --tokenizer bpe --vocab_size 300", "mine: "),
+    "data_prep.verify": ("{data}", "is whole"),
+    "eval.generate": ("{checkpoint} --prompt import --max_new_tokens 3", "import"),
+    "eval.hellaswag": ("{checkpoint} --data {swag} --limit 2", "acc_norm"),
+    "eval.loss": ("{checkpoint} --data {data}", "nats per token"),
+    "eval.report": ("{run}", "report.md"),
+    "modeling.import_checkpoint": ("ckpt.pt imported", "of nanoGPT at step 7"),
+    "training.export_llmc": ("gpt2 model.bin", "model.bin"),
+    "training.scaling": ("", "gpt3-175b"),
+    "training.schedule": ("--max_steps 20 --warmup_steps 2 --plot schedule.png", "20 steps"),
+    "training.train": ("--data {data} {tiny} --max_steps 1 --batch_tokens 32 --micro_batch 1", "saved"),
+}
+# Those that take more than some seconds are run with the pages.
+LONGER = {
+    "data_prep.benchmark": ("--megabytes 1 --repeats 1", "of tiktoken alone"),
+    "eval.benchmark": ("{checkpoint} --data {swag} --items 2 --new_tokens 4 --repeats 1", "items a second"),
+    "eval.harness": ("{checkpoint} --tasks hellaswag_local --limit 2", "hellaswag_local"),
+    "training.benchmark": ("--sizes quickstart --steps 1 --rounds 1", "gpt-accelerate"),
+    "training.benchmark_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
+    "training.benchmark_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
+    "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
+}
+# They need a Hub to write to: tests/data_prep/test_sources.py and tests/training/test_publish.py have one.
+ON_THE_HUB = {"data_prep.push", "training.publish"}
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> dict[str, str]:
+    """What the commands are run on, by the names in braces."""
+    import torch
+
+    from modeling import GPTConfig, GPTModel
+
+    here = tmp_path_factory.mktemp("inputs")
+    (here / "clean.yaml").write_text(TINY_CLEANING.format(texts=text_files))
+    shards = here / "shards"
+    shards.mkdir()
+    shutil.copytree(data_folder / "tokenizer", shards / "tokenizer")
+    for file in data_folder.glob("*.npy"):
+        shutil.copy(file, shards)
+    model = GPTModel(GPTConfig(vocab_size=50257, n_layer=1, n_head=2, n_embd=16, n_positions=8))
+    model.save_pretrained(here / "gpt2")
+    arguments = {"block_size": 8, "vocab_size": 50257, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
+    saved = {"model": dict(model.state_dict()), "model_args": arguments, "iter_num": 7}
+    torch.save(saved, here / "ckpt.pt")
+    (here / "data" / "evaluation").mkdir(parents=True)
+    shutil.copy(swag_file, here / "data" / "evaluation" / "hellaswag_val.jsonl")
+    names = {"run": tiny_run.folder, "checkpoint": tiny_run.checkpoints[-1], "data": data_folder, "texts": text_files}
+    names |= {"swag": swag_file, "hellaswag": DATA / "hellaswag.jsonl", "tiny": " ".join(TINY_MODEL), "here": here}
+    return {name: str(value) for name, value in names.items()}
+
+
+def run_on_tiny_input(module: str, words: str, expected: str, inputs: dict[str, str], folder: Path) -> None:
+    shutil.copytree(inputs["here"], folder, dirs_exist_ok=True)
+    code, text = begin_command(module, shlex.split(words.format(**inputs)), folder).ended()
+    assert code == 0, text
+    assert expected.format(**inputs) in text
+
+
+def test_every_command_is_run_somewhere():
+    assert QUICK.keys() | LONGER.keys() | ON_THE_HUB == set(MODULES)
+
+
+@pytest.mark.parametrize("module", QUICK)
+def test_a_command_runs_on_tiny_input(module, inputs, tmp_path):
+    run_on_tiny_input(module, *QUICK[module], inputs, tmp_path)
+
+
+@pytest.mark.docs
+@needs_compiler
+@pytest.mark.parametrize("module", LONGER)
+def test_a_longer_command_runs_on_tiny_input(module, inputs, tmp_path):
+    run_on_tiny_input(module, *LONGER[module], inputs, tmp_path)

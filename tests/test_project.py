@@ -6,8 +6,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+from project import PACKAGES
 
-PACKAGES = ("modeling", "data_prep", "eval", "training")
 MAY_IMPORT = {
     "modeling": {"modeling"},
     "data_prep": {"data_prep"},

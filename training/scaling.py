@@ -1,6 +1,6 @@
 """What it takes to train each GPT-3 preset: memory, launch file and days; written to docs/scaling.md.
 
-    python -m training.scaling > docs/scaling.md
+python -m training.scaling > docs/scaling.md
 
 A plan on paper. Throughput is what an assumed share of the GPU's peak gives; measure yours, and set it here.
 """
@@ -8,6 +8,7 @@ A plan on paper. Throughput is what an assumed share of the GPU's peak gives; me
 from dataclasses import dataclass
 from itertools import product
 
+from data_prep.cli import ArgumentParser, run
 from modeling import PRESETS, GPTConfig, Preset, flops_per_token, parameter_count
 
 _VOCAB_SIZE = 50257
@@ -126,5 +127,10 @@ def document() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    ArgumentParser("python -m training.scaling", __doc__).parse_args()
     print(document())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -33,6 +33,7 @@ from training.settings import TrainingConfig
 from training.stopping import StopRequest
 from training.topology import agreed, describe_device, make_accelerator
 from training.uploads import Uploads
+from training.versions import untested_versions
 
 
 @dataclass
@@ -130,7 +131,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(config)
     checkpoint, found = agreed(accelerator, lambda: find_checkpoint(config))
-    for line in found if accelerator.is_main_process else ():
+    for line in [*untested_versions(), *found] if accelerator.is_main_process else ():
         print(line)
     with accelerator.main_process_first():
         data = load_data(config)

@@ -179,12 +179,12 @@ def test_two_processes_score_as_one_does(random_model, tmp_path):
 
 def test_contexts_that_do_not_fit_are_cut_and_counted(tmp_path):
     torch.manual_seed(0)
-    GPTModel(GPTConfig(n_layer=1, n_embd=16, n_head=2, n_positions=96)).save_pretrained(tmp_path)
+    GPTModel(GPTConfig(n_layer=1, n_embd=16, n_head=2, n_positions=64)).save_pretrained(tmp_path)
     gpt2_tokenizer().save(tmp_path)
     items = read_items(HELLASWAG)[50:70]
     result = evaluate(tmp_path, items, "completion")
     question = HellaSwag.prepare(items, "completion", load_model(str(tmp_path))[1]).questions
-    too_long = sum(len(q.context) + max(map(len, q.endings)) > 97 for q in question)
+    too_long = sum(len(q.context) + max(map(len, q.endings)) > 65 for q in question)
     assert result.truncated == too_long > 0
     assert f"{too_long} contexts cut from the left" in str(result)
 

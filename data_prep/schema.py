@@ -1,0 +1,178 @@
+"""Files of ours, read through one typed schema each: dataclasses whose fields have types and bounds.
+
+A schema is a dataclass with `__pydantic_config__ = STRICT`; its bounds are annotations, as in
+`Annotated[int, AtLeast(1)]`. Whatever a file holds, reading it ends in an instance or in a `UserError` of file, field,
+value and bound.
+"""
+
+import dataclasses
+import os
+import stat
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_prep.cli import UserError, first_line, unknown_name
+
+T = TypeVar("T")
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+MAX_BYTES = 256 << 20  # of a file that is read as a whole; metrics.jsonl of a million steps has as much
+_SHOWN, _LISTED = 60, 5  # characters of a value, problems of a file
+
+
+def AtLeast(bound: float) -> Any:
+    """The annotation of a number that is at least `bound`."""
+    from annotated_types import Ge
+
+    return Ge(bound)
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file of at most `MAX_BYTES`.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        UserError: for what is no regular file (reading a pipe would wait for ever), for one that is too large or not
+            UTF-8, and for one that cannot be read.
+    """
+    try:
+        # Opened without waiting: the name may be that of a pipe.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}: not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise UserError(f"{path}: {status.st_size:,} bytes; a file of its kind has at most {MAX_BYTES:,}")
+            return file.read(MAX_BYTES + 1).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The one value of a JSON file, as `kind`. Raises as `read_text`, and `UserError` for what does not fit."""
+    return parse_json(read_text(path), kind, str(path))
+
+
+def parse_json(text: str, kind: type[T], where: str) -> T:
+    """JSON text as `kind`; `where` it is from stands in the message.
+
+    Raises:
+        UserError: for text that is not JSON, or does not fit `kind`.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_problems(error, kind)}") from error
+
+
+def read_json_lines(path: Path, kind: type[T]) -> list[T]:
+    """The values of a file of JSON lines; blank lines are passed over, and so is a last line without its end, which a
+    run may be writing. Raises as `read_json`, with the number of the line."""
+    lines = read_text(path).split("\n")
+    return [
+        parse_json(line, kind, f"{path}, line {number}")
+        for number, line in enumerate(lines[:-1], start=1)
+        if line and not line.isspace()
+    ]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file: names and plain values.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        UserError: as `read_text`; for what is not YAML, not `name: value`, has a name twice, or has aliases, of which a
+            few lines can make more than the memory holds.
+    """
+    import yaml
+
+    text = read_text(path)
+    try:
+        settings = yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:300]})") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise UserError(f"{path}: expected lines of `name: value`, found {type(settings).__name__}")
+    return settings
+
+
+@cache
+def _loader() -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(
+                    problem="aliases (*name) are not read", problem_mark=self.peek_event().start_mark
+                )
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is there twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def validate(value: Any, kind: type[T], where: str) -> T:
+    """A value that was read otherwise, as `kind` (`UserError` where it does not fit)."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_problems(error, kind)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all: under another name, brought to the disk, and renamed."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _problems(error: Any, kind: Any) -> str:
+    """All that is wrong, each with its field, value and bound."""
+    found = []
+    for one in error.errors(include_url=False)[:_LISTED]:
+        place = ".".join(map(str, one["loc"]))
+        reason = one["msg"][0].lower() + one["msg"][1:]
+        if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = (
+                [f.name for f in dataclasses.fields(kind)]
+                if dataclasses.is_dataclass(kind) and "." not in place
+                else []
+            )
+            found.append(f"{unknown_name(place, known)}, perhaps a newer version's")
+        elif one["type"] in ("missing", "missing_argument"):
+            found.append(f"{place} is missing")
+        elif one["type"] == "json_invalid":
+            found.append(f"not JSON ({reason.removeprefix('invalid JSON: ')})")
+        else:
+            value = repr(one["input"])
+            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+            found.append(f"{place}={shown}: {reason}" if place else f"{shown}: {reason}")
+    if error.error_count() > _LISTED:
+        found.append(f"and {error.error_count() - _LISTED} more")
+    return "; ".join(found)

@@ -1,0 +1,3 @@
+"""The packages of the project."""
+
+PACKAGES = ("modeling", "data_prep", "eval", "training")
