@@ -5,13 +5,12 @@ python -m data_prep.adopt data/fineweb10B --tokenizer gpt2
 For folders of `.bin` (llm.c, modded-nanogpt) or `.npy` (build-nanogpt) shards with `val` or `train` in their names.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.manifest import FILE_NAME, Manifest, Shard
+from data_prep.manifest import ADOPTED, FILE_NAME, Manifest, Shard, SourceRecord, split_of_name
 from data_prep.shards import FORMATS, file_hash, open_shard
 from data_prep.tokenizer import describe_tokenizer, gpt2_tokenizer, load_tokenizer, tokenizer_hash
 
@@ -30,10 +29,10 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder} has a {FILE_NAME} already")
     paths = sorted(path for path in folder.glob("*") if path.suffix.lstrip(".") in FORMATS)
-    splits = {path: set(re.findall(r"(?<![a-z])(val|train)(?![a-z])", path.stem)) for path in paths}
-    if unclear := [path for path in paths if len(splits[path]) != 1]:
+    splits = {path: split_of_name(path.name) for path in paths}
+    if unclear := [path for path in paths if splits[path] is None]:
         raise UserError(f"{unclear[0]}: the name of a shard says either 'val' or 'train', as in name_train_000001")
-    val, train = ([path for path in paths if splits[path] == {split}] for split in ("val", "train"))
+    val, train = ([path for path in paths if splits[path] == split] for split in ("val", "train"))
     if not val or not train:
         raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
     own = folder / "tokenizer"
@@ -44,6 +43,8 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
     shards, dtypes = [], set()
     for split, path in [("val", path) for path in val] + [("train", path) for path in train]:
         tokens = open_shard(path)
+        if not len(tokens):
+            raise UserError(f"{path}: there are no tokens in it; remove it")
         dtypes.add(str(tokens.dtype))
         if (largest := int(tokens.max(initial=0))) >= tokenizer.vocab_size:
             raise UserError(
@@ -63,7 +64,7 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
             f"{folder}: shards of several kinds ({', '.join(sorted(dtypes | formats))}); use one folder each"
         )
     manifest = Manifest(
-        source={"source": "adopted"},
+        source=SourceRecord(ADOPTED),
         tokenizer=describe_tokenizer(tokenizer, tokenizer_hash(own) if own.exists() else tokenizer.save(own)),
         format=formats.pop(),
         dtype=dtypes.pop(),
@@ -71,6 +72,8 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
         val_shards=len(val),
         shards=shards,
     )
+    if contradictions := list(manifest.contradictions()):
+        raise UserError(f"{folder}: {'; '.join(contradictions)}")
     manifest.write(folder)
     return manifest
 

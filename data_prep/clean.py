@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.config import CleanConfig, executor_class, read_config
+from data_prep.cleaning.config import STEPS, CleanConfig, executor_class, read_config
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.lock import LOCK_NAME, locked
+from data_prep.manifest import CleaningStep
+from data_prep.schema import partial_name, read_json, write_text
 from data_prep.sources import CLEANING_CONFIG, CLEANING_REPORT
 
 QUEUED = "queued"  # in work/, once Slurm has the tasks
 
 
-def clean(config: CleanConfig) -> list[dict[str, Any]] | None:
+def clean(config: CleanConfig) -> list[CleaningStep] | None:
     """Make `config.output`: a folder of .jsonl.zst files for each source, and `cleaning.json`.
 
     What an interrupted cleaning has finished is not done again; an output that is complete is left as it is.
@@ -44,8 +46,19 @@ def clean(config: CleanConfig) -> list[dict[str, Any]] | None:
             if config.executor == "slurm":
                 (work / QUEUED).touch()
                 return None
-        shutil.rmtree(work, ignore_errors=True)
-    return json.loads(report.read_text(encoding="utf-8"))
+        _remove_work(work)
+    return read_json(report, list[CleaningStep])
+
+
+def _remove_work(work: Path) -> None:
+    """Remove what the stages have written into `work`, by its names, and the folder if nothing else is in it."""
+    for name in ("logs", "out", *STEPS):
+        if (work / name).is_dir():
+            shutil.rmtree(work / name)
+    for name in ("log", QUEUED):
+        (work / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or has files of others in it
+        work.rmdir()
 
 
 def _run_stages(config: CleanConfig, work: Path) -> None:
@@ -101,7 +114,7 @@ def _claim(config: CleanConfig, output: Path) -> None:
     wanted = json.loads(json.dumps(config.identity()))
     path = output / CLEANING_CONFIG
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, dict[str, Any])
         before, now = _flat(found), _flat(wanted)
         if different := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
             details = ", ".join(
@@ -109,12 +122,11 @@ def _claim(config: CleanConfig, output: Path) -> None:
             )
             raise UserError(f"{output} was made with {details}; choose another output, or remove this one")
         return
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(partial_name(path.name))
     if output.exists() and any(found not in (temporary, output / LOCK_NAME) for found in output.iterdir()):
         raise UserError(f"{output} exists and was not made by this program (no {path.name}); choose another output")
     output.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -129,18 +141,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def table(report: list[dict[str, Any]]) -> str:
+def table(report: list[CleaningStep]) -> str:
     """The report for a person: what each step left."""
     lines = [f"{'step':<20}{'documents':>12}{'kept':>8}{'characters':>16}{'kept':>8}"]
     first = report[0]
-    lines.append(f"{'raw':<20}{first['documents_in']:>12,}{'':>8}{first['characters_in']:>16,}")
+    lines.append(f"{'raw':<20}{first.documents_in:>12,}{'':>8}{first.characters_in:>16,}")
     for step in report:
-        line = f"{step['step']:<20}"
+        line = f"{step.step:<20}"
         for unit, width in (("documents", 12), ("characters", 16)):
-            before, after = step[f"{unit}_in"], step[f"{unit}_out"]
+            before, after = getattr(step, f"{unit}_in"), getattr(step, f"{unit}_out")
             line += f"{after:>{width},}{after / max(before, 1):>8.1%}"
         lines.append(line)
-    empty = [name for name, counts in report[-1]["sources"].items() if not counts["documents_out"]]
+    empty = [name for name, counts in report[-1].sources.items() if not counts.documents_out]
     return "\n".join(lines + [f"source {name!r}: no document is left" for name in empty])
 
 

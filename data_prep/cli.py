@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +13,15 @@ from typing import Any, NoReturn
 
 class UserError(Exception):
     """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
+
+
+_USER_IN_ADDRESS = re.compile(r"(\w://)[^/?#\s'\"]*@")
+_SECRET_IN_QUERY = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|secret|pass|pwd|sig|credential)[^=&\s]*=)[^&\s'\"]+")
+
+
+def redact(text: str) -> str:
+    """The text without the secrets of addresses: `user:password@`, and what a query calls token, key or the like."""
+    return _SECRET_IN_QUERY.sub(r"\1***", _USER_IN_ADDRESS.sub(r"\1***@", text))
 
 
 def first_line(error: Exception) -> str:
@@ -81,13 +91,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main`: what the user or the machine's files are to blame for (`UserError`, `OSError`) ends it
-    with one line and exit code 2, Ctrl-C with exit code 130."""
+    with one line and exit code 2, Ctrl-C with exit code 130, a reader of the output that has gone with exit code 1."""
+    if unreadable := [word for word in sys.argv[1:] if word != word.encode("utf-8", "replace").decode("utf-8")]:
+        print(f"error: {unreadable[0]!r} is not UTF-8 text; rename what it names", file=sys.stderr)
+        sys.exit(2)
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from data_prep.cleaning.evaluation_sets import read_items
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.hub import local_folder
 from data_prep.manifest import Manifest
+from data_prep.schema import STRICT, Count, Positive, Sha256, read_json, write_text
 from data_prep.shards import open_shard
 
 FILE_NAME = "contamination.json"
@@ -41,16 +41,18 @@ class Contamination:
         examples: of the items found, those in the most documents: number, text of an n-gram, documents.
     """
 
+    __pydantic_config__ = STRICT
+
     file: str
-    ngram: int
-    items: int
-    short_items: int
-    found_items: int
-    ngrams: int
-    found_ngrams: int
-    common_ngrams: int
-    documents: int
-    examples: list[tuple[int, str, int]]
+    ngram: Positive
+    items: Count
+    short_items: Count
+    found_items: Count
+    ngrams: Count
+    found_ngrams: Count
+    common_ngrams: Count
+    documents: Count
+    examples: list[tuple[Count, str, Count]]
 
     def __str__(self) -> str:
         share = self.found_items / max(self.items, 1)
@@ -63,6 +65,16 @@ class Contamination:
         if self.short_items:
             lines.append(f"  {self.short_items:,} items have fewer than {SHORTEST_NGRAM} words, too few to tell")
         return "\n".join(lines + [f"  {n:>4} documents, item {item}: {text!r}" for item, text, n in self.examples])
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The contents of `contamination.json`; `shards_sha256` is that of the shards that were searched."""
+
+    __pydantic_config__ = STRICT
+
+    shards_sha256: Sha256
+    sets: list[Contamination]
 
 
 @dataclass
@@ -157,24 +169,22 @@ def record(folder: Path, found: list[Contamination]) -> None:
     kept = [
         one
         for one in recorded(folder) or []
-        if Path(one["file"]).resolve() not in {Path(new.file).resolve() for new in found}
+        if Path(one.file).resolve() not in {Path(new.file).resolve() for new in found}
     ]
-    content = {"shards_sha256": Manifest.read(folder).shards_sha256, "sets": kept + [asdict(one) for one in found]}
-    temporary = folder / f".{FILE_NAME}.partial"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(folder / FILE_NAME)
+    content = _Record(Manifest.read(folder).shards_sha256, [*kept, *found])
+    write_text(folder / FILE_NAME, json.dumps(asdict(content), indent=2) + "\n")
 
 
-def recorded(folder: Path) -> list[dict[str, Any]] | None:
+def recorded(folder: Path) -> list[Contamination] | None:
     """What was found in the shards that `folder` has now, by evaluation set; None if they were not searched."""
     path = folder / FILE_NAME
-    if not path.exists():
-        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content["sets"] if content["shards_sha256"] == Manifest.read(folder).shards_sha256 else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what data_prep.contamination writes ({error}); remove it") from error
+        content = read_json(path, _Record)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        raise UserError(f"{error}: not what data_prep.contamination writes; remove it") from error
+    return content.sets if content.shards_sha256 == Manifest.read(folder).shards_sha256 else None
 
 
 def documents(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -197,7 +207,7 @@ def _token_documents(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
         tokens = open_shard(folder / shard.file)
         for start in range(0, len(tokens), _CHUNK_TOKENS):
             chunk = tokens[start : start + _CHUNK_TOKENS]
-            first, *others = np.split(chunk, np.flatnonzero(chunk == manifest.tokenizer["eos_token_id"]))
+            first, *others = np.split(chunk, np.flatnonzero(chunk == manifest.tokenizer.eos_token_id))
             parts.append(first)
             for part in others:
                 # Before the first document there is nothing.

@@ -8,19 +8,36 @@ python -m data_prep.inspect data/quickstart --run runs/quickstart --sequences 59
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, first_line, run
 from data_prep.hub import local_folder
 from data_prep.manifest import Manifest
 from data_prep.order import shares_of, training_order
+from data_prep.schema import STRICT, Count, Positive, read_yaml, validate
 from data_prep.shards import open_shard
 from data_prep.tokenizer import hf_tokenizer
 
 _BAR, _EXCERPT = 40, 400
 _TOKENS_AT_A_TIME = 1 << 22
+
+
+@dataclass(frozen=True)
+class _OrderSettings:
+    """Those settings of a run that the order of its data depends on; the others are not read here."""
+
+    __pydantic_config__ = STRICT | {"extra": "ignore"}
+
+    data: list[str]
+    n_positions: Positive
+    order: Literal["shuffled", "sequential"]
+    seed: Count
+    sequence_length: Positive | None = None
+    data_weights: list[Annotated[float, Field(gt=0)]] | None = None
 
 
 @dataclass
@@ -65,7 +82,7 @@ def _lengths(folder: Path, manifest: Manifest, split: str) -> Iterator[np.ndarra
         if shard.split != split:
             continue
         tokens = open_shard(folder / shard.file)
-        starts = np.flatnonzero(tokens == manifest.tokenizer["eos_token_id"])
+        starts = np.flatnonzero(tokens == manifest.tokenizer.eos_token_id)
         if not len(starts):
             carried += len(tokens)
             continue
@@ -96,7 +113,7 @@ def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) 
                 break
             number -= shard.documents
         tokens = open_shard(folder / shard.file)
-        starts = np.flatnonzero(tokens == manifest.tokenizer["eos_token_id"])
+        starts = np.flatnonzero(tokens == manifest.tokenizer.eos_token_id)
         document = tokens[starts[number] : starts[number + 1] if number + 1 < len(starts) else None]
         text = tokenizer.decode(document[1:].tolist())
         shown = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]} ..."
@@ -109,19 +126,19 @@ def sequences(names: list[str], run_folder: Path, first: int, stop: int) -> Iter
     Raises:
         UserError: for a folder that is no run's, or that of a run on others.
     """
-    import yaml
-
+    config = run_folder / "config.yaml"
     try:
-        settings = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
-        length = settings["sequence_length"] or settings["n_positions"]
-        weights, order, seed = (settings[name] for name in ("data_weights", "order", "seed"))
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        settings = validate(read_yaml(config), _OrderSettings, str(config))
+    except (FileNotFoundError, UserError) as error:
         raise UserError(f"{run_folder}: not the folder of a run ({first_line(error)})") from error
-    if [Path(name).name for name in settings["data"]] != [Path(name).name for name in names]:
-        raise UserError(f"{run_folder} is a run on {' '.join(settings['data'])}; name the same folders, in that order")
+    length = settings.sequence_length or settings.n_positions
+    if [Path(name).name for name in settings.data] != [Path(name).name for name in names]:
+        raise UserError(f"{run_folder} is a run on {' '.join(settings.data)}; name the same folders, in that order")
     folders = list(map(local_folder, names))
     manifests = [Manifest.read(folder) for folder in folders]
-    mixture = training_order(folders, manifests, shares_of(manifests, weights), "train", order, seed, length)
+    mixture = training_order(
+        folders, manifests, shares_of(manifests, settings.data_weights), "train", settings.order, settings.seed, length
+    )
     tokenizer = hf_tokenizer(folders[0] / "tokenizer")
     for position in range(first, stop):
         yield f"--- sequence {position}\n{tokenizer.decode(mixture.read(position)[:-1].tolist())}"
@@ -155,14 +172,14 @@ def main() -> None:
         found = statistics(folder, manifest)
         print(
             f"{folder}\n"
-            f"source      {manifest.source['source']}\n"
-            f"tokenizer   {manifest.tokenizer['name']}, {manifest.tokenizer['vocab_size']:,} ids, {manifest.dtype}\n"
+            f"source      {manifest.source.source}\n"
+            f"tokenizer   {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids, {manifest.dtype}\n"
             f"tokens      {found.tokens:,} ({found.tokens / total:.1%} of all shown): "
             f"{manifest.tokens('train'):,} for training, {manifest.tokens('val'):,} for validation, "
             f"in {len(manifest.shards)} shards\n"
             f"documents   {found.documents:,}, {found.tokens / found.documents:,.0f} tokens each\n"
             f"fertility   {found.text_bytes / (found.tokens - found.documents):.3f} bytes per token\n"
-            f"cleaning    {', '.join(step['step'] for step in manifest.cleaning) or 'none'}\n"
+            f"cleaning    {', '.join(step.step for step in manifest.cleaning) or 'none'}\n"
             f"lengths in tokens, documents\n{histogram(found.lengths)}"
         )
         for text in sample(folder, manifest, args.split, args.documents, args.seed):

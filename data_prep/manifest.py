@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-import os
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.cli import UserError
+from data_prep.schema import STRICT, Count, Positive, Sha256, parse_json, read_text, write_text
 
-FILE_NAME, TEMPORARY_NAME = "manifest.json", "manifest.json.tmp"
+FILE_NAME = "manifest.json"
+ADOPTED = "adopted"  # the source of shards that another program wrote
 FORMAT_VERSION = 2
 
 
@@ -17,11 +20,90 @@ FORMAT_VERSION = 2
 class Shard:
     """One file: its name, `train` or `val`, how many tokens and document starts are in it, and its sha256."""
 
+    __pydantic_config__ = STRICT
+
     file: str
-    split: str
-    tokens: int
-    documents: int
-    sha256: str
+    split: Literal["train", "val"]
+    tokens: Positive
+    documents: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """Where the documents came from: what was asked for (`data_prep.sources.Source`), and what was found.
+
+    Attributes:
+        source: `adopted` for shards that another program wrote, of which the rest is not known.
+        commit: of the data set on the Hub.
+        files, bytes, names_and_sizes: of the files that were read; the last is a hash.
+    """
+
+    __pydantic_config__ = STRICT
+
+    source: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    where: list[str] = field(default_factory=list)
+    commit: str | None = None
+    files: Count = 0
+    bytes: Count = 0
+    names_and_sizes: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that wrote the shards; `sha256` is that of `tokenizer/tokenizer.json`."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    vocab_size: Positive
+    eos_token_id: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a step of the cleaning was given and what it left."""
+
+    __pydantic_config__ = STRICT
+
+    documents_in: Count
+    documents_out: Count
+    characters_in: Count
+    characters_out: Count
+
+
+@dataclass(frozen=True)
+class CleaningStep(StepCounts):
+    """A step that the documents went through, as `cleaning.json` has it.
+
+    Attributes:
+        sources: the counts of each source.
+        dropped: documents by datatrove's reason for dropping them.
+    """
+
+    __pydantic_config__ = STRICT
+
+    step: str
+    settings: dict[str, Any]
+    sources: dict[str, StepCounts]
+    dropped: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where preparation goes on: so many `tokens` into the documents that begin at a cursor of three numbers."""
+
+    __pydantic_config__ = STRICT
+
+    file: Count = 0
+    record: Count = 0
+    offset: Count = 0
+    tokens: Count = 0
 
 
 @dataclass(frozen=True)
@@ -29,29 +111,29 @@ class Manifest:
     """The contents of `manifest.json`.
 
     Attributes:
-        source: where the documents came from (`data_prep.sources.Corpus.describe`).
-        tokenizer: `name`, `vocab_size`, `eos_token_id`, and `sha256` of `tokenizer/tokenizer.json`.
+        tokenizer, dtype: None until the tokenizer is there; `uint16` or `uint32`.
         format: `npy` or `bin`.
-        dtype: `uint16` or `uint32`.
         shard_tokens: the length that shards are cut at.
         val_shards: how many of them, the first ones, are validation.
-        cleaning: the steps that the documents went through, each with its counts.
+        cleaning: the steps that the documents went through.
         shards: in order; validation first.
         dropped_tokens: the rest of the document that validation ends in.
-        unfinished: where preparation goes on (`data_prep.writer.Position`); None once it is complete.
+        unfinished: where preparation goes on; None once it is complete.
     """
 
-    source: dict[str, Any]
-    tokenizer: dict[str, Any]
-    format: str
-    dtype: str
-    shard_tokens: int
-    val_shards: int
-    cleaning: list[dict[str, Any]] = field(default_factory=list)
+    __pydantic_config__ = STRICT
+
+    source: SourceRecord
+    tokenizer: TokenizerRecord | None
+    format: Literal["npy", "bin"]
+    dtype: Literal["uint16", "uint32"] | None
+    shard_tokens: Positive
+    val_shards: Positive
+    cleaning: list[CleaningStep] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
-    dropped_tokens: int = 0
-    unfinished: dict[str, int] | None = None
-    format_version: int = FORMAT_VERSION
+    dropped_tokens: Count = 0
+    unfinished: Position | None = None
+    format_version: Literal[2] = FORMAT_VERSION
 
     def tokens(self, split: str) -> int:
         """The number of tokens in `train` or `val`."""
@@ -64,41 +146,61 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`; it is replaced as a whole or not at all."""
-        temporary = folder / TEMPORARY_NAME
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE_NAME)
+        write_text(folder / FILE_NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Read `manifest.json`, of a folder that may be unfinished, without a look at the other files.
 
         Raises:
-            UserError: for a folder without one, and one that is not ours.
+            UserError: for a folder without one, and for one that is not ours or contradicts itself.
         """
         path = Path(folder) / FILE_NAME
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            version = fields["format_version"]
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: format version {version}, this program reads {FORMAT_VERSION}; remove {folder} and "
-                    f"prepare it again"
-                )
-            manifest = cls(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
+            text = read_text(path)
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder}: not a data folder (no {FILE_NAME}); prepare one with python -m data_prep.prepare, or take "
                 f"on finished shards with python -m data_prep.adopt"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a manifest ({type(error).__name__}: {error})") from error
-        if outside := [shard.file for shard in manifest.shards if Path(shard.file).name != shard.file]:
-            raise UserError(f"{path}: shard {outside[0]!r} lies outside of the folder")
+        manifest = parse_json(text, cls, str(path))
+        if contradictions := list(manifest.contradictions()):
+            raise UserError(f"{path}: {'; '.join(contradictions)}")
         return manifest
+
+    def contradictions(self) -> Iterator[str]:
+        """What of a manifest cannot all be true."""
+        splits = [shard.split for shard in self.shards]
+        for shard in self.shards:
+            if Path(shard.file).name != shard.file or not shard.file.endswith(f".{self.format}"):
+                yield f"shard {shard.file!r} is not a plain name that ends in .{self.format}"
+            if split_of_name(shard.file) not in (None, shard.split):
+                yield f"shard {shard.file!r} is listed as split {shard.split!r}"
+            if shard.tokens > self.shard_tokens or shard.documents > shard.tokens:
+                yield f"shard {shard.file!r} has {shard.tokens} tokens and {shard.documents} documents of at most " + (
+                    f"shard_tokens={self.shard_tokens}"
+                )
+        names = [shard.file for shard in self.shards]
+        yield from (f"shard {name!r} is listed twice" for name in sorted({n for n in names if names.count(n) > 1}))
+        by_hash = {shard.sha256: shard.file for shard in self.shards if shard.split == "val"}
+        for shard in self.shards:
+            if shard.split == "train" and shard.sha256 in by_hash:
+                yield f"training shard {shard.file!r} is the same as {by_hash[shard.sha256]!r} of validation"
+        if splits != sorted(splits, reverse=True) or splits.count("val") > self.val_shards:
+            yield f"the shards of validation are not the first val_shards={self.val_shards}"
+        if self.unfinished is None and (splits.count("val") != self.val_shards or "train" not in splits):
+            count = {split: splits.count(split) for split in ("val", "train")}
+            yield f"{count['val']} shards of validation, val_shards={self.val_shards}; {count['train']} of training"
+        if self.tokenizer is None or self.dtype is None:
+            if self.shards or self.unfinished is None:
+                yield "there are shards, and no tokenizer and dtype"
+            return
+        largest = {"uint16": 2**16, "uint32": 2**32}[self.dtype]
+        if not self.tokenizer.eos_token_id < self.tokenizer.vocab_size <= largest:
+            yield (
+                f"eos_token_id={self.tokenizer.eos_token_id} must be less than vocab_size={self.tokenizer.vocab_size}, "
+                f"and that at most the {largest} ids of {self.dtype}"
+            )
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -116,8 +218,15 @@ class Manifest:
                 f"python -m data_prep.prepare again, which goes on with it"
             )
         if problems := manifest.problems(Path(folder)):
-            raise UserError(f"{problems[0]}; prepare the folder again")
+            raise UserError(f"{problems[0]}; {manifest.remedy}")
         return manifest
+
+    @property
+    def remedy(self) -> str:
+        """What helps where the files are not those of the manifest."""
+        if self.source.source == ADOPTED:
+            return "get the shards again from where they are from, and adopt them anew"
+        return "remove the folder and prepare it again, or download it again"
 
     def problems(self, folder: Path) -> list[str]:
         """What is wrong with the files of `folder`, as far as their names, sizes and types tell."""
@@ -126,7 +235,7 @@ class Manifest:
 
         found = []
         try:
-            if tokenizer_hash(folder / "tokenizer") != self.tokenizer["sha256"]:
+            if tokenizer_hash(folder / "tokenizer") != self.tokenizer.sha256:
                 found.append(f"{folder / 'tokenizer'} is not the tokenizer that wrote the shards beside it")
         except OSError as error:
             found.append(f"{folder / 'tokenizer'}: not readable ({error})")
@@ -142,3 +251,9 @@ class Manifest:
                     f"the manifest says {shard.tokens} of {self.dtype}"
                 )
         return found
+
+
+def split_of_name(file: str) -> str | None:
+    """The split that a shard's name says, as in `name_train_000001.npy`; None where it says none or both."""
+    found = set(re.findall(r"(?<![a-z])(val|train)(?![a-z])", Path(file).stem))
+    return found.pop() if len(found) == 1 else None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.cli import UserError
 from data_prep.manifest import Manifest
 from data_prep.shards import open_shard
 
@@ -41,7 +42,7 @@ class TokenStream:
     def __init__(self, folder: Path, manifest: Manifest, split: str, order: str, seed: int) -> None:
         self.shuffled = order == "shuffled"
         self.seed = seed
-        self.eos_token_id = manifest.tokenizer["eos_token_id"]
+        self.eos_token_id, self.vocab_size = manifest.tokenizer.eos_token_id, manifest.tokenizer.vocab_size
         shards = [shard for shard in manifest.shards if shard.split == split]
         self.paths = [folder / shard.file for shard in shards]
         self.lengths = np.array([shard.tokens for shard in shards], dtype=np.int64)
@@ -94,6 +95,11 @@ class TokenStream:
 
     def _permuted_documents(self, epoch: int, shard: int) -> "_Documents":
         tokens = open_shard(self.paths[shard]).view(np.ndarray)  # still mapped, and quicker to slice
+        if len(tokens) != self.lengths[shard] or int(tokens.max()) >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[shard]}: {len(tokens):,} tokens, the largest id {int(tokens.max())}; the manifest says "
+                f"{self.lengths[shard]:,} tokens of a vocabulary of {self.vocab_size:,}; run python -m data_prep.verify"
+            )
         starts = np.flatnonzero(tokens == self.eos_token_id)
         if not len(starts) or starts[0] != 0:  # a shard may begin within a document
             starts = np.concatenate([[0], starts])

@@ -16,11 +16,12 @@ import numpy as np
 
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.lock import LOCK_NAME, locked
-from data_prep.manifest import FILE_NAME, TEMPORARY_NAME, Manifest
+from data_prep.manifest import ADOPTED, FILE_NAME, Manifest, Position
+from data_prep.schema import partial_name
 from data_prep.shards import FORMATS, smallest_dtype
 from data_prep.sources import Corpus, Source
 from data_prep.tokenizer import Tokenizer, describe_tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
-from data_prep.writer import Position, Writer, remove_files
+from data_prep.writer import Writer, remove_files
 
 SHARD_TOKENS = 100_000_000
 _BYTES_PER_TOKEN, _SHARDS_OF_A_SMALL_CORPUS = 4, 20
@@ -60,7 +61,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifes
     """
     try:
         has_manifest = (folder / FILE_NAME).exists()
-        if not has_manifest and folder.exists() and set(os.listdir(folder)) - {TEMPORARY_NAME, LOCK_NAME}:
+        if not has_manifest and folder.exists() and set(os.listdir(folder)) - {partial_name(FILE_NAME), LOCK_NAME}:
             raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
         if has_manifest and (manifest := Manifest.load(folder)).unfinished is None:
             _check_same(recipe, folder, manifest)
@@ -79,7 +80,7 @@ def _prepare(recipe: Recipe, folder: Path, workers: int) -> Manifest:
     if manifest is not None and manifest.shards:
         corpus = _check_same(recipe, folder, manifest)
         if problems := manifest.problems(folder):
-            raise UserError(f"{problems[0]}; remove {folder} and prepare it again")
+            raise UserError(f"{problems[0]}; {manifest.remedy}")
         return Writer(folder, manifest).write(corpus, load_tokenizer(folder / "tokenizer"), workers)
     if manifest is not None:
         remove_files(folder)  # of a preparation that was killed in its first shard
@@ -110,14 +111,14 @@ def _check_same(recipe: Recipe, folder: Path, manifest: Manifest) -> Corpus | No
         "dtype": recipe.dtype or manifest.dtype,
         "format": recipe.format,
     }
-    found = {**manifest.source, "tokenizer": manifest.tokenizer["name"]}
+    found = {**asdict(manifest.source), "tokenizer": manifest.tokenizer.name}
     found |= {name: getattr(manifest, name) for name in ("shard_tokens", "val_shards", "dtype", "format")}
     _refuse_difference(folder, wanted, found)
-    commit = manifest.source.get("commit")
+    commit = manifest.source.commit
     if commit and manifest.unfinished is None:
         return None  # all that there is to know about what has been read; no need for the network
     corpus = recipe.source.resolve(commit)
-    _refuse_difference(folder, corpus.describe(), found)
+    _refuse_difference(folder, asdict(corpus.describe()), found)
     return corpus
 
 
@@ -151,13 +152,13 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
             raise UserError(f"{name}={value} must be at least 1")
     manifest = Manifest(
         source=corpus.describe(),
-        tokenizer={},
+        tokenizer=None,
         format=recipe.format,
-        dtype="",
+        dtype=None,
         shard_tokens=shard_tokens,
         val_shards=recipe.val_shards,
         cleaning=corpus.cleaning(),
-        unfinished=asdict(Position()),
+        unfinished=Position(),
     )
     manifest.write(folder)
     tokenizer = _tokenizer(recipe, corpus)
@@ -175,16 +176,16 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
 
 def preparing_command(folder: str, manifest: Manifest) -> list[str]:
     """The words of the command that makes a folder with this manifest, less `python -m`; none for adopted shards."""
-    source, name = manifest.source, manifest.tokenizer["name"]
-    if "split" not in source:
+    source, name = manifest.source, manifest.tokenizer.name
+    if source.source == ADOPTED:
         return []
-    tokenizer = ["bpe", "--vocab_size", str(manifest.tokenizer["vocab_size"])] if name.startswith("bpe-") else [name]
-    words = ["data_prep.prepare", folder, "--source", source["source"], "--tokenizer", *tokenizer]
-    for option, value in {"name": source["name"], "revision": source["commit"] or source["revision"]}.items():
+    tokenizer = ["bpe", "--vocab_size", str(manifest.tokenizer.vocab_size)] if name.startswith("bpe-") else [name]
+    words = ["data_prep.prepare", folder, "--source", source.source, "--tokenizer", *tokenizer]
+    for option, value in {"name": source.name, "revision": source.commit or source.revision}.items():
         words += [f"--{option}", value] if value else []
     for option, default in {"split": "train", "text_column": "text"}.items():
-        words += [f"--{option}", source[option]] if source[option] != default else []
-    words += [word for condition in source["where"] for word in ("--where", condition)]
+        words += [f"--{option}", getattr(source, option)] if getattr(source, option) != default else []
+    words += [word for condition in source.where for word in ("--where", condition)]
     words += ["--shard_tokens", str(manifest.shard_tokens), "--val_shards", str(manifest.val_shards)]
     return [*words, "--dtype", manifest.dtype, "--format", manifest.format]
 
@@ -235,9 +236,14 @@ def main() -> None:
         source, args.tokenizer, args.vocab_size, args.shard_tokens, args.val_shards, args.dtype, args.format
     )
     manifest = prepare(recipe, args.folder, args.workers)
+    if manifest.dropped_tokens:
+        print(
+            f"dropped {manifest.dropped_tokens:,} tokens: the rest of the document that validation ends in, which "
+            f"training must not see"
+        )
     print(
         f"{args.folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens in "
-        f"{len(manifest.shards)} shards, tokenizer {manifest.tokenizer['name']}"
+        f"{len(manifest.shards)} shards, tokenizer {manifest.tokenizer.name}"
     )
 
 

@@ -7,10 +7,11 @@ import shlex
 from pathlib import Path
 
 from data_prep import contamination
-from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.cli import ArgumentParser, UserError, redact, run
 from data_prep.hub import PREFIX, Hub, repository_problem
 from data_prep.manifest import FILE_NAME, Manifest
 from data_prep.prepare import preparing_command
+from data_prep.tokenizer import tokenizer_files
 from data_prep.verify import verify
 
 
@@ -25,21 +26,22 @@ def push(folder: Path, repository: str, private: bool = False, licence: str | No
     """
     manifest = Manifest.read(folder)
     if problems := list(verify(folder)):
-        raise UserError(f"{problems[0]}; prepare the folder again")
+        raise UserError(f"{problems[0]}; {manifest.remedy}")
     hub = Hub(repository, "dataset")
     hub.create(private)
     names = [FILE_NAME, contamination.FILE_NAME, *(shard.file for shard in manifest.shards)]
-    names += [f"tokenizer/{path.name}" for path in sorted((folder / "tokenizer").iterdir())]
     files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).exists()}
-    files["README.md"] = dataset_card(manifest, folder, repository, licence).encode()
+    files |= {f"tokenizer/{path.name}": path for path in tokenizer_files(folder / "tokenizer")}
+    files["README.md"] = redact(dataset_card(manifest, folder, repository, licence)).encode()
+    files[FILE_NAME] = redact((folder / FILE_NAME).read_text(encoding="utf-8")).encode()
     return hub.upload(files, f"{manifest.tokens('train'):,} training tokens")
 
 
 def dataset_card(manifest: Manifest, folder: Path, repository: str, licence: str | None) -> str:
     """The `README.md` of a data folder on the Hub."""
     source = manifest.source
-    revision = f" at `{source['commit']}`" if source.get("commit") else ""
-    steps = [f"{step['step']} kept {step['documents_out']:,} documents" for step in manifest.cleaning]
+    revision = f" at `{source.commit}`" if source.commit else ""
+    steps = [f"{step.step} kept {step.documents_out:,} documents" for step in manifest.cleaning]
     words = preparing_command(str(folder), manifest)
     return "\n".join(
         [
@@ -52,10 +54,10 @@ def dataset_card(manifest: Manifest, folder: Path, repository: str, licence: str
             "",
             f"# {repository.rpartition('/')[2]}",
             "",
-            f"`{source['source']}` {source.get('name') or ''}{revision}, as tokens of `{manifest.tokenizer['name']}`: "
+            f"`{source.source}` {source.name or ''}{revision}, as tokens of `{manifest.tokenizer.name}`: "
             f"{manifest.tokens('train'):,} for training and {manifest.tokens('val'):,} for validation, in "
             f"{len(manifest.shards)} shards of {manifest.dtype}. Every document begins with token "
-            f"{manifest.tokenizer['eos_token_id']}; `{FILE_NAME}` has the hash of each shard.",
+            f"{manifest.tokenizer.eos_token_id}; `{FILE_NAME}` has the hash of each shard.",
             "",
             f"Cleaning: {'; '.join(steps) or 'none by this program'}.",
             "",

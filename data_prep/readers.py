@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # A plain .json is rarely lines of records, and other programs leave such files beside the data.
@@ -126,8 +126,8 @@ def _read_jsonl(
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: not a JSON object but {type(record).__name__}")
         yield _checked(record, columns, path, "line", number), Cursor(start.file, number, offset)

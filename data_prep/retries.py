@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, redact
 
 
 class Retries:
@@ -26,7 +26,8 @@ class Retries:
         Raises:
             UserError: for an error that another attempt cannot mend, and where all delays are used up.
         """
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = redact(" ".join(str(error).split()) or type(error).__name__)
+        where = redact(where)
         if not is_transient(error):
             raise UserError(f"{where}: {reason}") from error
         if self.failures == len(self.delays):

@@ -3,14 +3,17 @@
 import contextlib
 import hashlib
 import os
+import re
+import stat
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 
 FORMATS = ("npy", "bin")
+_NAME = re.compile(r"(.+)_(val|train)_\d{6}\.(npy|bin)(\.tmp)?", re.DOTALL)
 # llm.c's and modded-nanogpt's header: 256 int32, of which the magic number, the version and the count of tokens.
 _BIN_HEADER_INTS = 256
 _BIN_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
@@ -19,6 +22,17 @@ _BIN_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 def smallest_dtype(vocab_size: int) -> str:
     """The narrowest of uint16 and uint32 that holds every id of the vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def shard_name(folder: Path, split: str, number: int, form: str) -> str:
+    """How the shards that preparation writes into a folder are called."""
+    return f"{folder.resolve().name}_{split}_{number:06d}.{form}"
+
+
+def is_shard_name(name: str, folder: Path) -> bool:
+    """Whether a file is called as a shard that preparation writes into `folder`, or has begun to write."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match[1] == folder.resolve().name
 
 
 class ShardFile:
@@ -67,8 +81,10 @@ def _write_header(file: IO[bytes], suffix: str, dtype: str, tokens: int) -> None
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """sha256 of a file's bytes (`UserError` for what is no regular file: reading a pipe would wait for ever)."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path}: not a regular file")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -82,23 +98,40 @@ def open_shard(path: Path) -> np.ndarray:
         UserError: for a file that is not such a shard, or is shorter or longer than it says.
     """
     try:
-        tokens = _open_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("not a regular file" if path.exists() else "no such file")
+        dtype, start, count = (_read_bin_header if path.suffix == ".bin" else _read_npy_header)(path)
+        expected = start + count * np.dtype(dtype).itemsize
+        if path.stat().st_size != expected:
+            raise ValueError(f"{path.stat().st_size:,} bytes, and not the {expected:,} of {count:,} {dtype} tokens")
+        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable shard ({error})") from error
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise UserError(f"{path}: a shard is 1-D uint16 or uint32, this is {tokens.ndim}-D {tokens.dtype}")
-    return tokens
+        raise UserError(f"{path}: not a readable shard ({first_line(error)})") from error
 
 
-def _open_bin(path: Path) -> np.ndarray:
+def _read_npy_header(path: Path) -> tuple[str, int, int]:
+    """The dtype, where the tokens begin, and how many there are; a `ValueError` for what is no shard."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"version {version} of the npy format")
+        try:
+            shape, _, dtype = readers[version](file)
+        except Exception as error:  # it is parsed as Python, and whatever that raises comes up
+            raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
+        if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+            raise ValueError(f"a shard is 1-D uint16 or uint32, this is {len(shape)}-D {dtype}")
+        return str(dtype), file.tell(), shape[0]
+
+
+def _read_bin_header(path: Path) -> tuple[str, int, int]:
+    """As `_read_npy_header`, of llm.c's format."""
     header = np.fromfile(path, dtype="<i4", count=3)
     kinds = {kind: dtype for dtype, kind in _BIN_KINDS.items()}
     dtype = kinds.get(tuple(header[:2].tolist()))
     if len(header) < 3 or dtype is None:
         raise ValueError(f"its header is {header.tolist()}, not one of {[[*kind, 'tokens'] for kind in kinds]}")
-    start, count = _BIN_HEADER_INTS * 4, int(header[2])
-    if path.stat().st_size != start + count * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path.stat().st_size} bytes are not those of a header and {count} {dtype} tokens")
-    if not count:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
+    if header[2] < 0:
+        raise ValueError(f"its header says {header[2]} tokens")
+    return dtype, _BIN_HEADER_INTS * 4, int(header[2])

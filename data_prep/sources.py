@@ -1,18 +1,23 @@
 """Where documents come from: the built-in corpus, files, data sets of the Hub. All but the first are lists of files."""
 
+import glob
 import hashlib
-import json
+import os
 import random
+import stat
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, redact
 from data_prep.conditions import Condition
+from data_prep.manifest import CleaningStep, SourceRecord
 from data_prep.readers import SUFFIXES, Block, Cursor, read_file
 from data_prep.retries import Retries, is_transient
+from data_prep.schema import read_json
 
 BUILTIN = "builtin"
 # What data_prep.clean leaves in its output: at the start, and once all is done.
@@ -62,8 +67,8 @@ class Source:
                 retries.wait(f"source {self.source!r}", error)
 
     def describe(self) -> dict[str, Any]:
-        """The fields that make two sources different."""
-        return {**asdict(self), "where": list(self.where)}
+        """The fields that make two sources different, without the passwords of addresses."""
+        return {**asdict(self), "source": redact(self.source), "where": list(self.where)}
 
 
 @dataclass(frozen=True)
@@ -92,26 +97,32 @@ class Corpus:
         """Size of all files."""
         return sum(self.sizes)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> SourceRecord:
         """What the manifest says of the source: enough to notice that its files have other names or sizes."""
         names = "".join(
             f"{path.rpartition('/')[2]} {size}\n" for path, size in zip(self.paths, self.sizes, strict=True)
         )
-        return {
+        return SourceRecord(
             **self.source.describe(),
-            "commit": self.commit,
-            "files": len(self.paths),
-            "bytes": self.bytes,
-            "names_and_sizes": hashlib.sha256(names.encode()).hexdigest(),
-        }
+            commit=self.commit,
+            files=len(self.paths),
+            bytes=self.bytes,
+            names_and_sizes=hashlib.sha256(os.fsencode(names)).hexdigest(),
+        )
 
-    def cleaning(self) -> list[dict[str, Any]]:
-        """The report that `data_prep.clean` has left in the folder of these files, or in the one above it."""
+    def cleaning(self) -> list[CleaningStep]:
+        """The report that `data_prep.clean` has left in the folder of these files, or in the one above it; none where
+        a file of that name is another program's."""
         if self.filesystem is None or not self.is_local:
             return []
         folder = Path(self.paths[0]).parent
-        reports = [path for path in (folder / CLEANING_REPORT, folder.parent / CLEANING_REPORT) if path.is_file()]
-        return json.loads(reports[0].read_text(encoding="utf-8")) if reports else []
+        for place in (folder, folder.parent):
+            if (place / CLEANING_CONFIG).is_file() and (place / CLEANING_REPORT).is_file():
+                try:
+                    return read_json(place / CLEANING_REPORT, list[CleaningStep])
+                except UserError as error:
+                    print(f"not taken for a report of data_prep.clean: {error}", file=sys.stderr)
+        return []
 
     def documents(self) -> Iterator[str]:
         """All documents, one string each."""
@@ -194,18 +205,36 @@ def _corpus_of_files(source: Source, conditions: tuple[Condition, ...], pattern:
         filesystem, path = fsspec.core.url_to_fs(pattern)
     except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is not installed
         raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
-    if any(c in path for c in "*?["):
-        found = [p for p in filesystem.glob(path) if filesystem.isfile(p)]
-    elif filesystem.isdir(path):
+    if filesystem.isdir(path):
         if Path(pattern, CLEANING_CONFIG).is_file() and not Path(pattern, CLEANING_REPORT).is_file():
             raise UserError(f"source {pattern!r}: its cleaning has not finished; run the same data_prep.clean again")
         found = [p for p in filesystem.find(path) if p.endswith(SUFFIXES)]
     elif filesystem.exists(path):
         found = [path]
+    elif any(c in path for c in "*?["):
+        found = [p for p in filesystem.glob(_with_literal_folders(filesystem, path)) if filesystem.isfile(p)]
     else:
         raise UserError(f"source {pattern!r}: no such file or folder")
     paths = sorted(found)
+    if "file" in filesystem.protocol:
+        _check_regular(paths)
     return _checked(Corpus(source, conditions, filesystem, paths, [filesystem.size(p) for p in paths]))
+
+
+def _with_literal_folders(filesystem: Any, pattern: str) -> str:
+    """A pattern with its first folders, those that exist under the name as it stands, taken literally."""
+    parts = pattern.split("/")
+    count = 1
+    while count < len(parts) and filesystem.isdir("/".join(parts[: count + 1])):
+        count += 1
+    return "/".join([glob.escape("/".join(parts[:count])), *parts[count:]])
+
+
+def _check_regular(paths: Sequence[str]) -> None:
+    """Refuse pipes and devices, reading of which may never end (`UserError`)."""
+    for path in paths:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: not a regular file; name a file, or a folder of files")
 
 
 def _corpus_of_the_hub(source: Source, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:

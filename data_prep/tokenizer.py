@@ -13,13 +13,19 @@ import numpy as np
 
 from data_prep.byte_level import byte_level_ranks, chunks, merges, printable, unprintable
 from data_prep.cli import UserError, first_line
+from data_prep.manifest import TokenizerRecord
+from data_prep.schema import read_json
 
 if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+# What transformers' `save_pretrained` writes of a tokenizer.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+          "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 # Longer documents are encoded in chunks, each of which takes about 100 bytes of memory a character at worst.
 _CHUNK_CHARACTERS = 1 << 20
+_MOST_IDS = 1 << 24  # no published vocabulary has a tenth of that
 
 
 class Tokenizer(Protocol):
@@ -142,19 +148,30 @@ class HuggingFaceTokenizer:
         return tokenizer_hash(folder)
 
 
-def describe_tokenizer(tokenizer: Tokenizer, sha256: str) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: Tokenizer, sha256: str) -> TokenizerRecord:
     """What the manifest says of a tokenizer, given the hash of its `tokenizer.json`."""
-    return {
-        "name": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "sha256": sha256,
-    }
+    return TokenizerRecord(tokenizer.name, tokenizer.vocab_size, tokenizer.eos_token_id, sha256)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer folder that belong to a tokenizer, by their names; whatever else lies there is not."""
+    return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
 def tokenizer_hash(folder: Path) -> str:
     """sha256 of a tokenizer folder's `tokenizer.json`: two folders of one hash give the same ids."""
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def tokenizer_problem(tokenizer: Any, record: TokenizerRecord) -> str | None:
+    """How what `hf_tokenizer` gives differs from what a manifest says of it; None if it does not."""
+    found = {"eos_token_id": tokenizer.eos_token_id, "vocab_size": max(tokenizer.get_vocab().values()) + 1}
+    wrong = [
+        f"{name}={value}, not {getattr(record, name)}"
+        for name, value in found.items()
+        if value != getattr(record, name)
+    ]
+    return f"the tokenizer is another one than the manifest says ({'; '.join(wrong)})" if wrong else None
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -185,10 +202,25 @@ def hf_tokenizer(source: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    file = Path(source) / "tokenizer.json"
+    if file.is_file():
+        _check_ids(file)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # files of anybody's: the libraries that read them raise whatever comes up
         raise UserError(f"tokenizer {str(source)!r}: {first_line(error)}") from error
+
+
+def _check_ids(file: Path) -> None:
+    """Refuse ids that no vocabulary has (`UserError`): the libraries make tables as long as the largest one."""
+    content = read_json(file, dict[str, Any])
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    for number in ids:
+        if type(number) is not int or not 0 <= number < _MOST_IDS:
+            raise UserError(f"{file}: {number!r} is not the id of a token, a whole number from 0 to {_MOST_IDS - 1:,}")
 
 
 def load_tokenizer(source: str | Path, name: str | None = None) -> Tokenizer:

@@ -14,6 +14,7 @@ from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.hub import local_folder
 from data_prep.manifest import Manifest, Shard
 from data_prep.shards import file_hash, open_shard
+from data_prep.tokenizer import hf_tokenizer, tokenizer_problem
 
 _TOKENS_AT_A_TIME = 1 << 24
 
@@ -28,19 +29,21 @@ def verify(folder: Path) -> Iterator[str]:
     if manifest.unfinished is not None:
         raise UserError(f"{folder}: its preparation has not finished; the same prepare command goes on with it")
     problems = manifest.problems(folder)
+    if not problems and (wrong := tokenizer_problem(hf_tokenizer(folder / "tokenizer"), manifest.tokenizer)):
+        problems = [f"{folder / 'tokenizer'}: {wrong}"]
     yield from problems
     shards = [s for s in manifest.shards if not any(p.startswith(f"{folder / s.file}:") for p in problems)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(lambda shard: list(_of_shard(folder, manifest, shard)), shards):
             yield from found
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin", ".tmp")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin")):
         if path.name not in {shard.file for shard in manifest.shards}:
             yield f"{path}: not in the manifest"
 
 
 def _of_shard(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
     path = folder / shard.file
-    tokens, eos, vocab_size = open_shard(path), manifest.tokenizer["eos_token_id"], manifest.tokenizer["vocab_size"]
+    tokens, eos, vocab_size = open_shard(path), manifest.tokenizer.eos_token_id, manifest.tokenizer.vocab_size
     documents = largest = 0
     for start in range(0, len(tokens), _TOKENS_AT_A_TIME):
         part = tokens[start : start + _TOKENS_AT_A_TIME]
@@ -61,7 +64,7 @@ def main() -> None:
     problems = list(verify(folder))
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(f"{folder} is damaged; remove it and prepare it again:{listed}")
+        raise UserError(f"{folder} is damaged; {Manifest.load(folder).remedy}:{listed}")
     manifest = Manifest.load(folder)
     documents = sum(shard.documents for shard in manifest.shards)
     tokens = manifest.tokens("train") + manifest.tokens("val")

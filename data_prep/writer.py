@@ -1,40 +1,27 @@
 """Shards out of blocks of documents: tokenized by threads, written in order, one finished shard after the other."""
 
+import contextlib
 import errno
-import glob
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.cli import UserError
-from data_prep.manifest import FILE_NAME, Manifest, Shard
+from data_prep.manifest import FILE_NAME, Manifest, Position, Shard
 from data_prep.progress import Progress
 from data_prep.readers import Block, Cursor
-from data_prep.shards import FORMATS, ShardFile
+from data_prep.schema import partial_name
+from data_prep.shards import ShardFile, is_shard_name, shard_name
 from data_prep.sources import Corpus
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, tokenizer_files
 
 # Blocks in flight for each worker: enough work to bridge a wait for the network.
 _BLOCKS_AHEAD = 8
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where preparation goes on: so many `tokens` into the documents that begin at the cursor."""
-
-    file: int = 0
-    record: int = 0
-    offset: int = 0
-    tokens: int = 0
-
-    @property
-    def cursor(self) -> Cursor:
-        return Cursor(self.file, self.record, self.offset)
 
 
 class Writer:
@@ -46,11 +33,12 @@ class Writer:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.eos_token_id = manifest.tokenizer["eos_token_id"]
+        self.eos_token_id = manifest.tokenizer.eos_token_id
         self.file: ShardFile | None = None
         self.documents = 0
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+        for path in list(folder.iterdir()):
+            if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a process that was killed
+                path.unlink()
 
     def write(self, corpus: Corpus, tokenizer: Tokenizer, workers: int) -> Manifest:
         """Write all that is left, and return the manifest of the finished folder.
@@ -58,11 +46,11 @@ class Writer:
         Raises:
             UserError: for a full disk, for too little text (of which nothing is left), and as `Corpus.blocks`.
         """
-        position = Position(**self.manifest.unfinished)
-        skipped = position.tokens
-        with Progress(corpus, position.cursor) as progress:
+        position = self.manifest.unfinished
+        cursor, skipped = Cursor(position.file, position.record, position.offset), position.tokens
+        with Progress(corpus, cursor) as progress:
             try:
-                blocks = corpus.blocks(position.cursor)
+                blocks = corpus.blocks(cursor)
                 for block, tokens in tokenized(blocks, tokenizer, self.manifest.dtype, workers):
                     self._add(block, tokens, min(skipped, len(tokens)))
                     skipped -= min(skipped, len(tokens))
@@ -89,7 +77,7 @@ class Writer:
             self.documents += int(np.count_nonzero(taken == self.eos_token_id))
             start += len(taken)
             if self.file.tokens == self.manifest.shard_tokens:
-                self._finish_shard(asdict(Position(**asdict(block.start), tokens=start)))
+                self._finish_shard(Position(**asdict(block.start), tokens=start))
                 self.manifest.write(self.folder)
 
     def _drop(self, tokens: np.ndarray) -> int:
@@ -103,12 +91,12 @@ class Writer:
 
     def _path(self) -> Path:
         number = len(self.manifest.shards)
-        return self.folder / f"{self.folder.resolve().name}_{self._split()}_{number:06d}.{self.manifest.format}"
+        return self.folder / shard_name(self.folder, self._split(), number, self.manifest.format)
 
     def _split(self) -> str:
         return "train" if len(self.manifest.shards) >= self.manifest.val_shards else "val"
 
-    def _finish_shard(self, unfinished: dict[str, int] | None) -> None:
+    def _finish_shard(self, unfinished: Position | None) -> None:
         digest = self.file.finish()
         shard = Shard(self.file.path.name, self._split(), self.file.tokens, self.documents, digest)
         self.file = None
@@ -136,12 +124,16 @@ class Writer:
 
 
 def remove_files(folder: Path) -> None:
-    """Remove all that preparation writes into `folder`; the manifest, by which it knows it for its own, last."""
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    name = glob.escape(folder.resolve().name)
-    for pattern in ("*.tmp", *(f"{name}_*.{suffix}" for suffix in FORMATS), FILE_NAME):
-        for path in folder.glob(pattern):
+    """Remove all that preparation writes into `folder`, by its exact names; the manifest, by which it knows the folder
+    for its own, last."""
+    for path in tokenizer_files(folder / "tokenizer"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or has something in it that is not ours
+        (folder / "tokenizer").rmdir()
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if is_shard_name(path.name, folder) or path.name == partial_name(FILE_NAME):
             path.unlink()
+    (folder / FILE_NAME).unlink(missing_ok=True)
 
 
 def tokenized(

@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from data_prep.cli import ArgumentParser, UserError, first_line, run
+from data_prep.schema import read_text
 from eval.launch import make_accelerator
 from eval.models import compile_blocks, load_model
 from eval.multiple_choice import Question, accuracy, count_truncated, score
@@ -141,16 +142,12 @@ def read_items(path: Path | None = None, dataset: str = _DATASET, address: str =
 
 def _read_lines(path: Path) -> list[Any]:
     """The value of each line, None for an empty one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable .jsonl file ({error})") from error
     records = []
     # Not splitlines: it would also split at separators that JSON leaves unescaped within strings.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         try:
             records.append(json.loads(line) if line.strip() else None)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
     return records
 

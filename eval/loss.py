@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.hub import local_folder
+from data_prep.schema import read_text
 from eval.models import evaluating, load_model
 from eval.scores import language_modeling_scores
 from modeling.loss import IGNORE_INDEX
@@ -49,15 +50,10 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
     if data.is_dir():
         manifest = Manifest.read(data)
         if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"{data} was written with another tokenizer ({manifest.tokenizer['name']}) than the model's"
-            )
+            raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")
         shards = [open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"]
         return torch.from_numpy(np.concatenate(shards).astype(np.int64))
-    try:
-        text = data.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{data}: not a readable text file ({error})") from error
+    text = read_text(data)
     ids = tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
     return torch.tensor([tokenizer.eos_token_id, *ids])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.cli import UserError
 from data_prep.hub import local_folder
-from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.manifest import FILE_NAME, Manifest, TokenizerRecord
 from data_prep.order import shares_of, training_order
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources import BUILTIN, Source
@@ -29,7 +29,7 @@ class Data:
     shares: list[float]
 
     @property
-    def tokenizer(self) -> dict[str, Any]:
+    def tokenizer(self) -> TokenizerRecord:
         """What the manifests say of the tokenizer, all of them the same."""
         return self.manifests[0].tokenizer
 
@@ -44,7 +44,7 @@ class Data:
     def identity(self, config: TrainingConfig) -> dict[str, Any]:
         """All that the order of training data depends on."""
         return {
-            "tokenizer": self.tokenizer["sha256"],
+            "tokenizer": self.tokenizer.sha256,
             "shards": [[shard.sha256 for shard in manifest.shards] for manifest in self.manifests],
             "shares": self.shares,
             "order": config.data.order,
@@ -59,7 +59,7 @@ class Data:
         mixture = training_order(
             self.folders, self.manifests, self.shares, split, order, config.run.seed, config.sequence_length
         )
-        document_start = self.tokenizer["eos_token_id"] if config.data.document_mask else None
+        document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
         return Batches(mixture, document_start)
 
     def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
@@ -83,7 +83,7 @@ def load_data(config: TrainingConfig) -> Data:
     folders = list(map(local_folder, config.data.data))
     manifests = [_prepared(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
-        if manifest.tokenizer["sha256"] != manifests[0].tokenizer["sha256"]:
+        if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
             raise UserError(
                 f"{folder} was written with another tokenizer than {folders[0]}; prepare it again with "
                 f"--tokenizer {folders[0] / 'tokenizer'}"

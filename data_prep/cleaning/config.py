@@ -11,6 +11,7 @@ from data_prep.cleaning.check_settings import checked, parameters
 from data_prep.cleaning.decontaminate import COMMON_DOCUMENTS
 from data_prep.cleaning.evaluation_sets import SUFFIXES
 from data_prep.cli import UserError, unknown_name
+from data_prep.schema import read_yaml
 from data_prep.sources import CLEANING_REPORT, Source, names_files
 
 INSTALL = 'pip install "gpt-accelerate[clean]"'
@@ -155,14 +156,7 @@ def read_config(path: Path) -> CleanConfig:
     Raises:
         UserError: with all that is wrong with it.
     """
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected lines of `name: value`, found {type(settings).__name__}")
+    settings = read_yaml(path)
     require_libraries()
     problems: list[str] = []
     config = CleanConfig(**checked(parameters(CleanConfig), settings, "", problems))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cli import UserError
+from data_prep.schema import read_text
 
 SUFFIXES = (".jsonl", ".txt")
 _HELLASWAG = ["ctx", "endings"]
@@ -23,10 +24,7 @@ def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str
     Raises:
         UserError: for a file that cannot be read, and a record without one of `fields`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"evaluation set {path}: {error}") from error
+    text = read_text(path)
     if path.suffix == ".txt":
         yield from ([paragraph] for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
         return
@@ -39,7 +37,7 @@ def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object but {type(record).__name__}")

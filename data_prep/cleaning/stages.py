@@ -17,6 +17,7 @@ from datatrove.pipeline.readers import JsonlReader
 
 from data_prep.cleaning import steps
 from data_prep.cleaning.config import CleanConfig, MinHash, filter_class
+from data_prep.schema import write_text
 from data_prep.sources import CLEANING_REPORT
 
 LEAST_HASHES, MOST_HASHES = 96, 160
@@ -138,11 +139,10 @@ def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: Clean
     for name in config.sources:
         if (work / "out" / name).exists():
             (work / "out" / name).rename(output / name)
-    temporary = output / f"{CLEANING_REPORT}.tmp"
-    temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(output / CLEANING_REPORT)
+    write_text(output / CLEANING_REPORT, json.dumps(entries, indent=2) + "\n")
     for name in [*config.steps, "out"]:
-        shutil.rmtree(work / name, ignore_errors=True)
+        if (work / name).is_dir():
+            shutil.rmtree(work / name)
 
 
 def report(config: CleanConfig, logs: Path) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def everything(tmp_path_factory):
         "decontamination": {"against": [str(folder / "eval.txt")]},
     }
     report = clean(config(folder, steps=steps))
-    return folder, {step["step"]: step for step in report}, planted, good
+    return folder, {step.step: step for step in report}, planted, good
 
 
 def test_each_step_drops_what_was_planted_for_it(everything):
@@ -104,23 +104,23 @@ def test_each_step_drops_what_was_planted_for_it(everything):
     assert list(report) == [name for name in STEPS if name != "quality_classifier"]
     expected = {name: len(texts) for name, texts in planted.items()} | {"exact_dedup": 1, "minhash": 1}
     expected["decontamination"] = -1  # one document is cut in two
-    assert {name: step["documents_in"] - step["documents_out"] for name, step in report.items()} == expected
-    assert report["c4"]["dropped"] == {"lorem_ipsum": 1}
-    assert report["fineweb"]["dropped"] == {"line_punct_ratio": 1}
+    assert {name: step.documents_in - step.documents_out for name, step in report.items()} == expected
+    assert report["c4"].dropped == {"lorem_ipsum": 1}
+    assert report["fineweb"].dropped == {"line_punct_ratio": 1}
 
 
 def test_counts_follow_from_each_other_and_from_the_files(everything):
     folder, report, _, _ = everything
     steps = list(report.values())
     raw = [text for name in ("web", "books") for text in Source(str(folder / name)).resolve().documents()]
-    assert steps[0]["documents_in"] == len(raw) and steps[0]["characters_in"] == sum(map(len, raw))
+    assert steps[0].documents_in == len(raw) and steps[0].characters_in == sum(map(len, raw))
     for before, after in itertools.pairwise(steps):
-        assert before["documents_out"] == after["documents_in"]
-        assert before["characters_out"] == after["characters_in"]
+        assert before.documents_out == after.documents_in
+        assert before.characters_out == after.characters_in
     for name, records in read(folder / "out").items():
-        counts = steps[-1]["sources"][name]
-        assert counts["documents_out"] == len(records)
-        assert counts["characters_out"] == sum(len(record["text"]) for record in records)
+        counts = steps[-1].sources[name]
+        assert counts.documents_out == len(records)
+        assert counts.characters_out == sum(len(record["text"]) for record in records)
 
 
 def test_good_documents_come_out_as_they_went_in(everything):
@@ -188,15 +188,15 @@ def test_minhash_finds_near_duplicates_across_sources_and_keeps_the_others(pairs
     _, _, report, texts = pairs
     alike = [jaccard(*pair) for pair in texts]
     assert min(alike[::2]) > 0.8 and max(alike[1::2]) < 0.3, "the pairs are what they are meant to be"
-    assert report[0]["step"] == "minhash"
-    assert report[0]["documents_in"] == 16 and report[0]["documents_out"] == 12
+    assert report[0].step == "minhash"
+    assert report[0].documents_in == 16 and report[0].documents_out == 12
 
 
 def test_any_number_of_workers_writes_the_same_bytes(pairs):
     folder, steps, report, _ = pairs
     assert clean(config(folder, output="out2", steps=steps, workers=2)) == report
     assert files(folder / "out2") == files(folder / "out")
-    assert 0 < report[1]["documents_out"] < report[1]["documents_in"]
+    assert 0 < report[1].documents_out < report[1].documents_in
 
 
 def test_a_killed_cleaning_goes_on_to_the_same_result(pairs):
@@ -322,7 +322,7 @@ def test_other_formats_other_columns_and_sources_without_documents(tmp_path, cap
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "blank.txt").write_text(" \n")
     report = clean(config(tmp_path, steps={"min_length": True}, text_column="body"))
-    assert report[0]["documents_in"] == 2 and report[0]["sources"]["b"]["documents_in"] == 0
+    assert report[0].documents_in == 2 and report[0].sources["b"].documents_in == 0
     (record,) = read(tmp_path / "out")["a"]
     assert record["text"] == "x" * 200 and record["metadata"] == {"n": 1}
     config(tmp_path, steps={"min_length": True}, text_column="body")

@@ -410,9 +410,12 @@ def test_what_cleaning_has_done_is_taken_over(corpus, tmp_path):
     import shutil
 
     copy = shutil.copytree(corpus, tmp_path / "clean" / "web")
-    steps = [{"step": "min_length", "documents_in": 5, "documents_out": 4}]
-    (tmp_path / "clean" / "cleaning.json").write_text(json.dumps(steps))
-    assert prepare(recipe(copy), tmp_path / "data").cleaning == steps
+    counts = {"documents_in": 5, "documents_out": 4, "characters_in": 50, "characters_out": 40}
+    step = {"step": "min_length", "settings": {"characters": 9}, **counts, "sources": {"web": counts}, "dropped": {}}
+    (tmp_path / "clean" / "cleaning.json").write_text(json.dumps([step]))
+    assert prepare(recipe(copy), tmp_path / "foreign").cleaning == [], "it lacks the configuration of a cleaning"
+    (tmp_path / "clean" / "config.json").write_text("{}")
+    assert list(map(dataclasses.asdict, prepare(recipe(copy), tmp_path / "data").cleaning)) == [step]
 
 
 def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
@@ -442,12 +445,12 @@ def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
         total = len(Manifest.load(tmp_path / "one" / "data").shards)
         command("two", "fsync", str(total + total // 4), words=[killed], expect=-signal.SIGKILL)
         position = Manifest.load(tmp_path / "two" / "data").unfinished
-        assert position["file"] == 1 and position["record"] + position["tokens"] > 0
+        assert position.file == 1 and position.record + position.tokens > 0
         requests.clear()
         command("two")
         assert read() == {"train-00001-of-00003.parquet", "train-00002-of-00003.parquet"}
     assert contents(tmp_path / "one" / "data") == contents(tmp_path / "two" / "data")
-    assert Manifest.read(tmp_path / "one" / "data").source["commit"] == "0123456789abcdef0123456789abcdef01234567"
+    assert Manifest.read(tmp_path / "one" / "data").source.commit == "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_a_network_that_fails_is_tried_again(capsys):

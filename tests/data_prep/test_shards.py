@@ -63,7 +63,7 @@ def test_build_nanogpts_loader_reads_them(data_folder):
         assert files == [shard.file for shard in manifest.shards if shard.split == split] != []
         for name in files:
             tokens = np.load(data_folder / name).astype(np.int32)
-            assert tokens.ndim == 1 and tokens.min() >= 0 and tokens.max() == manifest.tokenizer["eos_token_id"]
+            assert tokens.ndim == 1 and tokens.min() >= 0 and tokens.max() == manifest.tokenizer.eos_token_id
 
 
 @pytest.fixture
@@ -90,10 +90,10 @@ def test_damaged_folders_are_refused(own_copy):
     Manifest.read(own_copy)
 
     for text, message in (
-        (good.replace('"format_version": 2', '"format_version": 3'), "format version 3"),
-        (good[:-20], "not a manifest"),
-        ("[]", "not a manifest"),
-        (good.replace(shard.name, "../" + shard.name), "outside of the folder"),
+        (good.replace('"format_version": 2', '"format_version": 3'), "format_version=3: input should be 2"),
+        (good[:-20], "manifest.json: not JSON"),
+        ("[]", r"manifest.json: \[\]: input should be an object"),
+        (good.replace(shard.name, "../" + shard.name), "is not a plain name"),
         (good.replace('"unfinished": null', '"unfinished": {"file": 1}'), "its preparation has not finished"),
     ):
         path.write_text(text)
@@ -176,14 +176,14 @@ def test_published_shards_are_used_as_they_are(data_folder, tmp_path):
     assert Manifest.read(folder) == adopted and list(verify(folder)) == []
     for split in ("train", "val"):
         assert adopted.tokens(split) == manifest.tokens(split)
-    assert adopted.tokenizer["sha256"] == manifest.tokenizer["sha256"]
+    assert adopted.tokenizer.sha256 == manifest.tokenizer.sha256
     with pytest.raises(UserError, match=r"has a manifest\.json already"):
         adopt(folder)
 
     # Once more, with the tokenizer beside them: it is taken, and left as it is.
     (folder / "manifest.json").unlink()
     (folder / "tokenizer" / "notes.txt").write_text("mine")
-    assert adopt(folder, "gpt2").tokenizer["sha256"] == manifest.tokenizer["sha256"]
+    assert adopt(folder, "gpt2").tokenizer.sha256 == manifest.tokenizer.sha256
     assert (folder / "tokenizer" / "notes.txt").read_text() == "mine"
 
 

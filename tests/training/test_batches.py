@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.manifest import Manifest, Shard
+from data_prep.manifest import Manifest, Shard, SourceRecord, TokenizerRecord
 from data_prep.order import Mixture, Sequences, TokenStream
 from data_prep.prepare import Recipe, prepare
 from data_prep.shards import open_shard
@@ -117,11 +117,14 @@ def counted_folder(tmp_path_factory):
     shards = []
     for number, part in enumerate(np.array_split(np.arange(1880 * T, dtype=np.uint32), 7)):
         np.save(folder / f"{number}.npy", part)
-        shards.append(Shard(f"{number}.npy", "train", len(part), 0, ""))
+        shards.append(Shard(f"{number}.npy", "train", len(part), 0, f"{number:064}"))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    tokenizer = {"eos_token_id": 1880 * T, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    Manifest({}, tokenizer, "npy", "uint32", len(part), 0, shards=shards).write(folder)
+    np.save(folder / "val.npy", np.full(T + 1, 1880 * T, dtype=np.uint32))
+    shards.insert(0, Shard("val.npy", "val", T + 1, T + 1, f"{7:064}"))
+    tokenizer = TokenizerRecord("counted", 1880 * T + 1, 1880 * T, hashlib.sha256(b"{}").hexdigest())
+    longest = max(shard.tokens for shard in shards)
+    Manifest(SourceRecord("adopted"), tokenizer, "npy", "uint32", longest, 1, shards=shards).write(folder)
     return folder
 
 
@@ -229,7 +232,7 @@ def test_a_single_source_is_itself(data_folder):
 def test_document_masks_give_the_logits_of_each_document_alone(data_folder):
     """Against a model called on the documents one by one."""
     manifest = Manifest.read(data_folder)
-    eos = manifest.tokenizer["eos_token_id"]
+    eos = manifest.tokenizer.eos_token_id
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(vocab_size=601, n_embd=32, n_layer=2, n_head=4, n_positions=T)).eval()
     tokens = np.array(([eos, 5, 6, 7] * 3 + [eos] + [9] * 20 + [eos, 8]) * 3, dtype=np.uint16)[:T]
