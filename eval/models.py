@@ -11,6 +11,8 @@ from data_prep.cli import UserError, first_line
 from data_prep.tokenizer import hf_tokenizer
 from modeling import GPTConfig, GPTModel
 
+_LISTED = 5  # tensors in a message
+
 
 def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
     """A model in float32 and evaluation mode, and its tokenizer, from a folder or the Hub.
@@ -31,8 +33,42 @@ def load_weights(name: str) -> GPTModel:
 
     logging.disable_progress_bar()
     try:
-        return GPTModel.from_pretrained(name, dtype=torch.float32).eval()
+        return from_pretrained(name).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"model {name!r}: {first_line(error)}") from error
+
+
+def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
+    """`GPTModel.from_pretrained` in float32, with every tensor accounted for: transformers fills what a file lacks with
+    random numbers, and says so in a warning.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unknown, or of another shape, and for files that are none.
+    """
+    try:
+        # Mismatched sizes are "ignored" for the report of all of them, which is what is checked here.
+        options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = GPTModel.from_pretrained(source, **options)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # files of anybody's: the libraries that read them raise whatever comes up
+        raise ValueError(" ".join(str(error).split())) from error
+    problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    problems += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
+    problems += [
+        f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ValueError(f"its weights are not those of its config.json: {'; '.join(problems[:_LISTED])}{more}")
+    return model
+
+
+def read_config(name: str) -> GPTConfig:
+    """The configuration of a model in a folder or on the Hub (`UserError` where there is none of a GPT-2)."""
+    try:
+        return GPTConfig.from_pretrained(name)
+    except Exception as error:  # as above
         raise UserError(f"model {name!r}: {first_line(error)}") from error
 
 

@@ -18,7 +18,7 @@ class GPTConfig(GPT2Config):
     `gpt2` configuration that names `GPT2LMHeadModel`; any `gpt2` configuration loads.
 
     Raises:
-        ValueError: for a width that the heads do not divide, and for a field that the network does not implement.
+        ValueError: for a size below 1, a width that the heads do not divide, and a field that is not implemented.
     """
 
     resid_pdrop: float | int = 0.0
@@ -27,6 +27,10 @@ class GPTConfig(GPT2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for field in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field}={value!r} must be a whole number of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: every head needs the same width. "

@@ -66,18 +66,28 @@ def import_checkpoint(file: Path, vocab_size: int | None = None) -> Imported:
         raise ValueError(f"{file} does not say its {', '.join(missing)}")
 
     config = GPTConfig(**{ours: settings[theirs] for theirs, ours in _SIZES.items()}, activation_function=activation)
-    weights = {_bare(name): tensor for name, tensor in content["model"].items()}
+    weights = {_bare(str(name)): tensor for name, tensor in content["model"].items()}
+    if wrong := [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{file}: {wrong[0]} is not a tensor")
+    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+    if len(layers) != config.n_layer:  # before a model of that size is made
+        raise ValueError(f"{file} has the weights of {len(layers)} layers, and says n_layer={config.n_layer}")
     keep = config.vocab_size if vocab_size is None else vocab_size
     if not 1 <= keep <= config.vocab_size:
         raise ValueError(f"vocab_size={keep}: {file} has {config.vocab_size} tokens")
     config.vocab_size = keep
+    with torch.device("meta"):
+        wanted = dict(GPTModel(config).named_parameters())
+    weights = _weights_of(wanted, weights, file)
     model = GPTModel(config)
-    model.load_state_dict(_weights_of(model, weights, file))
+    model.load_state_dict(weights)
     return Imported(model.eval(), trainer, content.get("iter_num", content.get("step")))
 
 
 def _load(file: Path) -> Any:
     """What is in the file: tensors, numbers, names, and settings under our own stand-in for their class."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file, or not a regular one")
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         code = [name for name in foreign if name.rpartition(".")[2] != "GPTConfig"]
@@ -95,9 +105,8 @@ def _bare(name: str) -> str:
     return name
 
 
-def _weights_of(model: GPTModel, found: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _weights_of(wanted: dict[str, Tensor], found: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """What `found` has for each parameter of the model; every name and every shape is accounted for."""
-    wanted = dict(model.named_parameters())
     head, embeddings = found.pop("lm_head.weight", None), found.get("transformer.wte.weight")
     if head is not None and embeddings is not None and not torch.equal(head, embeddings):
         raise ValueError(f"{file}: its head is not tied to its embeddings, as GPT-2's is")
@@ -108,7 +117,7 @@ def _weights_of(model: GPTModel, found: dict[str, Tensor], file: Path) -> dict[s
     for name, parameter in wanted.items():
         tensor = found.get(name)
         if tensor is None and name.endswith(".bias"):
-            tensor = torch.zeros_like(parameter)
+            tensor = torch.zeros(parameter.shape)
         elif tensor is None:
             raise ValueError(f"{file}: {name} is missing")
         if name == "transformer.wte.weight":
@@ -130,7 +139,8 @@ def write_folder(model: GPTModel, tokenizer: str | None, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} exists; choose another name")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        raise ValueError(f"{partial} is in the way, perhaps of an import that was killed; remove it")
     end_of_text = model.config.eos_token_id if model.config.eos_token_id < model.config.vocab_size else None
     try:
         if tokenizer is not None:

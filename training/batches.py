@@ -8,10 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.cli import UserError
 from data_prep.order import Mixture
 from modeling.loss import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
+
+
+class DataError(Exception):
+    """Data that could be read before cannot be read any more, or are not what their manifest says."""
 
 
 class Batches:
@@ -27,8 +32,16 @@ class Batches:
         self.document_start = document_start
 
     def sequences(self, position: int, count: int) -> Batch:
-        """`input_ids`, `shift_labels` and, within documents, `position_ids`, `[count, T]` int64 each."""
-        tokens = torch.from_numpy(np.stack([self.mixture.read(p) for p in range(position, position + count)]))
+        """`input_ids`, `shift_labels` and, within documents, `position_ids`, `[count, T]` int64 each.
+
+        Raises:
+            DataError: where they cannot be read.
+        """
+        try:
+            rows = [self.mixture.read(p) for p in range(position, position + count)]
+        except (OSError, UserError) as error:
+            raise DataError(str(error)) from error
+        tokens = torch.from_numpy(np.stack(rows))
         batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
         if self.document_start is not None:
             batch["position_ids"] = _positions_in_documents(batch["input_ids"], self.document_start)

@@ -3,7 +3,7 @@
 step_00000500/
   model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
   training_state/  state.json  optimizer.safetensors  rng_0.safetensors ...
-  COMPLETE         sha256 of each file, written last
+  COMPLETE         sha256 of each file, written last, before the folder gets its name
 """
 
 import copy
@@ -20,10 +20,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 from data_prep.shards import file_hash
+from data_prep.tokenizer import tokenizer_files
 from modeling import GPTModel
-from training.checkpoint_folders import COMPLETE, STATE, RunState, checkpoint_folder, remove_checkpoint
+from training.checkpoint_folders import (
+    COMPLETE,
+    STATE,
+    RunState,
+    checkpoint_folder,
+    is_checkpoint,
+    partial_folder,
+    remove_checkpoint,
+)
+from training.optimizer import state_keys
+
+_LISTED = 5  # problems of a file
 
 
 @dataclass(frozen=True)
@@ -75,38 +87,43 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
-    """Write `step_NNNNNNNN` under `checkpoints`: under another name, hashed, brought to the disk and moved into place;
-    `COMPLETE` comes last. A failed attempt leaves nothing behind."""
+    """Write `step_NNNNNNNN` under `checkpoints`: under another name, hashed, marked as complete and brought to the disk
+    before it is moved into place. A failed attempt leaves nothing behind.
+
+    Raises:
+        UserError: where something else of that name is in the way.
+    """
     folder = checkpoint_folder(checkpoints, snapshot.state.step)
-    partial = checkpoints / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_folder(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+    if os.path.lexists(folder) and not is_checkpoint(folder):
+        raise UserError(f"{folder} is in the way: it was not made by this program (no {COMPLETE}); move it")
     try:
         (partial / STATE).mkdir(parents=True)
+        for file in tokenizer_files(snapshot.tokenizer_folder):  # first: nothing of the data replaces anything of ours
+            shutil.copyfile(file, partial / file.name)
         snapshot.shell.save_pretrained(partial, state_dict=snapshot.weights)
-        shutil.copytree(snapshot.tokenizer_folder, partial, dirs_exist_ok=True)
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
         save_file(snapshot.moments, partial / STATE / "optimizer.safetensors")
-        (partial / STATE / "state.json").write_text(json.dumps(asdict(snapshot.state)) + "\n", encoding="utf-8")
+        (partial / STATE / "state.json").write_text(
+            json.dumps(asdict(snapshot.state), allow_nan=False) + "\n", encoding="utf-8"
+        )
         hashes = {
             str(path.relative_to(partial)): file_hash(path) for path in sorted(partial.rglob("*")) if path.is_file()
         }
+        (partial / COMPLETE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             if path.suffix == ".safetensors":  # which are written for their owner's eyes alone
                 path.chmod((partial / STATE / "state.json").stat().st_mode)
             _flush(path)
-        remove_checkpoint(folder)  # one that was left incomplete
+        if is_checkpoint(folder):  # of the run before it went back
+            remove_checkpoint(folder)
         partial.rename(folder)
-        temporary = folder / f".{COMPLETE}"
-        temporary.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-        _flush(temporary)
-        temporary.rename(folder / COMPLETE)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if not (folder / COMPLETE).exists():
-            shutil.rmtree(folder, ignore_errors=True)
         raise
-    _flush(folder)
     _flush(checkpoints)
     return folder
 
@@ -125,15 +142,18 @@ def load_training_state(
 ) -> None:
     """Restore optimizer, loss scale and random numbers; the weights are loaded by `GPTModel.from_pretrained`."""
     try:
-        restore_optimizer(model, optimizer, load_file(folder / STATE / "optimizer.safetensors"))
+        tensors = load_file(folder / STATE / "optimizer.safetensors")
+        # Before the first update there is nothing in it; a step whose batch was skipped makes none.
+        if tensors or state.step > len(state.skipped):
+            restore_optimizer(model, optimizer, tensors)
         # A process that the saved run did not have keeps the generator it was seeded with.
         random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"
         if random_state.exists():
             _restore_random_state(load_file(random_state), accelerator.device)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be resumed from ({error})") from error
-    if accelerator.scaler is not None and state.grad_scaler:
-        accelerator.scaler.load_state_dict(state.grad_scaler)
+        if accelerator.scaler is not None and state.grad_scaler:
+            accelerator.scaler.load_state_dict(state.grad_scaler)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be resumed from ({first_line(error)})") from error
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied: bool = True) -> dict[str, Tensor]:
@@ -153,14 +173,30 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave back in place, sharded as the parameters are."""
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, key = name.rsplit("/", 1)
-        by_parameter.setdefault(parameter, {})[key] = tensor
+    """Put what `optimizer_tensors` gave back in place, sharded as the parameters are.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unknown, or of another shape than their parameter's.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    wanted, problems = {}, []
     for name, parameter in _named_parameters(model):
-        for key, tensor in by_parameter.get(name, {}).items():  # none of one that no step has updated
-            optimizer.state[parameter][key] = _placed_like(tensor, parameter)
+        for key in state_keys(groups[id(parameter)]):
+            wanted[f"{name}/{key}"] = (parameter, key)
+    problems += [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        parameter, key = wanted[name]
+        shape = torch.Size() if key == "step" else parameter.shape
+        if tensors[name].shape != shape or not tensors[name].is_floating_point():
+            problems.append(
+                f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, expected {list(shape)} floats"
+            )
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ValueError(f"optimizer.safetensors: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+    for name, (parameter, key) in wanted.items():
+        optimizer.state[parameter][key] = _placed_like(tensors[name], parameter)
 
 
 def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from eval.launch import on_cpu
 from training.precision import chosen_precision, fp8_is_available
 from training.settings import QUICKSTART_DATA, RunSettings, TrainingConfig
 
+_MOST_WEIGHT = 1e12
+
 
 def check_config(config: TrainingConfig, num_processes: int) -> None:
     """Check all that can be checked before anything is loaded.
@@ -44,9 +46,21 @@ def check_config(config: TrainingConfig, num_processes: int) -> None:
         problems += filter(None, [repository_problem("push_to_hub", config.hub.push_to_hub)])
     known = config.to_dict()
     problems += [f"override: {unknown_name(name, known)}" for name in run.override if name not in known]
-    if Path(run.run_name).name != run.run_name:
-        problems.append(f"run_name={run.run_name!r} is not the name of a folder; use runs_dir for the place")
+    problems += _folder_problems(config)
     raise_all(problems)
+
+
+def _folder_problems(config: TrainingConfig) -> list[str]:
+    name, place = config.run.run_name, Path(config.run.runs_dir)
+    if not name.strip() or name.startswith(".") or "/" in name or os.sep in name or "\0" in name:
+        return [f"run_name={name!r} must be a plain name for a folder below runs_dir, not beginning with a dot"]
+    try:
+        resolved, expected = (place / name).resolve(), place.resolve() / name
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that no disk takes
+        return [f"run_name={name!r}: {error}"]
+    if resolved != expected:
+        return [f"run_name={name!r} leads to {resolved}, not to a folder below {place.resolve()}; name a real folder"]
+    return []
 
 
 def _out_of_range(config: TrainingConfig) -> list[str]:
@@ -87,8 +101,11 @@ def _data_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"data={folders} names a folder twice; give it a larger weight instead")
     if weights is not None and len(weights) != len(folders):
         problems.append(f"data_weights={weights}: {len(weights)} for {len(folders)} data folders; give one for each")
-    if weights is not None and not all(0 < weight < math.inf for weight in weights):
-        problems.append(f"data_weights={weights} must be numbers greater than 0; leave out folders that are not wanted")
+    if weights is not None and not all(0 < weight < _MOST_WEIGHT for weight in weights):
+        problems.append(
+            f"data_weights={weights} must be numbers greater than 0 and less than {_MOST_WEIGHT:g}; leave out folders "
+            f"that are not wanted"
+        )
     if config.data.document_mask and config.model.attn_implementation.startswith("flash"):
         problems.append(
             f"document_mask does not work with attn_implementation={config.model.attn_implementation!r}; use sdpa or "

@@ -3,6 +3,7 @@
 import shutil
 
 from data_prep.cli import UserError
+from training.checkpoint_folders import complete_checkpoints
 from training.settings import TrainingConfig
 
 
@@ -22,7 +23,8 @@ def room_for_checkpoints(config: TrainingConfig, checkpoint_bytes: int) -> tuple
     kept = checkpoints_kept(config)
     needed = kept * checkpoint_bytes
     place = next(path for path in (config.run_folder, *config.run_folder.absolute().parents) if path.exists())
-    there = sum(path.stat().st_size for path in config.checkpoints.rglob("*") if path.is_file())
+    ours = complete_checkpoints(config.checkpoints)
+    there = sum(path.stat().st_size for folder in ours for path in folder.rglob("*") if path.is_file())
     room = shutil.disk_usage(place).free + there
     if needed > room:
         raise UserError(

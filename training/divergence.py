@@ -41,7 +41,9 @@ class Judgement:
     finite: bool
 
 
-def judge(loss: float, grad_norm: float, recent: list[list[float]], settings: DivergenceSettings) -> Judgement | None:
+def judge(
+    loss: float, grad_norm: float, recent: list[tuple[float, float]], settings: DivergenceSettings
+) -> Judgement | None:
     """Whether a step diverged: None for one that did not.
 
     A leap is a loss, or a norm of the gradient, more than `spike_zscore` standard deviations above the mean of the last
@@ -66,7 +68,7 @@ def judge(loss: float, grad_norm: float, recent: list[list[float]], settings: Di
     return None
 
 
-def is_skipped(skipped: list[list[int]], first: int, stop: int) -> bool:
+def is_skipped(skipped: list[tuple[int, int]], first: int, stop: int) -> bool:
     """Whether any of the sequences from `first` to before `stop` are to be passed over."""
     return any(first < end and begin < stop for begin, end in skipped)
 

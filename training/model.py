@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from data_prep.cli import UserError
 from data_prep.tokenizer import hf_tokenizer
 from eval.launch import on_cpu
-from eval.models import check_folder, compile_blocks, is_compiled
+from eval.models import check_folder, compile_blocks, from_pretrained, is_compiled, read_config
 from modeling import GPTConfig, GPTModel
 from training.batches import Batches
 from training.data import Data
@@ -31,17 +32,18 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
     kernel = {"attn_implementation": attention_kernel(config)}
     try:
         if source is None:
-            eos = data.tokenizer["eos_token_id"]
+            eos = data.tokenizer.eos_token_id
             sizes = {name: getattr(settings, name) for name in MODEL_SIZES}
             model_config = GPTConfig(
-                vocab_size=data.tokenizer["vocab_size"], **sizes, **dropout, bos_token_id=eos, eos_token_id=eos
+                vocab_size=data.tokenizer.vocab_size, **sizes, **dropout, bos_token_id=eos, eos_token_id=eos
             )
             torch.manual_seed(config.run.seed)
             model = GPTModel._from_config(model_config, **kernel)
         else:
-            model = GPTModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **dropout, **kernel)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot make the model: {' '.join(str(error).split())}") from error
+            model = from_pretrained(source, use_safetensors=True, **dropout, **kernel)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "" if source is None else f" of {source}"
+        raise UserError(f"cannot make the model{where}: {' '.join(str(error).split())}") from error
     if settings.activation_checkpointing != "none":
         checkpoint_activations(model, settings.activation_checkpointing)
     if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available() and not on_cpu()):
@@ -60,7 +62,7 @@ def check_initial_model(config: TrainingConfig, data: Data, tokenizer: Any) -> N
     """Refuse an `init_from` of other sizes, or whose tokenizer is not the one that the data was written with."""
     name = config.model.init_from
     check_folder(name)
-    saved = GPTConfig.from_pretrained(name)
+    saved = read_config(name)
     if different := different_sizes(config, saved.to_dict()):
         raise UserError(f"init_from={name!r} is another model ({'; '.join(different)}); leave those settings out")
     if hf_tokenizer(name).get_vocab() != tokenizer.get_vocab():

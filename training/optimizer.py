@@ -46,6 +46,11 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     return optimizer
 
 
+def state_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter of a group, once it has been updated: AdamW, or else Muon."""
+    return ("step", "exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Set each group's learning rate to `factor` of its peak."""
     for group in optimizer.param_groups:

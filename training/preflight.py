@@ -1,15 +1,20 @@
 """Before a long run: everything once, and what the run will take."""
 
+import contextlib
+import os
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_prep.cli import UserError
+from data_prep.lock import LOCK_NAME
 from eval.launch import peak_memory
 from eval.loss import summed_loss
-from modeling import GPTModel
+from eval.models import from_pretrained
 from training.checkpoint import Snapshot, take_snapshot, write_checkpoint
 from training.checkpoint_folders import damage, load_state
 from training.disk import checkpoints_kept, gib, room_for_checkpoints
@@ -21,8 +26,45 @@ from training.step import training_step
 from training.topology import agreed
 from training.uploads import check_access
 
+_MARK = "made_by_preflight"
 _TIMED_STEPS = 3
 _HELLASWAG_ITEMS = 64
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Have `folder`, which is there and locked, for the length of a preflight: emptied of what a killed one has left,
+    and removed at the end; both by the mark that a preflight puts into it.
+
+    Raises:
+        UserError: where something else is in it.
+    """
+    mark = folder / _MARK
+    if not mark.is_file() and (others := sorted(set(os.listdir(folder)) - {LOCK_NAME})):
+        raise UserError(f"{folder}: {others[0]} is in the way of the preflight, which did not make it; move it")
+    _empty(folder)
+    mark.touch()
+    try:
+        yield
+    finally:
+        if mark.is_file():
+            _empty(folder)
+            mark.unlink()
+
+
+def remove_if_empty(*folders: Path) -> None:
+    """Remove the folders that a preflight was in, as far as nothing else is in them."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK_NAME, _MARK):
+            path.unlink()
 
 
 def get_out_of_the_way(config: TrainingConfig) -> None:
@@ -113,7 +155,7 @@ def _there_and_back(snapshot: Snapshot | None, checkpoints: Path) -> tuple[float
     if wrong := damage(folder):
         raise UserError(f"{folder}: what was written does not come back ({wrong}); look at the disk")
     load_state(folder)
-    GPTModel.from_pretrained(folder, use_safetensors=True)
+    from_pretrained(folder, use_safetensors=True)
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

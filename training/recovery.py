@@ -4,11 +4,10 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from data_prep.cli import UserError
-from modeling import GPTModel
+from eval.models import from_pretrained
 from training.checkpoint import load_training_state
 from training.checkpoint_folders import complete_checkpoints, load_state
 from training.divergence import Diverged, diagnosis, judge
@@ -31,7 +30,7 @@ def see_to(run: Run, done: StepInFlight, metrics: dict[str, Any]) -> None:
     wrong = judge(metrics["loss"], grad_norm, state.recent, settings)
     if wrong is None:
         if settings.spike_zscore:
-            state.recent = [*state.recent, [metrics["loss"], grad_norm]][-settings.spike_window :]
+            state.recent = [*state.recent, (metrics["loss"], grad_norm)][-settings.spike_window :]
         return
     what = f"step {done.step}: {wrong.what}"
     if not wrong.finite and settings.on_nonfinite == "halt":
@@ -45,7 +44,7 @@ def see_to(run: Run, done: StepInFlight, metrics: dict[str, Any]) -> None:
     if wrong.finite:
         run.log.print(f"{what}; there is no checkpoint to go back to yet, and the run goes on")
         return
-    state.skipped.append(list(done.batch))
+    state.skipped.append(done.batch)
     run.log.print(f"{what}; the weights are as they were, and {_named(done.batch)} passed over")
 
 
@@ -66,9 +65,9 @@ def go_back(run: Run, diverged: Diverged) -> None:
         data=before.data,
         settings=before.settings,
         num_processes=before.num_processes,
-        skipped=[*before.skipped, list(diverged.batch)],
+        skipped=[*before.skipped, diverged.batch],
     )
-    weights = GPTModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True).state_dict()
+    weights = from_pretrained(checkpoint, use_safetensors=True).state_dict()
     set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
     run.in_flight = None

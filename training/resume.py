@@ -1,10 +1,10 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
-import json
 from pathlib import Path
 
 from data_prep.cli import UserError
-from training.checkpoint_folders import RunState, complete_checkpoints, damage, incomplete_checkpoints, load_state
+from eval.models import read_config
+from training.checkpoint_folders import RunState, complete_checkpoints, damage, has_committed, load_state
 from training.model import different_sizes
 from training.settings import NEWEST, TrainingConfig
 
@@ -27,20 +27,22 @@ def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
         UserError: where there is none, or where the run has gone on beyond it.
     """
     run, folder = config.run, config.checkpoints
-    complete = complete_checkpoints(folder)
-    chosen = None if run.resume in (None, NEWEST) else Path(run.resume)
-    if run.resume == NEWEST or (run.auto_resume and complete):
+    complete, committed = complete_checkpoints(folder), has_committed(config.run_folder)
+    chosen = None if run.resume in (None, NEWEST) else Path(run.resume).resolve()
+    if run.resume == NEWEST or (run.auto_resume and committed):
         newest, said = newest_intact(folder)
         if newest is not None:
             return newest, said
-        remedy = "remove that folder to start anew" if complete else "start without --resume"
+        remedy = "remove that folder to start anew" if committed else "start without --resume"
         raise UserError("; ".join([*said, f"{config.run_folder} has no complete checkpoint to resume from; {remedy}"]))
     if chosen is not None and (wrong := damage(chosen)):
-        raise UserError(f"resume={str(chosen)!r} is damaged, or no complete checkpoint ({wrong}); take an earlier one")
-    if complete and (chosen is None or chosen.absolute() != complete[-1].absolute()):
+        raise UserError(f"resume={run.resume!r} is damaged, or no complete checkpoint ({wrong}); take an earlier one")
+    newest = complete[-1] if complete else None
+    if committed and (chosen is None or newest is None or chosen != newest.resolve()):
+        last = f"its last checkpoint is {newest.name}" if newest else "none of its checkpoints is left whole"
         raise UserError(
-            f"{config.run_folder} holds a run already (its last checkpoint is {complete[-1].name}); go on with it by "
-            f"--resume, choose another --run_name, or remove that folder"
+            f"{config.run_folder} holds a run already ({last}); go on with it by --resume, choose another --run_name, "
+            f"or remove that folder"
         )
     return chosen, []
 
@@ -48,7 +50,7 @@ def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
 def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are as they were written, and what there is to say of newer ones, of which the
     damaged are set aside."""
-    said = [f"{path} was not written to its end; it is passed over" for path in incomplete_checkpoints(checkpoints)]
+    said = []
     for folder in reversed(complete_checkpoints(checkpoints)):
         if (wrong := damage(folder)) is None:
             return folder, said
@@ -78,13 +80,13 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> Ru
     """
     state = load_state(checkpoint)
     settings_file = checkpoint.parents[1] / "config.yaml"
-    if different := different_sizes(config, json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))):
+    if different := different_sizes(config, read_config(str(checkpoint)).to_dict()):
         raise UserError(
             f"{checkpoint} is another model ({'; '.join(different)}); resume with the settings in {settings_file}"
         )
-    if state.data["tokenizer"] != now.data["tokenizer"]:
+    if state.data.get("tokenizer") != now.data["tokenizer"]:
         raise UserError(f"{checkpoint} was trained on the data of another tokenizer; resume with the data of its run")
-    of_another_run = checkpoint.parent.absolute() != config.checkpoints.absolute()
+    of_another_run = checkpoint.resolve().parent != config.checkpoints.resolve()
     changed = _differences(state, now)
     allowed = {*config.run.override, *(_OF_A_COOLDOWN if of_another_run else ())}
     if refused := [line for name, line in changed.items() if name not in allowed]:

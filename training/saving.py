@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 from data_prep.cli import UserError, first_line
 from training.checkpoint import Snapshot, write_checkpoint
-from training.checkpoint_folders import complete_checkpoints
+from training.checkpoint_folders import complete_checkpoints, mark_committed
 
 _PAUSES = (1, 5)  # seconds before another attempt
 _NICENESS = 15  # a thirtieth of the time of a core that training wants too
@@ -82,6 +82,7 @@ class Saver:
         for pause in (*_PAUSES, None):
             try:
                 folder = write_checkpoint(snapshot, self.checkpoints)
+                mark_committed(self.checkpoints.parent, snapshot.state.step)
             except Exception as error:  # whatever it is, training must not end by it
                 self.failure = (
                     f"step {snapshot.state.step} could not be saved: {type(error).__name__}: {first_line(error)}"

@@ -1,6 +1,5 @@
 """Bring up a run: data, model, optimizer, what it resumes from, and the header that says so."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
-from data_prep.tokenizer import hf_tokenizer
+from data_prep.cli import UserError, first_line
+from data_prep.tokenizer import hf_tokenizer, tokenizer_problem
 from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
+from eval.report import remove_report
 from modeling import GPTModel, flops_per_token
 from training.batches import Ahead, Batch, Batches
 from training.checkpoint import load_training_state
@@ -49,6 +50,7 @@ class Run:
         hellaswag: its items under each rule that is asked for.
         task_manager: what the lm-evaluation-harness knows of its tasks; None if none are asked for.
         uploads: to the Hub; None if there are none, and but on the main process.
+        tracking: whether the trackers still take what they are given.
         stop: this process's request to end the run, and `stopping`, what all of them have agreed on.
         in_flight: the step that has not been recorded yet, and `recorded_at`, when the one before it was.
     """
@@ -74,6 +76,7 @@ class Run:
     uploads: Uploads | None
     stop: StopRequest
     stopping: bool = False
+    tracking: bool = True
     in_flight: StepInFlight | None = None
     recorded_at: float = 0.0
 
@@ -94,6 +97,16 @@ class Run:
         flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
+    def track(self, values: dict[str, Any], step: int) -> None:
+        """Give values of a step to the trackers; once one of them fails, the run goes on without them."""
+        if not self.tracking:
+            return
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:  # theirs, of whatever kind
+            self.tracking = False
+            self.log.print(f"the trackers get nothing any more: {type(error).__name__}: {first_line(error)}")
+
     def close(self, failed: bool = False) -> None:
         """End the threads, the logs, the trackers and the process group.
 
@@ -111,6 +124,8 @@ class Run:
                 self.uploads.close()
             return
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
+        if not self.tracking:
+            self.accelerator.trackers = []  # which would fail again
         self.accelerator.end_training()
 
     def sum_over_processes(self, *values: float) -> list[float]:
@@ -142,6 +157,8 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
             raise AlreadyFinished(f"{config.run_folder} is finished, at step {state.step}")
 
     tokenizer = hf_tokenizer(data.tokenizer_folder)
+    if problem := tokenizer_problem(tokenizer, data.tokenizer):
+        raise UserError(f"{data.tokenizer_folder}: {problem}; {data.manifests[0].remedy}")
     with accelerator.main_process_first():
         hellaswag = load_hellaswag(config, tokenizer)
         task_manager = (
@@ -170,7 +187,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     agreed(accelerator, lambda: room_for_checkpoints(config, 12 * parameters))
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        shutil.rmtree(config.report_folder, ignore_errors=True)  # of what the run was before it goes on
+        remove_report(config.report_folder)  # of what the run was before it goes on
         flops = flops_per_token(accelerator.unwrap_model(model).config, config.sequence_length)
         write_environment(config, accelerator, data, parameters, flops)
         print(header(config, accelerator, data, parameters, state))
@@ -257,7 +274,7 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
     return "\n".join(
         [
             f"model   {parameters:,} parameters: {settings.n_layer} layers, width {settings.n_embd}, "
-            f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer['vocab_size']}",
+            f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer.vocab_size}",
             *sources,
             f"batch   {optimizer.batch_tokens:,} tokens = {counted} x "
             f"{accumulated} accumulated x {optimizer.micro_batch} sequences x {config.sequence_length}{ramp}",

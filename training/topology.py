@@ -43,13 +43,13 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What the main process decides, on all of them. Its `UserError` ends all of them, and is said once."""
+    """What the main process decides, on all of them. Its `UserError` or `OSError` ends all of them, said once."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = decide()
-        except UserError as error:
-            outcome[1] = error
+        except (UserError, OSError) as error:
+            outcome[1] = UserError(str(error))
     result, error = broadcast_object_list(outcome)
     if error is not None:
         if not accelerator.is_main_process:

@@ -112,10 +112,14 @@ def test_a_run_is_not_begun_anew_because_all_of_it_is_damaged(half, command):
     assert (half.folder / "metrics.jsonl").read_text() == log
 
 
-def test_a_checkpoint_without_its_mark_is_passed_over(half, whole, command):
-    (half.checkpoints[-1] / "COMPLETE").unlink()
-    resumed = begin(command, half.folder.parents[1]).finished("run")
-    assert "step_00000006 was not written to its end; it is passed over" in resumed.stdout
+def test_a_folder_without_the_mark_is_no_checkpoint(half, whole, command):
+    """And is left alone, though it is in the way of one."""
+    folder = half.checkpoints[-1]
+    (folder / "COMPLETE").unlink()
+    before = sorted(path.name for path in folder.iterdir())
+    resumed = begin(command, half.folder.parents[1], partial(saves_that_fail, 0)).finished("run")
+    assert "from step 3" in resumed.stdout and "step_00000006 is in the way" in resumed.stdout
+    assert sorted(path.name for path in folder.iterdir()) == before
     assert_same(whole, resumed)
 
 

@@ -206,7 +206,7 @@ def test_sequences_of_a_run_are_shown_as_text(recipe, data_folder):
 def test_what_a_run_writes(tiny_run):
     names = {path.name for path in tiny_run.folder.iterdir()}
     written = {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "samples.jsonl", "checkpoints", "report"}
-    assert names == written
+    assert names == written | {"committed.json"}
     assert (tiny_run.folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
     log = (tiny_run.folder / "log.txt").read_text().splitlines()
     assert all(re.fullmatch(r"\d+ (train \d+\.\d{6}|val \d+\.\d{4})", line) for line in log)
@@ -222,11 +222,13 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     for step in (10, 20, 30, 40, 50):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
-        if step != 50:  # the last one was not written to its end
+        if step != 50:  # which is somebody else's
             (folder / "COMPLETE").write_text("{}")
+    for name in (".step_00000060.partial", ".step_00000005.removing"):  # of kills
+        (tmp_path / name).mkdir()
     prune_checkpoints(tmp_path, keep_last=2, keep_every=0, best_step=10)
     assert [path.name for path in complete_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (10, 30, 40)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (10, 30, 40)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (10, 30, 40, 50)]
     prune_checkpoints(tmp_path, keep_last=1, keep_every=20, best_step=50)  # which could not be written
     assert len(complete_checkpoints(tmp_path)) == 3
     prune_checkpoints(tmp_path, keep_last=1, keep_every=20, best_step=40)

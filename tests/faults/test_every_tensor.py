@@ -1,0 +1,99 @@
+"""Weights and optimizer states with something missing, renamed or of another shape are refused, by name."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from forks import begin
+from safetensors.torch import load_file, save_file
+
+from data_prep.cli import UserError
+from eval.models import load_model
+
+CHANGES = {
+    "missing": (lambda w: w.pop("transformer.h.1.mlp.c_fc.weight"), "transformer.h.1.mlp.c_fc.weight is missing"),
+    "renamed": (
+        lambda w: w.update({"transformer.h.1.attn.c_attn.wait": w.pop("transformer.h.1.attn.c_attn.weight")}),
+        "transformer.h.1.attn.c_attn.weight is missing",
+    ),
+    "unknown": (lambda w: w.update({"transformer.h.9.ln_1.bias": torch.zeros(32)}), "transformer.h.9.ln_1.bias is un"),
+    "another shape": (lambda w: w.update({"transformer.ln_f.bias": torch.zeros(31)}), "transformer.ln_f.bias"),
+    "nothing": (lambda w: w.clear(), "is missing"),
+}
+
+
+def rehash(checkpoint: Path, name: str) -> None:
+    """Let the mark have the hash of a changed file: what is wrong is not the disk's doing."""
+    hashes = json.loads((checkpoint / "COMPLETE").read_text())
+    hashes[name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
+
+
+def change(checkpoint: Path, name: str, act) -> None:
+    tensors = load_file(checkpoint / name)
+    act(tensors)
+    save_file(tensors or {}, checkpoint / name, metadata={"format": "pt"})
+    rehash(checkpoint, name)
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path) -> Path:
+    """A run with one checkpoint, to go on from or to begin from."""
+    home = tmp_path / "runs" / "tiny"
+    home.mkdir(parents=True)
+    shutil.copy(tiny_run.folder / "config.yaml", home)
+    return shutil.copytree(tiny_run.checkpoints[-1], home / "checkpoints" / tiny_run.checkpoints[-1].name)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_weights_are_all_accounted_for(copy, data_folder, tmp_path, what):
+    act, message = CHANGES[what]
+    change(copy, "model.safetensors", act)
+    with pytest.raises(UserError, match="model '") as caught:
+        load_model(str(copy))
+    assert message in str(caught.value)
+    if what != "renamed":  # one of them goes through real processes
+        return
+    for words in (
+        ["--init_from", copy, "--data", data_folder, "--run_name", "new"],
+        ["--run_name", "tiny", "--resume", "--max_steps", "30", "--override", "max_steps"],
+    ):
+        code, text = begin(words, tmp_path).ended()
+        assert code == 2 and message in text and "Traceback" not in text, text
+        assert not (tmp_path / "runs" / "new").exists()
+
+
+OPTIMIZER_CHANGES = {
+    "empty": (lambda s: s.clear(), "is missing"),
+    "one missing": (lambda s: s.pop("transformer.wte.weight/exp_avg"), "transformer.wte.weight/exp_avg is missing"),
+    "unknown": (lambda s: s.update({"x/exp_avg": torch.zeros(1)}), "x/exp_avg is unknown"),
+    "another shape": (
+        lambda s: s.update({"transformer.wpe.weight/exp_avg_sq": torch.zeros(2, 2)}),
+        "transformer.wpe.weight/exp_avg_sq is [2, 2] torch.float32, expected [32, 32] floats",
+    ),
+    "whole numbers": (
+        lambda s: s.update({"transformer.wpe.weight/exp_avg": torch.zeros(32, 32, dtype=torch.int32)}),
+        "transformer.wpe.weight/exp_avg is [32, 32] torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OPTIMIZER_CHANGES)
+def test_the_optimizers_state_is_all_accounted_for(copy, tmp_path, what):
+    act, message = OPTIMIZER_CHANGES[what]
+    change(copy, "training_state/optimizer.safetensors", act)
+    words = ["--run_name", "tiny", "--resume", "--max_steps", "30", "--override", "max_steps"]
+    code, text = begin(words, tmp_path).ended()
+    assert code == 2 and message in text and "Traceback" not in text, text
+
+
+@pytest.mark.parametrize("content", [{}, {"cpu": torch.zeros(3, dtype=torch.uint8)}, {"cpu": torch.zeros(5056)}])
+def test_a_bad_state_of_random_numbers_is_refused(copy, tmp_path, content):
+    save_file(content, copy / "training_state" / "rng_0.safetensors")
+    rehash(copy, "training_state/rng_0.safetensors")
+    words = ["--run_name", "tiny", "--resume", "--max_steps", "30", "--override", "max_steps"]
+    code, text = begin(words, tmp_path).ended()
+    assert code == 2 and "cannot be resumed from (" in text and "Traceback" not in text, text

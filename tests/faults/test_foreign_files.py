@@ -1,0 +1,296 @@
+"""What is not ours is neither changed, nor removed, nor taken for ours."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import TINY_MODEL, Finished
+from forks import begin
+from plants import die, in_step, online
+from standin_hub import serve
+
+NEAR_NAMES = [
+    *("step_best", "step_00000006_gguf", "step_00000012.bak", "step_6_keep", "step_00000009_copy", "step_6", "best"),
+    *("step_000000060", "step_0000006", "Step_00000006", "step_00000006 ", "step_00000006.lm_eval", "damaged_step_6"),
+    *(".step_6.partial", ".step_00000006.part", ".step_00000006.partial.bak", "COMPLETE", "training_state", "hub"),
+    *("report.md.bak", "my_report.md", "loss2.png", "notes.txt", "metrics.jsonl.old", "log.txt~", ".uploading_step_6"),
+]
+
+
+@pytest.fixture(scope="session")
+def flags(data_folder) -> list[str]:
+    words = [
+        "--data",
+        data_folder,
+        *TINY_MODEL,
+        "--mixed_precision",
+        "no",
+        "--batch_tokens",
+        "512",
+        "--micro_batch",
+        "8",
+    ]
+    words += [
+        "--val_tokens",
+        "2048",
+        "--val_every",
+        "3",
+        "--save_every",
+        "3",
+        "--sample_every",
+        "0",
+        "--keep_last",
+        "1",
+    ]
+    return [*map(str, words), "--warmup_steps", "1", "--schedule", "wsd"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The hash of each file, the target of each link, and all folders."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        elif path.is_dir():
+            found[name] = "folder"
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
+    """Put a hundred foreign files, folders and links, with names near ours, into a run's folder: what they are."""
+    rng = random.Random(seed)
+    places = [run, run / "checkpoints", run / "report", run / "hub"]
+    salted: dict[Path, dict[str, str]] = {}
+    while len(salted) < 100:
+        place = rng.choice(places)
+        place.mkdir(parents=True, exist_ok=True)
+        name = rng.choice(NEAR_NAMES) + rng.choice(["", "", ".txt", "_old", "2"])
+        path = place / name
+        if os.path.lexists(path) or name in ("hub", "checkpoints", "report"):
+            continue
+        kind = rng.choice(["file", "folder", "checkpoint", "link"])
+        if kind == "file":
+            path.write_bytes(rng.randbytes(rng.randrange(200)))
+        elif kind == "link":
+            path.symlink_to("step_00000003")
+        else:
+            path.mkdir()
+            (path / "results.json").write_text(json.dumps(rng.random()))
+            if kind == "checkpoint":  # a copy that somebody has made, marks and all
+                (path / "COMPLETE").write_text("{}")
+                (path / "training_state").mkdir()
+        salted[path] = {} if kind in ("file", "link") else contents(path)
+    return salted
+
+
+def state_of(path: Path) -> str:
+    if path.is_symlink():
+        return f"link to {os.readlink(path)}"
+    return "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_nothing_foreign_is_touched(flags, tmp_path):
+    """Training, resuming, pruning, preflight, publishing, cooling down and a damaged checkpoint."""
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    salted = salt(run, seed=0)
+    before = {path: state_of(path) for path in salted}
+    common = [*flags, "--run_name", "run", "--auto_resume"]
+
+    def check(what: str) -> None:
+        assert len(salted) == 100
+        for path, inside in salted.items():
+            assert os.path.lexists(path) and state_of(path) == before[path], f"{what}: {path}"
+            assert path.is_symlink() or not path.is_dir() or contents(path) == inside, f"{what}: {path}"
+
+    code, text = begin([*common, "--max_steps", "12"], tmp_path, partial(in_step, 7, 0, die)).ended()
+    assert code == -9, text
+    check("killed")
+    begin([*common, "--max_steps", "12"], tmp_path).finished("run")
+    check("resumed and pruned")
+    code, text = begin([*common, "--max_steps", "15", "--preflight"], tmp_path).ended()
+    assert code == 0, text
+    check("preflight")
+    weights = run / "checkpoints" / "step_00000012" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    more = [*common, "--max_steps", "15", "--override", "max_steps"]
+    with serve() as hub:
+        again = [*more, "--push_to_hub", "user/salted", "--hub_strategy", "all"]
+        code, text = begin(again, tmp_path, online, hub.environment()).ended()
+        assert "is damaged (" in text, text
+        if code:  # the best was the damaged one: nothing whole is left, and nothing is begun anew
+            assert "has no complete checkpoint to resume from" in text
+    check("a damaged checkpoint, and publishing")
+
+
+def test_cooling_down_from_a_run_leaves_it_alone(flags, tmp_path):
+    trunk = begin([*flags, "--run_name", "trunk", "--max_steps", "6"], tmp_path).finished("trunk")
+    last = trunk.checkpoints[-1]
+    salt(trunk.folder, seed=1)
+    before = contents(trunk.folder)
+    words = ["--resume", last, "--run_name", "ended", "--cooldown_steps", "3", "--override"]
+    begin([*words, "max_steps", "cooldown_steps"], tmp_path).finished("ended")
+    assert contents(trunk.folder) == before
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", " ", "a/b", "../x", "/tmp/x", ".hidden", "link", "\0"])
+@pytest.mark.parametrize("more", [(), ("--preflight",)], ids=["run", "preflight"])
+def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more):
+    from data_prep.cli import UserError
+    from training.checks import check_config
+    from training.config import parse_config
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(elsewhere)
+    config = parse_config([*flags, "--runs_dir", str(tmp_path / "runs"), "--run_name", name, *more])
+    with pytest.raises(UserError, match="run_name="):
+        check_config(config, 1)
+
+
+def test_a_dangerous_name_deletes_nothing(flags, tmp_path):
+    """As an unset variable of the shell gives it, in a place where there are other runs."""
+    for folder in ("runs/precious", "report", "checkpoints/step_00000001"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "COMPLETE").write_text("mine")
+    before = contents(tmp_path)
+    for name in ("..", "", "."):
+        for more in ([], ["--preflight"]):
+            code, text = begin([*flags, "--run_name", name, *more], tmp_path).ended()
+            assert code == 2 and text.startswith("error: run_name="), text
+    assert {name: state for name, state in contents(tmp_path).items() if "output_" not in name} == before
+
+
+def test_a_preflight_leaves_what_it_has_not_made(flags, tmp_path):
+    place = tmp_path / "runs" / ".preflight" / "run"
+    (place / "checkpoints").mkdir(parents=True)
+    (place / "checkpoints" / "mine").write_text("precious")
+    code, text = begin([*flags, "--run_name", "run", "--preflight"], tmp_path).ended()
+    assert code == 2 and "is in the way of the preflight" in text, text
+    assert (place / "checkpoints" / "mine").read_text() == "precious"
+
+
+def test_a_killed_preflight_does_not_block_the_next(flags, tmp_path):
+    words = [*flags, "--run_name", "run", "--preflight"]
+    code, _ = begin(words, tmp_path, partial(die_in_preflight)).ended()
+    assert code == -9 and (tmp_path / "runs" / ".preflight" / "run").exists()
+    code, text = begin(words, tmp_path).ended()
+    assert code == 0 and "all of it works" in text, text
+    assert not (tmp_path / "runs" / ".preflight" / "run").exists()
+
+
+def die_in_preflight() -> None:
+    from training import preflight
+
+    preflight.damage = lambda folder: die()
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_left_there(flags, tmp_path):
+    """The run says so, and ends with an error if it was its last."""
+    mine = tmp_path / "runs" / "run" / "checkpoints" / "step_00000006"
+    mine.mkdir(parents=True)
+    (mine / "results.json").write_text("precious")
+    from plants import saves_that_fail
+
+    code, text = begin([*flags, "--run_name", "run", "--max_steps", "6"], tmp_path, partial(saves_that_fail, 0)).ended()
+    assert code == 2 and "step_00000006 is in the way: it was not made by this program" in text, text
+    assert (mine / "results.json").read_text() == "precious" and len(list(mine.iterdir())) == 1
+
+
+@pytest.mark.parametrize("copy", ["step_6_keep", "step_00000009_copy", "step_latest", "step_00000006.bak"])
+def test_a_copy_of_a_checkpoint_does_not_make_a_run_go_back(flags, tmp_path, copy):
+    run = begin([*flags, "--run_name", "run", "--max_steps", "6"], tmp_path).finished("run")
+    last = run.checkpoints[-1]
+    if copy == "step_latest":
+        (last.parent / copy).symlink_to(last.name)
+    else:
+        shutil.copytree(last, last.parent / copy)
+    more = ["--run_name", "run", "--resume", "--max_steps", "9", "--override", "max_steps"]
+    resumed = begin([*flags, *more], tmp_path).finished("run")
+    assert "from step 6" in resumed.stdout
+    assert (last.parent / copy).exists() or copy == "step_latest"
+
+
+@pytest.mark.parametrize("how", ["damaged", "removed", "a file", "a broken link"])
+def test_a_run_that_has_saved_is_never_begun_anew_unasked(flags, tmp_path, how):
+    words = [*flags, "--run_name", "run", "--auto_resume", "--max_steps", "6"]
+    run = begin(words, tmp_path).finished("run")
+    log = (run.folder / "metrics.jsonl").read_bytes()
+    checkpoints = run.folder / "checkpoints"
+    if how == "damaged":
+        for checkpoint in run.checkpoints:
+            (checkpoint / "model.safetensors").write_bytes(b"")
+    else:
+        shutil.rmtree(checkpoints)
+        if how == "a file":
+            checkpoints.write_text("")
+        elif how == "a broken link":
+            checkpoints.symlink_to("nowhere")
+    for _ in range(2):  # the first start reports it, and so does every other
+        code, text = begin(words, tmp_path).ended()
+        assert code == 2 and "error: " in text and "Traceback" not in text, text
+        assert (run.folder / "metrics.jsonl").read_bytes() == log
+    code, text = begin(words[:-3] + words[-2:], tmp_path).ended()  # without --auto_resume
+    assert code == 2, text
+
+
+def test_nothing_but_a_tokenizer_comes_from_the_tokenizer_folder(flags, data_folder, tmp_path):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    planted = {"model.safetensors": b"planted", "evil.py": b"print(1)", "COMPLETE": b"{}", "config.json": b"{}",
+               "README.md": b"planted", "training_state": None, "pytorch_model.bin": b"planted"}  # fmt: skip
+    for name, content in planted.items():
+        if content is None:
+            (data / "tokenizer" / name).mkdir()
+            (data / "tokenizer" / name / "state.json").write_text("{}")
+        else:
+            (data / "tokenizer" / name).write_bytes(content)
+    words = [*flags, "--data", data, "--run_name", "run", "--auto_resume"]
+    run = begin([*words, "--max_steps", "3"], tmp_path).finished("run")
+    (checkpoint,) = run.checkpoints
+    assert not (checkpoint / "evil.py").exists() and not (checkpoint / "README.md").exists()
+    assert not (checkpoint / "pytorch_model.bin").exists()
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "gpt2"
+    assert (checkpoint / "model.safetensors").stat().st_size > 10_000
+    more = begin([*words, "--max_steps", "6", "--override", "max_steps"], tmp_path).finished("run")
+    assert "from step 3" in more.stdout
+
+
+def test_the_users_files_beside_a_report_stay(flags, tmp_path):
+    words = [*flags, "--run_name", "run", "--auto_resume"]
+    run = begin([*words, "--max_steps", "3"], tmp_path).finished("run")
+    (run.folder / "report" / "mine.md").write_text("precious")
+    (run.folder / "report" / "loss_annotated.png").write_bytes(b"precious")
+    begin([*words, "--max_steps", "6", "--override", "max_steps"], tmp_path).finished("run")
+    assert (run.folder / "report" / "mine.md").read_text() == "precious"
+    assert (run.folder / "report" / "loss_annotated.png").read_bytes() == b"precious"
+    assert (run.folder / "report" / "report.md").exists()
+
+
+def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
+    from training.checkpoint_folders import damage
+
+    run: Finished = begin([*flags, "--run_name", "run", "--max_steps", "3"], tmp_path).finished("run")
+    (checkpoint,) = run.checkpoints
+    hashes = json.loads((checkpoint / "COMPLETE").read_text())
+    for name in ("README.md", "training_config.yaml", "loss.png"):  # as an older version, or its owner, may have it
+        (checkpoint / name).write_text("ours")
+        hashes[name] = hashlib.sha256(b"ours").hexdigest()
+    (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
+    assert damage(checkpoint) is None
+    from training.outbox import put
+    from training.publish import Destination, _add_card
+
+    waiting = put(checkpoint, run.folder)
+    assert os.path.samefile(waiting / "README.md", checkpoint / "README.md")
+    _add_card(waiting, 3, run.folder, Destination("user/x", "all", False, False, "mit"))
+    assert "Use" in (waiting / "README.md").read_text()
+    assert damage(checkpoint) is None and (checkpoint / "README.md").read_text() == "ours"
