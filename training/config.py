@@ -2,17 +2,18 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from data_prep.cli import HelpFormatter, UserError, first_line, unknown_name
+from data_prep.schema import read_yaml
+from eval.models import read_config
 from modeling import PRESETS, GPTConfig, parameter_count
+from training.checkpoint_folders import load_state
 from training.checks import raise_all
-from training.settings import MODEL_SIZES, NEWEST, RunSettings, TrainingConfig
+from training.settings import MODEL_SIZES, NEWEST, ModelSettings, RunSettings, TrainingConfig
 
 _Option = list[str]  # "--name" and its values
 
@@ -78,7 +79,7 @@ def parse_config(argv: list[str]) -> TrainingConfig:
     options = _to_options(settings) + _split_options(flags)
     _check_options(parser, options)
     given = {option[0].removeprefix("--").replace("-", "_"): option[1:] for option in options}
-    options = _said_by_checkpoints(given) + options
+    options = _said_by_checkpoints(parser, given) + options
     words = [word for option in options for word in option]
     return TrainingConfig(*parser.parse_args_into_dataclasses(words, look_for_args_file=False))
 
@@ -89,24 +90,19 @@ def saved_progress(checkpoint: Path) -> tuple[int, int]:
     Raises:
         UserError: for a folder that is none.
     """
-    file = checkpoint / "training_state" / "state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        return state["step"], state["position"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"resume={str(checkpoint)!r} is not a checkpoint to resume from ({first_line(error)})"
-        ) from error
+        state = load_state(checkpoint)
+    except UserError as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"resume={str(checkpoint)!r} is not a checkpoint to resume from ({reason})") from error
+    return state.step, state.position
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected lines of `name: value`, found {type(settings).__name__}")
-    return settings
+        return read_yaml(Path(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
 
 
 def _to_options(settings: dict[str, Any]) -> list[_Option]:
@@ -146,12 +142,15 @@ def _check_options(parser: _Parser, options: list[_Option]) -> None:
     raise_all(problems)
 
 
-def _said_by_checkpoints(given: dict[str, list[str]]) -> list[_Option]:
+def _said_by_checkpoints(parser: _Parser, given: dict[str, list[str]]) -> list[_Option]:
     """What a preset, the run to resume or to branch off from and the model to begin from say of the settings."""
     options: list[_Option] = []
     if "resume" in given:
         checkpoint = next(iter(given["resume"]), NEWEST)
-        options += _of_run(given) if checkpoint == NEWEST else _of_branch(Path(checkpoint), given)
+        if checkpoint == NEWEST:
+            options += _of_run(parser, given)
+        else:
+            options += _of_branch(parser, Path(checkpoint), given)
     if preset := given.get("preset"):
         options += _to_options(dataclasses.asdict(PRESETS[preset[0]]))
     if (model := given.get("init_from")) and "resume" not in given:
@@ -159,31 +158,44 @@ def _said_by_checkpoints(given: dict[str, list[str]]) -> list[_Option]:
     return options
 
 
-def _of_run(given: dict[str, list[str]]) -> list[_Option]:
+def _checked_options(parser: _Parser, settings: dict[str, Any], file: Path) -> list[_Option]:
+    """The options of a run's own settings, which another version may have written (`UserError`)."""
+    options = _to_options(settings)
+    try:
+        _check_options(parser, options)
+    except UserError as error:
+        raise UserError(f"{file}: {error}; it was written by another version, or changed") from error
+    return options
+
+
+def _of_run(parser: _Parser, given: dict[str, list[str]]) -> list[_Option]:
     """The settings of the run itself, so that nothing but its name has to be repeated."""
     run = RunSettings()
     place = [(given.get(name) or [getattr(run, name)])[0] for name in ("runs_dir", "run_name")]
     file = Path(*place) / "config.yaml"
-    return _to_options(_read_yaml(file)) if file.exists() else []
+    return _checked_options(parser, _read_yaml(file), file) if file.exists() else []
 
 
-def _of_branch(checkpoint: Path, given: dict[str, list[str]]) -> list[_Option]:
+def _of_branch(parser: _Parser, checkpoint: Path, given: dict[str, list[str]]) -> list[_Option]:
     """The settings of the run that `checkpoint` is of, ended after the cooldown if one is asked for."""
     step, position = saved_progress(checkpoint)
-    settings = _read_yaml(checkpoint.absolute().parents[1] / "config.yaml")
-    settings.pop("push_to_hub", None)  # where the other run is published
-    length = settings["sequence_length"] or settings["n_positions"]
+    file = checkpoint.resolve().parents[1] / "config.yaml"
+    settings = _read_yaml(file)
+    options = _checked_options(parser, settings, file)
+    options = [option for option in options if option[0] != "--push_to_hub"]  # where the other run is published
+    length = settings.get("sequence_length") or settings.get("n_positions") or ModelSettings().n_positions
     if "cooldown_tokens" in given and "max_tokens" not in given:
-        settings["max_tokens"] = position * length + int(given["cooldown_tokens"][0])
+        options.append(["--max_tokens", str(position * length + int(given["cooldown_tokens"][0]))])
     elif "cooldown_steps" in given and "max_steps" not in given:
-        settings |= {"max_steps": step + int(given["cooldown_steps"][0]), "max_tokens": None}
-    return _to_options(settings)
+        options = [option for option in options if option[0] != "--max_tokens"]
+        options.append(["--max_steps", str(step + int(given["cooldown_steps"][0]))])
+    return options
 
 
 def _sizes_of(name: str) -> dict[str, int]:
     """The sizes of a GPT-2 in a folder or on the Hub."""
     try:
-        config = GPTConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from={name!r}: {first_line(error)}") from error
+        config = read_config(name)
+    except UserError as error:
+        raise UserError(f"init_from={name!r}: {first_line(error.__cause__)}") from error
     return {size: getattr(config, size) for size in MODEL_SIZES}

@@ -4,14 +4,17 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
 
+from data_prep.cli import redact
 from data_prep.hub import is_on_hub
 from data_prep.prepare import preparing_command
+from data_prep.schema import write_text
 from training.data import Data
 from training.settings import START, TrainingConfig
 from training.topology import describe_device
@@ -26,7 +29,7 @@ def write_environment(
     begun_from = config.model.init_from
     settings = {name: value for name, value in config.to_dict().items() if name not in START}
     environment = {
-        "command": sys.argv,
+        "command": list(map(redact, sys.argv)),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -41,26 +44,20 @@ def write_environment(
         "data": [
             {
                 "folder": name,
-                "source": manifest.source["source"],
-                "name": manifest.source.get("name"),
-                "revision": manifest.source.get("commit"),
-                "prepared_by": [] if is_on_hub(name) else preparing_command(name, manifest),
-                "cleaning": manifest.cleaning,
-                "tokenizer": manifest.tokenizer["name"],
+                "source": redact(manifest.source.source),
+                "name": manifest.source.name,
+                "revision": manifest.source.commit,
+                "prepared_by": [] if is_on_hub(name) else list(map(redact, preparing_command(name, manifest))),
+                "cleaning": [asdict(step) for step in manifest.cleaning],
+                "tokenizer": manifest.tokenizer.name,
                 "training_tokens": manifest.tokens("train"),
                 "share": share,
             }
             for name, manifest, share in zip(data.names, data.manifests, data.shares, strict=True)
         ],
     }
-    _write(config.run_folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    _write(config.run_folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    write_text(config.run_folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_text(config.run_folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

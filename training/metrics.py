@@ -7,12 +7,17 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from data_prep.cli import UserError, redact
+from data_prep.schema import parse_json, read_text, write_text
 from eval.hellaswag import Result
+from eval.logs import MetricsLine, Sample
+from training import screen
 
 
 def log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> None:
@@ -50,9 +55,9 @@ class RunLog:
         self.started, self.first_step, self.max_steps = time.perf_counter(), from_step, max_steps
 
     def _open(self, from_step: int) -> None:
-        self.text = _Lines(self.folder / "log.txt", lambda line: int(line.split()[0]) < from_step)
-        self.metrics = _Lines(self.folder / "metrics.jsonl", lambda line: json.loads(line)["step"] < from_step)
-        self.samples = _Lines(self.folder / "samples.jsonl", lambda line: json.loads(line)["step"] < from_step)
+        self.text = _Lines(self.folder / "log.txt", _step_of_text, from_step)
+        self.metrics = _Lines(self.folder / "metrics.jsonl", partial(_step_of, MetricsLine), from_step)
+        self.samples = _Lines(self.folder / "samples.jsonl", partial(_step_of, Sample), from_step)
 
     def cut(self, from_step: int) -> None:
         """Go back to the steps before `from_step`."""
@@ -68,7 +73,7 @@ class RunLog:
     def print(self, text: str) -> None:
         """Show a line without disturbing the bar."""
         if self.enabled:
-            self.bar.write(text)
+            self.bar.write(redact(text))
             sys.stdout.flush()
 
     def train(self, step: int, values: dict[str, Any]) -> None:
@@ -147,6 +152,8 @@ class RunLog:
         self.pending = {**self.pending, "step": step, **values}
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
+        if gone := screen.messages():
+            values = {**values, "message": "; ".join(gone)}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.metrics.write(json.dumps(finite) + "\n")  # JSON has no word for the others
         self.pending = {}
@@ -157,9 +164,9 @@ class _Lines:
 
     _FLUSH_BYTES = 1 << 13
 
-    def __init__(self, path: Path, keep: Callable[[str], bool]) -> None:
-        """Open it without the lines that `keep` does not hold for and what was cut off in writing."""
-        _cut(path, keep)
+    def __init__(self, path: Path, step_of: Callable[[str], int], from_step: int) -> None:
+        """Open it without the lines of the steps from `from_step` on, and what was cut off in writing."""
+        _cut(path, step_of, from_step)
         self.file: io.FileIO = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close
         self.waiting = b""
 
@@ -182,9 +189,24 @@ class _Lines:
         self.file.close()
 
 
-def _cut(path: Path, keep: Callable[[str], bool]) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and keep(line)]
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.rename(path)
+def _step_of(kind: type[MetricsLine] | type[Sample], line: str) -> int:
+    return parse_json(line, kind, "").step
+
+
+def _step_of_text(line: str) -> int:
+    words = line.split()
+    if not words or not words[0].isdigit():
+        raise UserError("it does not begin with a step")
+    return int(words[0])
+
+
+def _cut(path: Path, step_of: Callable[[str], int], from_step: int) -> None:
+    kept, unreadable = [], 0
+    for line in read_text(path).split("\n")[:-1] if path.exists() else ():
+        try:
+            kept += [line] if line.strip() and step_of(line) < from_step else []
+        except UserError:
+            unreadable += 1
+    if unreadable:
+        print(f"{path}: {unreadable} unreadable lines are left out")
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -12,6 +12,8 @@ from types import FrameType
 # Two Ctrl-C so close together are one: launchers pass on what the terminal has sent to every process already.
 _SAME_SIGNAL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+# A scheduler's or launcher's end, Slurm's warnings, a lost terminal, the end of the processor time.
+_KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 
 
 class StopRequest:
@@ -36,7 +38,8 @@ class StopRequest:
                 self.interrupted_at = now
                 if os.environ.get("RANK", "0") == "0":
                     # Not print(): the signal may have come in the middle of one.
-                    os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+                    with contextlib.suppress(OSError):  # the screen is gone
+                        os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
             elif now - self.interrupted_at > _SAME_SIGNAL_SECONDS:
                 raise KeyboardInterrupt
         self.reason = self.reason or signal.Signals(number).name
@@ -44,17 +47,19 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests(max_minutes: float | None) -> Iterator[StopRequest]:
-    """Take SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C as requests to stop, the end of the launcher, and the end of
-    `max_minutes`."""
+    """Take Ctrl-C, the end of the launcher, the end of `max_minutes` and the signals of `_KINDS` as requests to stop;
+    under `nohup`, which has processes ignore SIGHUP, not that one."""
     request = StopRequest(max_minutes)
     _follow_launcher()
-    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(kind, request.on_signal) for kind in kinds]
+    before = {kind: signal.getsignal(kind) for kind in _KINDS}
+    taken = [kind for kind, handler in before.items() if kind != signal.SIGHUP or handler != signal.SIG_IGN]
+    for kind in taken:
+        signal.signal(kind, request.on_signal)
     try:
         yield request
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
+        for kind in taken:
+            signal.signal(kind, before[kind])
 
 
 def _follow_launcher() -> None:

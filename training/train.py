@@ -8,32 +8,35 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 import contextlib
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as recorded_for_launcher
 
 from data_prep import cli
-from data_prep.cli import UserError
+from data_prep.cli import UserError, first_line
 from data_prep.lock import locked
 from eval.generate import Sampling, generate, isolated_random_state
 from eval.harness import evaluate_tasks
 from eval.launch import processes_launched
 from eval.loss import summed_loss
 from eval.scores import bits_per_byte
+from eval.sections import CAPTIONS
+from training import screen
+from training.batches import DataError
 from training.checkpoint import take_snapshot
-from training.checkpoint_folders import checkpoint_folder, prune_checkpoints
+from training.checkpoint_folders import checkpoint_folder, is_checkpoint, prune_checkpoints
 from training.checks import check_config
 from training.config import parse_config
 from training.divergence import Diverged, is_skipped
 from training.meter import StepInFlight, over_processes
 from training.metrics import log_pictures
 from training.optimizer import set_learning_rate
-from training.preflight import get_out_of_the_way, preflight
+from training.preflight import get_out_of_the_way, own_folder, preflight, remove_if_empty
 from training.profiling import profiling
 from training.recovery import go_back, see_to
 from training.resume import AlreadyFinished
@@ -46,6 +49,7 @@ from training.topology import is_lost_process
 
 def main() -> None:
     is_first = os.environ.get("RANK", "0") == "0"
+    screen.install()
     try:
         config = parse_config(sys.argv[1:])
         check_config(config, processes_launched())
@@ -55,16 +59,19 @@ def main() -> None:
         raise
     if config.run.preflight:
         get_out_of_the_way(config)
-    alone = locked(config.run_folder) if is_first else contextlib.nullcontext()
-    with stop_requests(config.run.max_minutes) as stop, alone:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_requests(config.run.max_minutes))
+        if is_first:
+            if config.run.preflight:
+                stack.callback(remove_if_empty, config.run_folder, config.run_folder.parent)
+            stack.enter_context(locked(config.run_folder))
+            if config.run.preflight:
+                stack.enter_context(own_folder(config.run_folder))
         try:
             whole_run(config, stop)
         except AlreadyFinished as finished:
             if is_first:
                 print(finished)
-        finally:
-            if config.run.preflight and is_first:
-                shutil.rmtree(config.run_folder)
 
 
 def whole_run(config: TrainingConfig, stop: StopRequest) -> None:
@@ -147,6 +154,8 @@ def fit(run: Run, step_done: Callable[[], None]) -> None:
         except Diverged as diverged:
             go_back(run, diverged)
             came_from = run.state.step
+        except DataError as lost:
+            end_without_data(run, lost, came_from)
 
 
 def train(run: Run) -> None:
@@ -198,10 +207,26 @@ def record(run: Run) -> None:
     run.stopping |= stop
     metrics["mfu"] = run.flops_utilisation(metrics["tokens_per_second"])
     run.log.train(done.step, metrics)
-    run.accelerator.log(metrics, step=done.step)
+    run.track(metrics, done.step)
     for message in run.uploads.look(done.step) if run.uploads is not None else ():
         run.log.print(message)
     see_to(run, done, metrics)
+
+
+def end_without_data(run: Run, lost: DataError, came_from: int) -> NoReturn:
+    """Save what has been done, where no other process is needed for that, and end the run.
+
+    Raises:
+        UserError: always.
+    """
+    step = run.state.step
+    if run.accelerator.num_processes == 1:
+        folder = checkpoint_folder(run.checkpoints, step)
+        if step > came_from and not is_checkpoint(folder):
+            save(run)
+        run.saver.finish()
+        announce(run)
+    raise UserError(f"step {step}: {lost}; once it is there again, --resume goes on from the last checkpoint") from lost
 
 
 def agree_on_stopping(run: Run) -> None:
@@ -220,8 +245,8 @@ def validate(run: Run, saved: bool) -> None:
     loss = nats / tokens
     consumed = run.data.consumed(run.train_data, state.position)
     run.log.validation(state.step, loss, bits_per_byte(nats, run.val_bytes), consumed)
-    accelerator.log({"val_loss": loss, "val_bits_per_byte": bits_per_byte(nats, run.val_bytes)}, step=state.step)
-    if saved and (state.best_val_loss is None or math.isnan(state.best_val_loss) or loss < state.best_val_loss):
+    run.track({"val_loss": loss, "val_bits_per_byte": bits_per_byte(nats, run.val_bytes)}, state.step)
+    if saved and math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss):
         state.best_val_loss, state.best_step = loss, state.step
 
 
@@ -231,7 +256,7 @@ def hellaswag(run: Run) -> None:
     for task in run.hellaswag:
         result = task.evaluate(run.accelerator, run.bare_model)
         run.log.hellaswag(run.state.step, result)
-        run.accelerator.log(result.metrics(), step=run.state.step)
+        run.track(result.metrics(), run.state.step)
 
 
 def harness(run: Run) -> None:
@@ -250,7 +275,7 @@ def harness(run: Run) -> None:
             limit=settings.lm_eval_limit,
         )
     run.log.harness(step, scores)
-    run.accelerator.log(scores, step=step)
+    run.track(scores, step)
 
 
 def sample(run: Run) -> None:
@@ -263,7 +288,7 @@ def sample(run: Run) -> None:
             sampling = Sampling(max_new_tokens=settings.sample_tokens, seed=settings.seed + number)
             (text,) = generate(run.bare_model, run.tokenizer, prompt, sampling).texts
         run.log.sample(run.state.step, prompt, text)
-        run.accelerator.log({f"sample/{number}": prompt + text}, step=run.state.step)
+        run.track({f"sample/{number}": prompt + text}, run.state.step)
 
 
 def save(run: Run) -> None:
@@ -305,8 +330,12 @@ def report(run: Run) -> None:
     except UserError as error:  # of data that has changed since: the run is none the worse for it
         print(f"no report: {error}")
         return
-    for tracker in run.accelerator.trackers:
-        log_pictures(tracker, sorted(folder.glob("*.png")), run.state.step)
+    pictures = [folder / name for name in CAPTIONS if (folder / name).exists()]
+    for tracker in run.accelerator.trackers if run.tracking else ():
+        try:
+            log_pictures(tracker, pictures, run.state.step)
+        except Exception as error:  # the tracker's, of whatever kind
+            print(f"{tracker.name} does not take the report's pictures: {type(error).__name__}: {first_line(error)}")
 
 
 def finish(run: Run) -> None:

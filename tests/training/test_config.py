@@ -96,8 +96,8 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--min_lr_ratio", "2"], "min_lr_ratio=2.0 must lie between 0 and 1"),
         (["--data", "no/such"], "data='no/such': no such folder"),
         (["--report_to", "nosuch"], "--report_to: invalid choice: 'nosuch'"),
-        (["--run_name", "a/b"], "run_name='a/b' is not the name of a folder"),
-        (["no.yaml"], "no.yaml: not a readable YAML file"),
+        (["--run_name", "a/b"], "run_name='a/b' must be a plain name for a folder"),
+        (["no.yaml"], "no.yaml: no such file"),
     ],
 )
 def test_one_problem(flags, expected):

@@ -1,0 +1,157 @@
+"""A screen that is gone, a signal, or data that vanish: the run keeps what it has done."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_MODEL
+from forks import begin
+from plants import in_step, signalled
+
+
+@pytest.fixture(scope="session")
+def flags(data_folder) -> list[str]:
+    words = [
+        "--data",
+        data_folder,
+        *TINY_MODEL,
+        "--mixed_precision",
+        "no",
+        "--batch_tokens",
+        "512",
+        "--micro_batch",
+        "8",
+    ]
+    words += [
+        "--val_tokens",
+        "2048",
+        "--val_every",
+        "3",
+        "--save_every",
+        "6",
+        "--max_steps",
+        "6",
+        "--warmup_steps",
+        "1",
+    ]
+    return [*map(str, words), "--sample_every", "0", "--run_name", "run", "--log_every", "1", "--auto_resume"]
+
+
+def reader_gone() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    for number in (1, 2):
+        os.dup2(writing, number)
+
+
+def disk_full() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(full, number)
+
+
+def closed_from_the_start() -> None:
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.stderr = None
+
+
+def closed_under_the_object() -> None:
+    sys.stdout.close()
+
+
+def ascii_only() -> None:
+    sys.stdout = io.TextIOWrapper(os.fdopen(os.dup(1), "wb", buffering=0), encoding="ascii", write_through=True)
+
+
+GONE = [reader_gone, disk_full, closed_from_the_start, closed_under_the_object]
+
+
+@pytest.mark.parametrize("plant", GONE, ids=lambda plant: plant.__name__)
+def test_a_screen_that_is_gone_does_not_end_a_run(flags, tmp_path, plant):
+    code, text = begin(flags, tmp_path, plant).ended()
+    assert code == 0, text
+    run = tmp_path / "runs" / "run"
+    assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists() and (run / "report" / "report.md").exists()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    said = [line["message"] for line in lines if "message" in line]
+    assert len(said) == 1 and "stdout is gone (" in said[0] and "the run goes on without it" in said[0]
+    assert sum("loss" in line for line in lines) == 6
+
+
+def test_a_screen_that_knows_ascii_only_shows_the_rest_escaped(flags, tmp_path):
+    prompt = ["--sample_every", "6", "--sample_prompts", "caf\u00e9 \u65e5", "--sample_tokens", "2"]
+    code, text = begin([*flags, *prompt], tmp_path, ascii_only).ended()
+    assert code == 0 and "caf\\xe9 \\u65e5" in text, text
+
+
+def test_a_reader_that_has_seen_enough_ends_nothing(flags, tmp_path):
+    """`... | head -12`, for real."""
+    words = " ".join([sys.executable, str(ROOT / "training" / "train.py"), *flags])
+    script = f"{words} | head -3; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3, done.stderr
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step_00000006" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("what", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda what: what.name)
+def test_these_signals_leave_a_checkpoint_too(flags, tmp_path, what):
+    code, text = begin(flags, tmp_path, partial(signalled, "forward", 150, tmp_path / "runs" / "run", what)).ended()
+    assert code == 0 and f"({what.name}); the same command with --resume goes on from" in text, text
+    assert list((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/COMPLETE"))
+
+
+def hang_up_unheard(folder: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signalled("forward", 150, folder, signal.SIGHUP)
+
+
+def test_under_nohup_a_lost_terminal_is_nothing(flags, tmp_path):
+    code, text = begin(flags, tmp_path, partial(hang_up_unheard, tmp_path / "runs" / "run")).ended()
+    assert code == 0 and "stopped after" not in text, text
+    assert (tmp_path / "runs" / "run" / "report" / "report.md").exists()
+
+
+def vanish(step: int, folder: Path) -> None:
+    in_step(step, 0, partial(shutil.rmtree, folder, ignore_errors=True))
+
+
+def overwrite(step: int, folder: Path) -> None:
+    """An id beyond the vocabulary in every shard but the first of training."""
+
+    def act() -> None:
+        import numpy as np
+
+        for shard in sorted(folder.glob("*_train_*.npy"))[1:]:
+            tokens = np.load(shard)
+            tokens[5] = 60_000
+            np.save(folder / "new.npy", tokens)  # the thread that reads ahead never sees half of it
+            (folder / "new.npy").rename(shard)
+
+    in_step(step, 0, act)
+
+
+@pytest.mark.parametrize(("plant", "message"), [(vanish, "no such file"), (overwrite, "the largest id 60000")])
+def test_data_that_go_bad_in_mid_run_end_it_with_a_checkpoint(flags, data_folder, tmp_path, plant, message):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    # In order, so that the next shard is opened at a known step: 20,011 tokens after its start.
+    words = [*flags, "--data", data, "--order", "sequential", "--batch_tokens", "4096", "--max_steps", "20"]
+    code, text = begin(words, tmp_path, partial(plant, 2, data)).ended()
+    assert code == 2 and message in text and "--resume goes on from the last checkpoint" in text, text
+    assert "Traceback" not in text
+    saved = sorted((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/COMPLETE"))
+    metrics = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    done = max(line["step"] for line in metrics if "loss" in line) + 1
+    assert saved[-1].parent.name == f"step_{done:08d}" and done > 2
+    shutil.rmtree(data, ignore_errors=True)
+    shutil.copytree(data_folder, data)
+    resumed = begin(words, tmp_path).finished("run")
+    assert f"from step {done}" in resumed.stdout and len(resumed.losses()) == 20

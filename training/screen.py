@@ -1,0 +1,88 @@
+"""The screen of a run: what is printed can never end it."""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+
+class Screen(io.TextIOBase):
+    """A stream that goes on in silence once the one behind it is gone: a closed pipe, a full disk, a lost terminal.
+
+    Args:
+        name: of the stream, for the message.
+        stream: None where the process was started without one.
+    """
+
+    def __init__(self, name: str, stream: TextIO | None) -> None:
+        self.name, self.stream = name, stream
+        self.message: str | None = None
+        if stream is None or stream.closed:
+            self.stream = None
+            self._note("it was closed at the start")
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def fileno(self) -> int:
+        if self.stream is None:
+            raise io.UnsupportedOperation("no stream")
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        # Terminals that know ASCII only get the rest escaped.
+        shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._attempt(lambda stream: stream.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, act: Callable[[TextIO], object]) -> None:
+        if self.stream is None:
+            return
+        try:
+            act(self.stream)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            stream, self.stream = self.stream, None
+            _discard(stream)
+            self._note(str(error))
+
+    def _note(self, reason: str) -> None:
+        self.message = f"{self.name} is gone ({reason}); the run goes on without it"
+
+    def take_message(self) -> str | None:
+        """That the stream is gone, once; None if it is there, or this has been said."""
+        message, self.message = self.message, None
+        return message
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is left in a stream's buffer, and what libraries write to it by themselves, to nowhere."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # it has no descriptor any more: nothing can be written to it
+        return
+
+
+def install() -> None:
+    """Put a `Screen` in place of this process's stdout and stderr, once."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Screen):
+            setattr(sys, name, Screen(name, stream))
+
+
+def messages() -> list[str]:
+    """What there is to say of streams that are gone, each once."""
+    screens = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Screen)]
+    return [message for screen in screens if (message := screen.take_message()) is not None]
