@@ -1,12 +1,13 @@
 """The model card of a checkpoint: all of it from what its run has written down."""
 
-import json
 import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli import UserError, redact
+from data_prep.schema import read_json
 from eval import sections
 from eval.logs import Curve, Record
 from eval.scores import language_modeling_scores
@@ -27,9 +28,11 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
     """
     from huggingface_hub import ModelCard
 
+    if record.environment is None:
+        raise UserError(f"run {record.name} has no environment.json, which a model card is made from")
     record = until(record, step)
     samples = sections.last_samples(record)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "config.json", dict[str, Any])
     parts = [
         f"# {repository.rpartition('/')[2]}",
         _summary(record, step),
@@ -38,7 +41,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
         section("Model", _architecture(record, config)),
         section("Training", _training(record, step)),
         section("Data", sections.data(record)),
-        section(f"Samples of step {samples[0]['step']}", sections.samples(record)) if samples else "",
+        section(f"Samples of step {samples[0].step}", sections.samples(record)) if samples else "",
         section("Limits", _limits()),
         section("Reproduction", _reproduction(record, repository)),
         section("Environment", sections.environment(record)),
@@ -46,7 +49,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
     ]
     metadata = _metadata(record, step, repository, licence)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
-    return str(card)
+    return redact(str(card))
 
 
 def until(record: Record, step: int) -> Record:
@@ -56,17 +59,17 @@ def until(record: Record, step: int) -> Record:
         points = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if s <= step]
         if points:
             curves[name] = Curve(*map(list, zip(*points, strict=True)))
-    samples = [sample for sample in record.samples if sample["step"] <= step]
+    samples = [sample for sample in record.samples if sample.step <= step]
     return replace(record, curves=curves, samples=samples)
 
 
 def _metadata(record: Record, step: int, repository: str, licence: str) -> Any:
     from huggingface_hub import ModelCardData
 
-    sources = [one["source"] for one in record.environment["data"] if one.get("revision")]  # those of the Hub
+    sources = [one.source for one in record.environment.data if one.revision]  # those of the Hub
     return ModelCardData(
         model_name=repository.rpartition("/")[2],
-        base_model=record.environment.get("base_model"),
+        base_model=record.environment.base_model,
         datasets=sorted(set(sources)) or None,
         license=licence,
         library_name="transformers",
@@ -93,12 +96,12 @@ def evaluation_results(record: Record, step: int) -> list[Any]:
         )
 
     found = []
-    data = record.environment["data"]
+    data = record.environment.data
     trained_on = ", ".join(map(sections.source, data))
-    split = {"dataset_split": "validation", "dataset_revision": data[0].get("revision") if len(data) == 1 else None}
+    split = {"dataset_split": "validation", "dataset_revision": data[0].revision if len(data) == 1 else None}
     if (loss := _at(record, "val_loss", step)) is not None:
         scores = language_modeling_scores(loss, 1, 0)
-        source = data[0]["source"] if len(data) == 1 else "mixture"
+        source = data[0].source if len(data) == 1 else "mixture"
         for metric, pretty in {"loss": "Validation loss, nats per token", "perplexity": "Perplexity per token"}.items():
             found.append(result(source, trained_on, metric, scores[metric], pretty, **split))
         if (bits := _at(record, "val_bits_per_byte", step)) is not None:
@@ -142,18 +145,18 @@ def _at(record: Record, metric: str, step: int) -> float | None:
 
 def _summary(record: Record, step: int) -> str:
     about = record.environment
-    sources = ", ".join(dict.fromkeys(map(sections.source, about["data"])))
+    sources = ", ".join(dict.fromkeys(map(sections.source, about.data)))
     start = f"`{record.settings['init_from']}`" if record.settings.get("init_from") else "random weights"
     tokens = _tokens(record, step)
     return (
-        f"A GPT-2 with {about['parameters']:,} parameters, pre-trained from {start} on "
+        f"A GPT-2 with {about.parameters:,} parameters, pre-trained from {start} on "
         f"{f'{tokens:,.0f}' if tokens else 'an unknown number of'} tokens of {sources}; step {step:,} of the run "
         f"`{record.name}`. An ordinary Hugging Face GPT-2 checkpoint, which everything that reads one loads."
     )
 
 
 def _use(record: Record, config: dict[str, Any], repository: str) -> str:
-    prompt = next(iter(record.settings["sample_prompts"]), "The")
+    prompt = next(iter(record.settings.get("sample_prompts", [])), "The")
     return f"""```python
 from transformers import pipeline
 
@@ -179,7 +182,7 @@ def _limit_note(result: Any) -> str:
 
 def _architecture(record: Record, config: dict[str, Any]) -> str:
     rows = [
-        ["parameters", f"{record.environment['parameters']:,}, embeddings tied to the head"],
+        ["parameters", f"{record.environment.parameters:,}, embeddings tied to the head"],
         ["layers", str(config["n_layer"])],
         ["width", str(config["n_embd"])],
         ["attention heads", str(config["n_head"])],
@@ -198,9 +201,9 @@ def _tokens(record: Record, step: int) -> float | None:
 def _training(record: Record, step: int) -> str:
     about, tokens, seconds = record.environment, _tokens(record, step), record.seconds()
     rows = [["tokens", sections.number(tokens, ",.0f")], ["steps", f"{step:,}"]]
-    if tokens and (flops := about.get("flops_per_token")):
+    if tokens and (flops := about.flops_per_token):
         rows.append(["FLOPs", f"{tokens * flops:.3g}, of {flops:,.0f} a token"])
-    rows.append(["hardware", sections.hardware(record)])
+    rows.append(["hardware", sections.hardware(about)])
     if seconds:
         since = f" since step {seconds.steps[0]:,}, where it branched off" if seconds.steps[0] else ""
         took = sections.duration(seconds.at(step))
@@ -219,10 +222,10 @@ def _limits() -> str:
 def _reproduction(record: Record, repository: str) -> str:
     about = record.environment
     lines = [
-        f"# gpt-accelerate at commit {about['git_revision'] or 'unknown'}",
+        f"# gpt-accelerate at commit {about.git_revision or 'unknown'}",
         f"hf download {repository} training_config.yaml --local-dir .",
-        *(shlex.join(["python", "-m", *one["prepared_by"]]) for one in about["data"] if one.get("prepared_by")),
+        *(shlex.join(["python", "-m", *one.prepared_by]) for one in about.data if one.prepared_by),
     ]
-    processes = f"--num_processes {about['num_processes']} " if about["num_processes"] > 1 else ""
+    processes = f"--num_processes {about.num_processes} " if about.num_processes > 1 else ""
     lines.append(f"accelerate launch {processes}training/train.py training_config.yaml")
     return "```bash\n" + "\n".join(lines) + "\n```"

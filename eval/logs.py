@@ -1,22 +1,116 @@
 """The records of runs: our own, build-nanogpt's `log.txt` and llm.c's `main.log`."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
-import yaml
+from typing_extensions import TypedDict
 
 from data_prep.cli import UserError
+from data_prep.manifest import CleaningStep
+from data_prep.schema import STRICT, Count, Positive, read_json, read_json_lines, read_text, read_yaml, validate
 
 # What the other trainers call our metrics. Their HellaSwag is that of the completion rule, by the mean loss.
 _HELLASWAG = "hellaswag/completion/acc_norm"
 _BUILD_NANOGPT = {"train": "loss", "val": "val_loss", "hella": _HELLASWAG}
 _LLM_C = {"trl": "loss", "tel": "val_loss", "eval": _HELLASWAG, "lr": "learning_rate", "norm": "grad_norm"}
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """What `environment.json` says of a data folder.
+
+    Attributes:
+        prepared_by: the words of the command that made it, if that is known.
+        share: in the training tokens of the run.
+    """
+
+    __pydantic_config__ = STRICT
+
+    folder: str
+    source: str
+    tokenizer: str
+    training_tokens: Count
+    share: float
+    name: str | None = None
+    revision: str | None = None
+    prepared_by: list[str] = field(default_factory=list)
+    cleaning: list[CleaningStep] | None = None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The contents of `environment.json`: what a run was made with.
+
+    Attributes:
+        packages: their versions; None for one that is not installed.
+        base_model: on the Hub, that the run began from.
+    """
+
+    __pydantic_config__ = STRICT
+
+    command: list[str]
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    git_revision: str | None
+    device: str
+    num_processes: Positive
+    distributed_type: str
+    mixed_precision: str
+    parameters: Count
+    data: list[DataRecord]
+    base_model: str | None = None
+    flops_per_token: Count | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of `samples.jsonl`: a prompt, and how it was continued."""
+
+    __pydantic_config__ = STRICT
+
+    step: Count
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """A line of `metrics.jsonl`: a step, and whatever was measured there, by name."""
+
+    __pydantic_config__ = STRICT | {"extra": "allow"}
+
+    step: Count
+
+
+@dataclass(frozen=True)
+class _ReportedSettings:
+    """Those settings of `config.yaml` that reports and cards do more with than show them."""
+
+    __pydantic_config__ = STRICT | {"extra": "allow"}
+
+    batch_tokens: Positive | None = None
+    hellaswag_every: Count | None = None
+    hellaswag_limit: Positive | None = None
+    sample_prompts: list[str] = field(default_factory=list)
+    init_from: str | None = None
+
+
+class _ItemCounts(TypedDict):
+    original: int
+    effective: int
+
+
+# What of the harness's results is read.
+_HarnessFile = TypedDict(
+    "_HarnessFile",
+    {"results": dict[str, dict[str, Any]], "n-samples": NotRequired[dict[str, _ItemCounts]]},
+)
 
 
 @dataclass
@@ -38,8 +132,7 @@ class Record:
     Attributes:
         curves: by the name of the metric.
         tokens_per_step: None where the log does not say.
-        settings, environment: of `config.yaml` and `environment.json`; empty for logs of other trainers.
-        samples: lines of `samples.jsonl`.
+        settings: of `config.yaml`; empty for logs of other trainers, as is `environment`.
         harness: scores of the lm-evaluation-harness by checkpoint, task and metric.
         harness_limits: how many items those are of, by checkpoint and task, where not of all.
     """
@@ -48,8 +141,8 @@ class Record:
     curves: dict[str, Curve]
     tokens_per_step: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    environment: Environment | None = None
+    samples: list[Sample] = field(default_factory=list)
     harness: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     harness_limits: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -99,11 +192,13 @@ def read_run(path: Path, batch_tokens: int | None = None) -> Record:
 
 
 def _read_our_run(folder: Path) -> Record:
-    settings = yaml.safe_load(_text(folder / "config.yaml")) or {}
+    config, environment, samples = (folder / name for name in ("config.yaml", "environment.json", "samples.jsonl"))
+    settings = read_yaml(config) if config.exists() else {}
+    validate(settings, _ReportedSettings, str(config))
     curves: dict[str, Curve] = {}
-    for line in _json_lines(folder / "metrics.jsonl"):
+    for line in map(vars, read_json_lines(folder / "metrics.jsonl", MetricsLine)):
         for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
                 curve = curves.setdefault(name, Curve())
                 curve.steps.append(line["step"])
                 curve.values.append(value)
@@ -114,8 +209,8 @@ def _read_our_run(folder: Path) -> Record:
         curves=curves,
         tokens_per_step=settings.get("batch_tokens"),
         settings=settings,
-        environment=_json(folder / "environment.json") or {},
-        samples=_json_lines(folder / "samples.jsonl"),
+        environment=read_json(environment, Environment) if environment.exists() else None,
+        samples=read_json_lines(samples, Sample) if samples.exists() else [],
         harness=_harness_results(folder / "checkpoints", harness_scores),
         harness_limits=_harness_results(folder / "checkpoints", harness_limits),
     )
@@ -125,7 +220,8 @@ def _harness_results(checkpoints: Path, read: Callable[[dict[str, Any]], dict[st
     """What `read` finds by task, for each checkpoint, in all results of the harness that lie beside it."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoints.glob("step_*.lm_eval*.json")):
-        found.setdefault(path.name.partition(".")[0], {}).update(read(_json(path)))
+        if re.fullmatch(r"step_\d{8}", name := path.name.partition(".")[0]):
+            found.setdefault(name, {}).update(read(read_json(path, _HarnessFile)))
     return found
 
 
@@ -150,7 +246,7 @@ def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 def _read_log(path: Path) -> dict[str, Curve]:
     """Lines of `STEP KIND VALUE` or of `s:STEP KIND:VALUE ...`; of a step that stands twice the later value holds."""
     values: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if pairs := re.fullmatch(r"s:(\d+)((?: \w+:\S+)+)\s*", line):
             step, found, names = pairs[1], dict(pair.split(":") for pair in pairs[2].split()), _LLM_C
         elif words := re.fullmatch(r"(\d+) (\w+) (\S+)\s*", line):
@@ -165,29 +261,3 @@ def _read_log(path: Path) -> dict[str, Curve]:
     if not values:
         raise UserError(f"{path}: there is nothing in it")
     return {name: Curve(sorted(points), [points[s] for s in sorted(points)]) for name, points in values.items()}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = _text(path).splitlines(keepends=True)
-    values = []
-    for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):  # a run that goes on may be writing the last
-            try:
-                values.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-    return values
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path) or "null")
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error

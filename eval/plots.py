@@ -71,8 +71,8 @@ def _losses(records: list[Record]) -> Any:
 
 def _fineweb_references(records: list[Record]) -> list[Any]:
     """GPT-2's loss, where all runs are validated on the data that it was measured on, in its tokens."""
-    data = [one for record in records for one in record.environment.get("data", [{}])]
-    if not all("fineweb-edu" in one.get("source", "").lower() and one.get("tokenizer") == "gpt2" for one in data):
+    data = [one for record in records for one in (record.environment.data if record.environment else [None])]
+    if not all(one and "fineweb-edu" in one.source.lower() and one.tokenizer == "gpt2" for one in data):
         return []
     return [p for p in models_beside(records) if p.fineweb_edu_loss is not None]
 
@@ -198,12 +198,16 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
 
 def models_beside(records: list[Record]) -> list[Published]:
     """The published models of the sizes of the runs."""
-    models = [model for record in records for model in of_the_same_size(record.environment.get("parameters"))]
+    models = [model for record in records for model in of_the_same_size(_parameters(record))]
     return list(dict.fromkeys(models))
+
+
+def _parameters(record: Record) -> int | None:
+    return record.environment.parameters if record.environment else None
 
 
 def _title(what: str, records: list[Record]) -> str:
     if len(records) > 1:
         return f"{what} of {len(records)} runs"
-    parameters = records[0].environment.get("parameters")
+    parameters = _parameters(records[0])
     return f"{what} of {records[0].name}" + (f" ({parameters / 1e6:,.1f}M parameters)" if parameters else "")

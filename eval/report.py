@@ -4,15 +4,19 @@ python -m eval.report runs/quickstart
 python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.txt
 """
 
+import contextlib
 from pathlib import Path
 
-from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.cli import ArgumentParser, UserError, redact, run
+from data_prep.schema import partial_name, write_text
 from eval import sections
 from eval.logs import Record, read_run
 from eval.plots import models_beside, plot_all
 from eval.published import Published
 from eval.scores import language_modeling_scores
 from eval.sections import duration, number, section, table
+
+FILE_NAME = "report.md"
 
 
 def write_report(records: list[Record], folder: Path) -> Path:
@@ -29,13 +33,19 @@ def write_report(records: list[Record], folder: Path) -> Path:
     for record in records:
         parts.append(section(f"Data of {record.name}", sections.data(record)))
         if samples := sections.last_samples(record):
-            parts.append(section(f"Samples of {record.name} at step {samples[0]['step']}", sections.samples(record)))
+            parts.append(section(f"Samples of {record.name} at step {samples[0].step}", sections.samples(record)))
         parts.append(section(f"Environment of {record.name}", sections.environment(record)))
-    path = folder / "report.md"
-    temporary = path.with_name(".report.md.partial")
-    temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    path = folder / FILE_NAME
+    write_text(path, redact("\n\n".join(filter(None, parts))) + "\n")
     return path
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what `write_report` has written into a folder, by its names, and the folder if nothing else is in it."""
+    for name in (FILE_NAME, partial_name(FILE_NAME), *sections.CAPTIONS):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or has files of others in it
+        folder.rmdir()
 
 
 def _harness(records: list[Record]) -> str:
@@ -71,7 +81,7 @@ def _result(record: Record) -> list[str]:
     perplexity = language_modeling_scores(loss, 1, 0)["perplexity"] if loss is not None else None
     return [
         f"**{record.name}**",
-        number(record.environment.get("parameters"), ",.0f"),
+        number(record.environment.parameters if record.environment else None, ",.0f"),
         number(tokens.values[-1] if tokens else None, ",.0f"),
         number(loss, ".4f"),
         number(perplexity, ",.2f"),

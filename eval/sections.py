@@ -9,7 +9,7 @@ from data_prep import contamination
 from data_prep.cli import UserError
 from data_prep.hub import local_folder
 from data_prep.sources import BUILTIN
-from eval.logs import Record
+from eval.logs import DataRecord, Environment, Record, Sample
 
 CAPTIONS = {
     "loss.png": "Training and validation loss",
@@ -43,31 +43,31 @@ def settings(records: list[Record]) -> str:
 def data(record: Record) -> str:
     """The data of a run, how it was cleaned, and what of each evaluation set was found in it."""
     rows, lines = [], []
-    for one in record.environment.get("data", []):
-        amounts = [f"{one['training_tokens']:,}", f"{one['share']:.1%}"]
-        rows.append([f"`{one['folder']}`", source(one), one.get("revision") or "", one["tokenizer"], *amounts])
-        lines += _cleaning(one) + _contamination(one["folder"])
+    for one in record.environment.data if record.environment else []:
+        amounts = [f"{one.training_tokens:,}", f"{one.share:.1%}"]
+        rows.append([f"`{one.folder}`", source(one), one.revision or "", one.tokenizer, *amounts])
+        lines += _cleaning(one) + _contamination(one.folder)
     if not rows:
         return ""
     heading = ["folder", "source", "revision", "tokenizer", "training tokens", "share"]
     return table(heading, rows) + "\n\n" + "\n".join(lines)
 
 
-def source(one: dict[str, Any]) -> str:
+def source(one: DataRecord) -> str:
     """Where the text of a data folder came from, of what `environment.json` says of it."""
-    name = "the Python standard library" if one["source"] == BUILTIN else one["source"]
-    return " ".join(filter(None, [name, one.get("name")]))
+    name = "the Python standard library" if one.source == BUILTIN else one.source
+    return " ".join(filter(None, [name, one.name]))
 
 
-def _cleaning(one: dict[str, Any]) -> list[str]:
-    if "cleaning" not in one:
+def _cleaning(one: DataRecord) -> list[str]:
+    if one.cleaning is None:
         return []
     steps = [
-        f"{step['step']} kept {step['documents_out'] / max(step['documents_in'], 1):.1%} of documents and "
-        f"{step['characters_out'] / max(step['characters_in'], 1):.1%} of characters"
-        for step in one["cleaning"]
+        f"{step.step} kept {step.documents_out / max(step.documents_in, 1):.1%} of documents and "
+        f"{step.characters_out / max(step.characters_in, 1):.1%} of characters"
+        for step in one.cleaning
     ]
-    return [f"- Cleaning of `{one['folder']}`: {'; '.join(steps) or 'none by this program'}."]
+    return [f"- Cleaning of `{one.folder}`: {'; '.join(steps) or 'none by this program'}."]
 
 
 def _contamination(folder: str) -> list[str]:
@@ -84,47 +84,45 @@ def _contamination(folder: str) -> list[str]:
             f"(`python -m data_prep.contamination {folder} --against FILE ...` does)."
         ]
     return [
-        f"- Contamination: of {Path(one['file']).name}, {one['found_items']:,} of {one['items']:,} items "
-        f"({one['found_items'] / max(one['items'], 1):.2%}) are in `{folder}`, by {one['found_ngrams']:,} "
-        f"{one['ngram']}-grams in {one['documents']:,} documents."
+        f"- Contamination: of {Path(one.file).name}, {one.found_items:,} of {one.items:,} items "
+        f"({one.found_items / max(one.items, 1):.2%}) are in `{folder}`, by {one.found_ngrams:,} "
+        f"{one.ngram}-grams in {one.documents:,} documents."
         for one in found
     ]
 
 
-def last_samples(record: Record) -> list[dict[str, Any]]:
+def last_samples(record: Record) -> list[Sample]:
     """Some of the samples of the last step that has any."""
-    return [sample for sample in record.samples if sample["step"] == record.samples[-1]["step"]][:_SAMPLES]
+    return [sample for sample in record.samples if sample.step == record.samples[-1].step][:_SAMPLES]
 
 
 def samples(record: Record) -> str:
     """Those of `last_samples`, as blocks of text."""
     return "\n\n".join(
-        "```text\n" + (sample["prompt"] + sample["text"]).replace("```", "'''") + "\n```"
-        for sample in last_samples(record)
+        "```text\n" + (sample.prompt + sample.text).replace("```", "'''") + "\n```" for sample in last_samples(record)
     )
 
 
 def environment(record: Record) -> str:
     """Hardware, versions and revision that a run was made with."""
     about = record.environment
-    if not about:
+    if about is None:
         return ""
-    script, *words = about["command"]
-    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items() if version)
+    script, *words = about.command or [""]
+    packages = ", ".join(f"{name} {version}" for name, version in about.packages.items() if version)
     lines = [
-        f"{hardware(record)}, {about['platform']}",
-        f"Python {about['python']}, {packages}",
-        f"commit {about['git_revision'] or 'unknown'}",
+        f"{hardware(about)}, {about.platform}",
+        f"Python {about.python}, {packages}",
+        f"commit {about.git_revision or 'unknown'}",
         f"`{shlex.join(['/'.join(Path(script).parts[-2:]), *words])}`",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
 
-def hardware(record: Record) -> str:
+def hardware(about: Environment) -> str:
     """As in "8 x NVIDIA H100, bf16"."""
-    about = record.environment
-    precision = "float32" if about["mixed_precision"] == "no" else about["mixed_precision"]
-    return f"{about['num_processes']} x {about['device']}, {precision}"
+    precision = "float32" if about.mixed_precision == "no" else about.mixed_precision
+    return f"{about.num_processes} x {about.device}, {precision}"
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,16 +1,18 @@
 """RUN/hub: checkpoints that wait to be uploaded, out of reach of whatever removes older ones."""
 
 import contextlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.checkpoint_folders import COMPLETE, STATE
+from data_prep.schema import Sha256, read_json
+from training.checkpoint_folders import COMPLETE
 
 FOLDER = "hub"
 _TAKEN = ".uploading_"
+_NAME = re.compile(r"(\.uploading_)?step_\d{8}")
 
 
 def put(checkpoint: Path, run_folder: Path) -> Path:
@@ -24,8 +26,8 @@ def put(checkpoint: Path, run_folder: Path) -> Path:
     place, partial = outbox / checkpoint.name, outbox / f".{checkpoint.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")):
-        if Path(name).parts[0] != str(STATE):
+    for name in read_json(checkpoint / COMPLETE, dict[str, Sha256]):
+        if Path(name).name == name:  # neither what it takes to train on, nor what lies elsewhere
             _link(checkpoint / name, partial / name)
     shutil.rmtree(place, ignore_errors=True)
     return partial.rename(place)
@@ -41,8 +43,13 @@ def _link(file: Path, name: Path) -> None:
 def waiting(run_folder: Path) -> list[Path]:
     """The checkpoints that wait to be uploaded, or are being, oldest first."""
     outbox = run_folder / FOLDER
-    names = {path.name.removeprefix(_TAKEN) for path in (*outbox.glob("step_*"), *outbox.glob(f"{_TAKEN}step_*"))}
-    return [outbox / name for name in sorted(names)]
+    return [outbox / name for name in sorted({path.name.removeprefix(_TAKEN) for path in _entries(outbox)})]
+
+
+def _entries(outbox: Path) -> list[Path]:
+    """The folders of checkpoints in it, by their exact names; what else lies there is left alone."""
+    names = sorted(os.listdir(outbox)) if outbox.is_dir() else []
+    return [outbox / name for name in names if _NAME.fullmatch(name) and (outbox / name).is_dir()]
 
 
 @contextlib.contextmanager
@@ -59,14 +66,11 @@ def taken(checkpoint: Path) -> Iterator[Path]:
 
 def recover(run_folder: Path) -> None:
     """Let what was taken, and neither uploaded nor put back, wait again, unless it has been replaced."""
-    for folder in (run_folder / FOLDER).glob(f"{_TAKEN}step_*"):
+    for folder in _entries(run_folder / FOLDER):
+        if not folder.name.startswith(_TAKEN):
+            continue
         name = folder.with_name(folder.name.removeprefix(_TAKEN))
         if name.exists():
             shutil.rmtree(folder)
         else:
             folder.rename(name)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
-    return int(checkpoint.name.removeprefix("step_"))

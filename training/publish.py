@@ -13,18 +13,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import yaml
 
-from data_prep.cli import ArgumentParser, UserError, run
+from data_prep.cli import ArgumentParser, UserError, redact, run
 from data_prep.hub import Hub, repository_problem
 from data_prep.lock import locked
+from data_prep.schema import STRICT, read_yaml, validate, write_text
 from eval.card import model_card, until
 from eval.logs import read_run
 from eval.plots import plot_all
-from training.checkpoint_folders import COMPLETE, checkpoint_folder, complete_checkpoints
-from training.outbox import FOLDER, put, recover, step_of, taken, waiting
+from training.checkpoint_folders import checkpoint_folder, complete_checkpoints, is_checkpoint, step_of
+from training.outbox import FOLDER, put, recover, taken, waiting
 
 _LOCK_ATTEMPTS = 600  # a second each
 
@@ -62,7 +63,7 @@ def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
             put(_released_checkpoint(run_folder, to.strategy), run_folder)
         for step in steps:
             checkpoint = checkpoint_folder(run_folder / "checkpoints", step)
-            if not (checkpoint / COMPLETE).exists():
+            if not is_checkpoint(checkpoint):
                 raise UserError(f"step={step}: {checkpoint} is not there, or not complete")
             put(checkpoint, run_folder)
         chosen = _to_upload(run_folder, to.strategy, steps)
@@ -121,10 +122,11 @@ def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination) ->
     record = read_run(run_folder)
     pictures = plot_all([until(record, step)], checkpoint)
     card = model_card(record, step, checkpoint, to.repository, to.licence, pictures)
-    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    # Never through the links that the folder is made of.
+    write_text(checkpoint / "README.md", card)
     # Whoever runs them has another place to publish to, or none.
     settings = {name: value for name, value in record.settings.items() if not name.startswith(("push_to_hub", "hub_"))}
-    (checkpoint / "training_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    write_text(checkpoint / "training_config.yaml", redact(yaml.safe_dump(settings, sort_keys=False)))
 
 
 def main() -> None:
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_option("check", action="store_true", help="only see whether the Hub would take it")
     args = parser.parse_args()
     settings = _settings(args.run)
-    repository = args.push_to_hub or settings.get("push_to_hub")
+    repository = args.push_to_hub or settings.push_to_hub
     if repository is None:
         raise UserError(f"{args.run} has no push_to_hub; say where to: --push_to_hub USER/NAME")
     if problem := repository_problem("push_to_hub", repository):
@@ -149,19 +151,33 @@ def main() -> None:
         return
     to = Destination(
         repository=repository,
-        strategy=settings.get("hub_strategy", "checkpoint"),
-        revisions=args.hub_revisions or settings.get("hub_revisions", False),
-        private=args.hub_private_repo or settings.get("hub_private_repo", False),
-        licence=args.hub_license or settings.get("hub_license", "mit"),
+        strategy=settings.hub_strategy,
+        revisions=args.hub_revisions or settings.hub_revisions,
+        private=args.hub_private_repo or settings.hub_private_repo,
+        licence=args.hub_license or settings.hub_license,
     )
     publish(args.run, to, args.step)
 
 
-def _settings(run_folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _HubSettings:
+    """Those settings of a run that say where its checkpoints go; the others are not read here."""
+
+    __pydantic_config__ = STRICT | {"extra": "ignore"}
+
+    push_to_hub: str | None = None
+    hub_strategy: Literal["end", "checkpoint", "best", "all"] = "checkpoint"
+    hub_revisions: bool = False
+    hub_private_repo: bool = False
+    hub_license: str = "mit"
+
+
+def _settings(run_folder: Path) -> _HubSettings:
     file = run_folder / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{run_folder} is not the folder of a run (no config.yaml)")
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        return validate(read_yaml(file), _HubSettings, str(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{run_folder} is not the folder of a run (no config.yaml)") from error
 
 
 if __name__ == "__main__":

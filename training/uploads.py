@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.cli import UserError, first_line
-from training.outbox import put, step_of, waiting
+from training.checkpoint_folders import step_of
+from training.outbox import put, waiting
 from training.saving import Saver
 
 _NICENESS = 15  # a thirtieth of the time of a core that training wants too

@@ -116,6 +116,7 @@ def choices(items):
     return [[preprocess(ending) for ending in item["endings"]] for item in items]
 
 
+@pytest.mark.clients
 def test_items_agree_with_the_harness_and_with_the_loop_over_items(random_model, tmp_path):
     """Among them some with the marks of WikiHow's layout, which the original file has."""
     items = read_items(HELLASWAG)[50:60]
@@ -211,6 +212,7 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path, lines, message):
         read_items(path)
 
 
+@pytest.mark.clients
 def test_items_come_from_the_hub_or_else_from_their_address(tmp_path):
     """In a process of its own, with a stand-in for the network; the Hub has labels as text."""
     program = (

@@ -12,7 +12,7 @@ from conftest import run_command
 
 from data_prep.cli import UserError
 from data_prep.contamination import contamination, record, recorded
-from eval.logs import Curve, read_run
+from eval.logs import Curve, Environment, read_run
 from eval.plots import plot_all
 from eval.published import of_the_same_size
 from eval.report import write_report
@@ -109,9 +109,19 @@ def test_several_runs_are_compared(tiny_run, tmp_path):
 def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
     (tmp_path / "log.txt").write_text(NANOGPT_LOG)
     run = read_run(tmp_path / "log.txt", batch_tokens=524288)
-    run.environment = {"parameters": 124_439_808, "packages": {}, "mixed_precision": "bf16", "num_processes": 8,
-                       "device": "NVIDIA A100", "platform": "Linux", "python": "3.11", "git_revision": None,
-                       "command": ["/home/me/training/train.py", "--seed", "1"], "data": []}  # fmt: skip
+    run.environment = Environment(
+        command=["/home/me/training/train.py", "--seed", "1"],
+        python="3.11",
+        platform="Linux",
+        packages={},
+        git_revision=None,
+        device="NVIDIA A100",
+        num_processes=8,
+        distributed_type="MULTI_GPU",
+        mixed_precision="bf16",
+        parameters=124_439_808,
+        data=[],
+    )
     text = write_report([run], tmp_path / "report").read_text()
     assert "\n- `training/train.py --seed 1`\n" in text
     rows = table(text, "Results")
@@ -141,7 +151,7 @@ def test_contamination_is_reported_of_the_shards_that_are_there(tiny_run, data_f
     (tmp_path / "found.txt").write_text(" ".join(source[100:160]))
     for name in ("clean.txt", "found.txt"):
         record(data, contamination(data, [tmp_path / name]))
-    assert [one["file"] for one in recorded(data)] == [str(tmp_path / name) for name in ("clean.txt", "found.txt")]
+    assert [one.file for one in recorded(data)] == [str(tmp_path / name) for name in ("clean.txt", "found.txt")]
     text = write_report([read_run(run)], tmp_path / "report").read_text()
     assert "Contamination: of clean.txt, 0 of 1 items (0.00%)" in text
     assert "Contamination: of found.txt, 1 of 1 items (100.00%)" in text

@@ -15,15 +15,19 @@ from standin_hub import StandIn, serve
 
 from data_prep.hub import repository_problem
 from modeling import GPTModel
+from training.checkpoint_folders import step_of
 from training.config import parse_config
-from training.outbox import put, recover, step_of, taken, waiting
+from training.outbox import put, recover, taken, waiting
+
+pytestmark = pytest.mark.clients  # of the Hub
 
 LOADING = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling import GPTModel
 from training.config import parse_config
-from training.outbox import put, recover, step_of, taken, waiting
+from training.checkpoint_folders import step_of
+from training.outbox import put, recover, taken, waiting
 name, revision, output, card = sys.argv[1:]
 exec(open(card).read().split("```python")[1].split("```")[0])  # its own way of using the model
 tokens = torch.arange(1, 25)[None]
