@@ -72,4 +72,10 @@ def _run(module: str, argv: list[str], cwd: Path, output: Path, plant: Plant | N
     sys.argv = [file, *argv]
     if plant is not None:
         plant()
-    runpy.run_path(file, run_name="__main__")
+    if module == "training.train":  # the very module that a plant has changed
+        from data_prep.cli import run
+        from training.train import main
+
+        run(main)
+    else:
+        runpy.run_path(file, run_name="__main__")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_prep.cli import ArgumentParser, UserError, run
 from eval.models import check_plain, load_weights
-from modeling import GPTConfig, GPTModel
+from modeling import GPTConfig, GPTModel, parameter_count
 from modeling.import_checkpoint import write_folder
 
 # llm.c's train_gpt2.py, `write_model`, and train_gpt2.c, `gpt2_build_from_checkpoint`.
@@ -62,6 +62,8 @@ def read_llmc(file: Path) -> GPTModel:
     Raises:
         UserError: for a file that is none.
     """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file, or not a regular one")
     content = np.fromfile(file, dtype=np.uint8)
     header = content[: 4 * _HEADER].view("<i4") if len(content) >= 4 * _HEADER else [0] * 8
     magic, version, n_positions, vocab_size, n_layer, n_head, n_embd, padded = map(int, header[:8])
@@ -70,16 +72,25 @@ def read_llmc(file: Path) -> GPTModel:
             f"{file}: not a checkpoint of llm.c (magic {magic} and version {version}; those are {_MAGIC} and "
             f"{' or '.join(map(str, _VERSIONS))})"
         )
-    config = GPTConfig(n_positions=n_positions, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    model = GPTModel(config).eval()
+    sizes = {"n_positions": n_positions, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head}
+    try:
+        config = GPTConfig(**sizes, n_embd=n_embd)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
     content = content[4 * _HEADER :]
     dtype = _VERSIONS[version]
     values = torch.from_numpy(content[: len(content) // dtype.itemsize * dtype.itemsize]).view(dtype)
+    # Before a model of that size is made.
+    needed = parameter_count(config) + (padded - vocab_size) * n_embd
+    if padded < vocab_size or needed != len(values):
+        raise UserError(
+            f"{file} has {len(values):,} parameters, its header says {needed:,} and {padded:,} rows for "
+            f"{vocab_size:,} tokens"
+        )
+    model = GPTModel(config).eval()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shapes["transformer.wte.weight"] = torch.Size([padded, n_embd])
     names = _order(config)
-    if (needed := sum(shapes[name].numel() for name in names)) != len(values):
-        raise UserError(f"{file} has {len(values):,} parameters, its header says {needed:,}")
     weights: dict[str, Tensor] = {}
     for name, part in zip(names, values.split([shapes[name].numel() for name in names]), strict=True):
         weights[name] = part.view(shapes[name]).float()

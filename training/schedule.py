@@ -126,7 +126,8 @@ def main() -> None:
 
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
-        print(f"{__doc__}\nThe settings are those of training/train.py, whose --help lists them.")
+        usage = "usage: python -m training.schedule [CONFIG.yaml] [--name value ...] [--plot FILE]"
+        print(f"{usage}\n\n{__doc__}\nThe settings are those of training/train.py, whose --help lists them.")
         return
     file = None
     if "--plot" in words:

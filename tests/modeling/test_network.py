@@ -163,6 +163,9 @@ def test_initialisation_is_gpt2s():
     ("fields", "message"),
     [
         ({"n_embd": 30}, "n_embd=30 is not a multiple of n_head=4"),
+        ({"n_head": 0}, "n_head=0 must be a whole number of at least 1"),
+        ({"n_layer": -1}, "n_layer=-1 must be a whole number of at least 1"),
+        ({"vocab_size": 0}, "vocab_size=0 must be a whole number of at least 1"),
         ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True is not supported"),
     ],
