@@ -143,6 +143,8 @@ def _short(value: Any) -> str:
 
 def table(report: list[CleaningStep]) -> str:
     """The report for a person: what each step left."""
+    if not report:
+        return "no step was run"
     lines = [f"{'step':<20}{'documents':>12}{'kept':>8}{'characters':>16}{'kept':>8}"]
     first = report[0]
     lines.append(f"{'raw':<20}{first.documents_in:>12,}{'':>8}{first.characters_in:>16,}")

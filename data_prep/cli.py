@@ -15,8 +15,10 @@ class UserError(Exception):
     """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
 
 
-_USER_IN_ADDRESS = re.compile(r"(\w://)[^/?#\s'\"]*@")
-_SECRET_IN_QUERY = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|secret|pass|pwd|sig|credential)[^=&\s]*=)[^&\s'\"]+")
+_USER_IN_ADDRESS = re.compile(r"(\w://)[^/?#\s\"]*@")
+_SECRET_IN_QUERY = re.compile(
+    r"(?i)([?&][^=&\s]*(?:token|key|secret|pass|pwd|sig|credential|auth|jwt)[^=&\s]*=)[^&\s'\"]+"
+)
 
 
 def redact(text: str) -> str:
@@ -86,7 +88,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {redact(message)}\n")
 
 
 def run(main: Callable[[], None]) -> None:

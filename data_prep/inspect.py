@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.byte_level import bytes_of_tokens
-from data_prep.cli import ArgumentParser, UserError, first_line, run
+from data_prep.cli import ArgumentParser, UserError, first_line, redact, run
 from data_prep.hub import local_folder
 from data_prep.manifest import Manifest
 from data_prep.order import shares_of, training_order
@@ -164,15 +164,15 @@ def main() -> None:
         for text in sequences(args.folders, args.run, *args.sequences):
             print(text)
         return
-    if args.documents < 0:
-        raise UserError(f"documents={args.documents} must be at least 0")
+    if args.documents < 0 or args.seed < 0:
+        raise UserError(f"documents={args.documents} and seed={args.seed} must be at least 0")
     manifests = {folder: Manifest.read(folder) for folder in map(local_folder, args.folders)}
     total = sum(shard.tokens for manifest in manifests.values() for shard in manifest.shards)
     for folder, manifest in manifests.items():
         found = statistics(folder, manifest)
         print(
             f"{folder}\n"
-            f"source      {manifest.source.source}\n"
+            f"source      {redact(manifest.source.source)}\n"
             f"tokenizer   {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids, {manifest.dtype}\n"
             f"tokens      {found.tokens:,} ({found.tokens / total:.1%} of all shown): "
             f"{manifest.tokens('train'):,} for training, {manifest.tokens('val'):,} for validation, "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.cli import UserError
 
-LOCK_NAME = ".lock"
+LOCK_NAME = ".gpt-accelerate.lock"
 
 
 @contextlib.contextmanager
@@ -24,7 +24,8 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
     # A file, opened to be written: network file systems lock nothing else.
-    with open(path, "a") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    with open(path, "a", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # One that another process has just let go of and removed guards nothing.

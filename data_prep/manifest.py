@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,8 +181,8 @@ class Manifest:
                 yield f"shard {shard.file!r} has {shard.tokens} tokens and {shard.documents} documents of at most " + (
                     f"shard_tokens={self.shard_tokens}"
                 )
-        names = [shard.file for shard in self.shards]
-        yield from (f"shard {name!r} is listed twice" for name in sorted({n for n in names if names.count(n) > 1}))
+        counts = Counter(shard.file for shard in self.shards)
+        yield from (f"shard {name!r} is listed twice" for name, count in counts.items() if count > 1)
         by_hash = {shard.sha256: shard.file for shard in self.shards if shard.split == "val"}
         for shard in self.shards:
             if shard.split == "train" and shard.sha256 in by_hash:
@@ -237,7 +238,7 @@ class Manifest:
         try:
             if tokenizer_hash(folder / "tokenizer") != self.tokenizer.sha256:
                 found.append(f"{folder / 'tokenizer'} is not the tokenizer that wrote the shards beside it")
-        except OSError as error:
+        except (OSError, UserError) as error:
             found.append(f"{folder / 'tokenizer'}: not readable ({error})")
         for shard in self.shards:
             try:

@@ -111,7 +111,9 @@ def _grouped(
 
 
 def _skip(stream: io.BufferedReader, count: int) -> None:
-    while count > 0 and (read := len(stream.read(min(count, _BUFFER_BYTES)))):
+    while count > 0:
+        if not (read := len(stream.read(min(count, _BUFFER_BYTES)))):
+            raise UserError("a file of the source ends before the place to go on from; prepare a new folder")
         count -= read
 
 

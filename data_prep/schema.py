@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import stat
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,8 +26,11 @@ MAX_BYTES = 1 << 30  # of a file that is read as a whole; metrics.jsonl of a mil
 _SHOWN, _LISTED = 60, 5  # characters of a value, problems of a file
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """The text of a regular file of at most `MAX_BYTES`.
+
+    Args:
+        errors: what `bytes.decode` does about bytes that are not UTF-8.
 
     Raises:
         FileNotFoundError: where there is none.
@@ -41,7 +45,7 @@ def read_text(path: Path) -> str:
                 raise UserError(f"{path}: not a regular file")
             if status.st_size > MAX_BYTES:
                 raise UserError(f"{path}: {status.st_size:,} bytes; a file of its kind has at most {MAX_BYTES:,}")
-            return file.read(MAX_BYTES + 1).decode("utf-8")
+            return file.read(MAX_BYTES + 1).decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except FileNotFoundError:
@@ -91,7 +95,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         settings = yaml.load(text, Loader=_loader())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # what its constructors raise for values that are none is of many kinds
         raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:300]})") from error
     if settings is None:
         return {}
@@ -113,9 +117,10 @@ def _loader() -> type:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is there twice", problem_mark=node.start_mark)
+            if isinstance(node, yaml.MappingNode):
+                counts = Counter(str(key.value) for key, _ in node.value)
+                if twice := [name for name, count in counts.items() if count > 1]:
+                    raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is there twice", problem_mark=node.start_mark)
             return super().construct_mapping(node, deep)
 
     return Loader
@@ -124,7 +129,11 @@ def _loader() -> type:
 def validate(value: Any, kind: type[T], where: str) -> T:
     """A value that was read otherwise, as `kind` (`UserError` where it does not fit)."""
     # By way of JSON, whose lists and numbers are as strict as those of files.
-    return parse_json(json.dumps(value, default=repr), kind, where)
+    try:
+        text = json.dumps(value, default=repr)
+    except (TypeError, ValueError, RecursionError) as error:  # names that are no text, numbers of thousands of digits
+        raise UserError(f"{where}: {first_line(error)}") from error
+    return parse_json(text, kind, where)
 
 
 def partial_name(name: str) -> str:

@@ -159,6 +159,10 @@ class Corpus:
         if self.source.source == BUILTIN:
             yield from _builtin_blocks(self.paths, start.record)
             return
+        if start.file >= len(self.paths):
+            raise UserError(
+                f"the place to go on from is in file {start.file} of {len(self.paths)}; prepare a new folder"
+            )
         columns = [self.source.text_column, *(c.column for c in self.conditions)]
         for number in range(start.file, len(self.paths)):
             cursor = start if number == start.file else Cursor(file=number)

@@ -1,6 +1,5 @@
 """Tokenizers: GPT-2's, one trained on the corpus, or any that `AutoTokenizer` loads. tiktoken runs all that it can."""
 
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from data_prep.byte_level import byte_level_ranks, chunks, merges, printable, un
 from data_prep.cli import UserError, first_line
 from data_prep.manifest import TokenizerRecord
 from data_prep.schema import read_json
+from data_prep.shards import file_hash
 
 if TYPE_CHECKING:
     import tiktoken
@@ -160,7 +160,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def tokenizer_hash(folder: Path) -> str:
     """sha256 of a tokenizer folder's `tokenizer.json`: two folders of one hash give the same ids."""
-    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+    return file_hash(Path(folder) / "tokenizer.json")
 
 
 def tokenizer_problem(tokenizer: Any, record: TokenizerRecord) -> str | None:

@@ -1,13 +1,15 @@
 """The records of runs: our own, build-nanogpt's `log.txt` and llm.c's `main.log`."""
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_prep.cli import UserError
@@ -16,6 +18,7 @@ from data_prep.schema import STRICT, Count, Positive, read_json, read_json_lines
 
 # What the other trainers call our metrics. Their HellaSwag is that of the completion rule, by the mean loss.
 _HELLASWAG = "hellaswag/completion/acc_norm"
+_MOST = 1e300  # of a value that can be drawn
 _BUILD_NANOGPT = {"train": "loss", "val": "val_loss", "hella": _HELLASWAG}
 _LLM_C = {"trl": "loss", "tel": "val_loss", "eval": _HELLASWAG, "lr": "learning_rate", "norm": "grad_norm"}
 
@@ -85,7 +88,7 @@ class MetricsLine:
 
     __pydantic_config__ = STRICT | {"extra": "allow"}
 
-    step: Count
+    step: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Record:
         """Seconds of training without evaluations and checkpoints, by how many steps were done; None where the log does
         not say."""
         speed, tokens = self.curves.get("tokens_per_second"), self.tokens()
-        if speed is None or tokens is None:
+        if speed is None or tokens is None or min(speed.values) <= 0:
             return None
         took = [
             (tokens.at(step + 1) - tokens.at(step)) / value
@@ -199,6 +202,8 @@ def _read_our_run(folder: Path) -> Record:
     for line in map(vars, read_json_lines(folder / "metrics.jsonl", MetricsLine)):
         for name, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+                if not abs(value) < _MOST:
+                    raise UserError(f"{folder / 'metrics.jsonl'}, step {line['step']}: {name} is beyond {_MOST:g}")
                 curve = curves.setdefault(name, Curve())
                 curve.steps.append(line["step"])
                 curve.values.append(value)
@@ -221,7 +226,12 @@ def _harness_results(checkpoints: Path, read: Callable[[dict[str, Any]], dict[st
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoints.glob("step_*.lm_eval*.json")):
         if re.fullmatch(r"step_\d{8}", name := path.name.partition(".")[0]):
-            found.setdefault(name, {}).update(read(read_json(path, _HarnessFile)))
+            try:
+                results = read_json(path, _HarnessFile)
+            except UserError as error:  # one that is not whole must not keep a run from its report
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            found.setdefault(name, {}).update(read(results))
     return found
 
 
@@ -248,7 +258,7 @@ def _read_log(path: Path) -> dict[str, Curve]:
     values: dict[str, dict[int, float]] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if pairs := re.fullmatch(r"s:(\d+)((?: \w+:\S+)+)\s*", line):
-            step, found, names = pairs[1], dict(pair.split(":") for pair in pairs[2].split()), _LLM_C
+            step, found, names = pairs[1], dict(pair.split(":", 1) for pair in pairs[2].split()), _LLM_C
         elif words := re.fullmatch(r"(\d+) (\w+) (\S+)\s*", line):
             step, found, names = words[1], {words[2]: words[3]}, _BUILD_NANOGPT
         else:

@@ -52,7 +52,10 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
         if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")
         shards = [open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"]
-        return torch.from_numpy(np.concatenate(shards).astype(np.int64))
+        tokens = np.concatenate(shards)
+        if int(tokens.max()) >= manifest.tokenizer.vocab_size:
+            raise UserError(f"{data}: id {int(tokens.max())} is beyond the vocabulary; run python -m data_prep.verify")
+        return torch.from_numpy(tokens.astype(np.int64))
     text = read_text(data)
     ids = tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
     return torch.tensor([tokenizer.eos_token_id, *ids])

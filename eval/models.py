@@ -21,7 +21,12 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
         UserError: where there is none, or one that is not GPT-2's, or no tokenizer beside it.
     """
     check_folder(name)
-    return load_weights(name).to(device or torch.accelerator.current_accelerator() or "cpu"), hf_tokenizer(name)
+    model, tokenizer = load_weights(name), hf_tokenizer(name)
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= model.config.vocab_size:
+        raise UserError(
+            f"model {name!r}: its tokenizer has id {largest}, its vocabulary {model.config.vocab_size} tokens"
+        )
+    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
 def load_weights(name: str) -> GPTModel:
@@ -34,7 +39,7 @@ def load_weights(name: str) -> GPTModel:
     logging.disable_progress_bar()
     try:
         return from_pretrained(name).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model {name!r}: {first_line(error)}") from error
 
 

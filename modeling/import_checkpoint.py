@@ -53,7 +53,17 @@ def import_checkpoint(file: Path, vocab_size: int | None = None) -> Imported:
     Raises:
         ValueError: for a file that is neither's, with what is wrong with it.
     """
-    content = _load(file)
+    try:
+        return _convert(_load(file), file, vocab_size)
+    except ValueError:
+        raise
+    except Exception as error:  # a file of anybody's: sizes that are no numbers, tensors of odd kinds
+        raise ValueError(
+            f"{file} is not a checkpoint of nanoGPT or build-nanogpt ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _convert(content: Any, file: Path, vocab_size: int | None) -> Imported:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{file} has no weights under 'model', as checkpoints of nanoGPT and build-nanogpt do")
     if "model_args" in content:
@@ -81,7 +91,8 @@ def import_checkpoint(file: Path, vocab_size: int | None = None) -> Imported:
     weights = _weights_of(wanted, weights, file)
     model = GPTModel(config)
     model.load_state_dict(weights)
-    return Imported(model.eval(), trainer, content.get("iter_num", content.get("step")))
+    step = content.get("iter_num", content.get("step"))
+    return Imported(model.eval(), trainer, step if isinstance(step, int) else None)
 
 
 def _load(file: Path) -> Any:
@@ -145,9 +156,9 @@ def write_folder(model: GPTModel, tokenizer: str | None, folder: Path) -> None:
     try:
         if tokenizer is not None:
             try:
-                found = AutoTokenizer.from_pretrained(tokenizer)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"tokenizer={tokenizer!r}: {str(error).splitlines()[0]}") from error
+                found = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+            except Exception as error:  # files of anybody's
+                raise ValueError(f"tokenizer={tokenizer!r}: {' '.join(str(error).split())[:300]}") from error
             if len(found) > model.config.vocab_size:
                 raise ValueError(
                     f"tokenizer={tokenizer!r} has {len(found)} tokens, the model {model.config.vocab_size}"

@@ -15,7 +15,7 @@ from modeling.loss import IGNORE_INDEX
 Batch = dict[str, Tensor]
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that could be read before cannot be read any more, or are not what their manifest says."""
 
 

@@ -56,20 +56,19 @@ def main() -> None:
         return time.perf_counter() - started
 
     with tempfile.TemporaryDirectory() as name:
-        tokenizer, checkpoints = Path(name) / "tokenizer", Path(name) / "checkpoints"
-        tokenizer.mkdir()
+        checkpoints = Path(name) / "checkpoints"
         saver = Saver(checkpoints)
         written: list[float] = []
 
         def in_background() -> None:
-            snapshot = take_snapshot(accelerator, model, optimizer, state, tokenizer)
+            snapshot = take_snapshot(accelerator, model, optimizer, state, {})
             assert snapshot is not None
             saver.save(snapshot)
             began = time.perf_counter()
             saver.tasks[-1].add_done_callback(lambda _: written.append(time.perf_counter() - began))
 
         def at_once() -> None:
-            snapshot = take_snapshot(accelerator, model, optimizer, state, tokenizer)
+            snapshot = take_snapshot(accelerator, model, optimizer, state, {})
             assert snapshot is not None
             write_checkpoint(snapshot, checkpoints)
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from data_prep.cli import UserError, first_line
 from data_prep.shards import file_hash
-from data_prep.tokenizer import tokenizer_files
 from modeling import GPTModel
 from training.checkpoint_folders import (
     COMPLETE,
@@ -46,6 +45,7 @@ class Snapshot:
         shell: a model without weights, which knows the format on disk.
         weights, moments: of the model and of its optimizer.
         random: the random numbers' state of each process.
+        tokenizer: its files, read when the run began: the data folder may be gone by now.
     """
 
     shell: GPTModel
@@ -53,7 +53,7 @@ class Snapshot:
     moments: dict[str, Tensor]
     random: list[dict[str, Tensor]]
     state: RunState
-    tokenizer_folder: Path
+    tokenizer: dict[str, bytes]
 
 
 def take_snapshot(
@@ -61,7 +61,7 @@ def take_snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: RunState,
-    tokenizer_folder: Path,
+    tokenizer: dict[str, bytes],
 ) -> Snapshot | None:
     """Copy all that a checkpoint holds; called by all processes together, and None but on the main one."""
     weights = accelerator.get_state_dict(model)
@@ -74,7 +74,7 @@ def take_snapshot(
         state.grad_scaler = accelerator.scaler.state_dict()
     with torch.device("meta"):
         shell = GPTModel(accelerator.unwrap_model(model).config)
-    return Snapshot(shell, _copied(weights), moments, random, copy.deepcopy(state), tokenizer_folder)
+    return Snapshot(shell, _copied(weights), moments, random, copy.deepcopy(state), tokenizer)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,8 +101,8 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         raise UserError(f"{folder} is in the way: it was not made by this program (no {COMPLETE}); move it")
     try:
         (partial / STATE).mkdir(parents=True)
-        for file in tokenizer_files(snapshot.tokenizer_folder):  # first: nothing of the data replaces anything of ours
-            shutil.copyfile(file, partial / file.name)
+        for name, content in snapshot.tokenizer.items():  # first: nothing of the data replaces anything of ours
+            (partial / name).write_bytes(content)
         snapshot.shell.save_pretrained(partial, state_dict=snapshot.weights)
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
@@ -143,8 +143,9 @@ def load_training_state(
     """Restore optimizer, loss scale and random numbers; the weights are loaded by `GPTModel.from_pretrained`."""
     try:
         tensors = load_file(folder / STATE / "optimizer.safetensors")
-        # Before the first update there is nothing in it; a step whose batch was skipped makes none.
-        if tensors or state.step > len(state.skipped):
+        # Before the first update there is nothing in it; a step whose batch was skipped makes none, nor does one that
+        # fp16's loss scale, which looks for its size, has passed over.
+        if tensors or (state.step > len(state.skipped) and not state.grad_scaler):
             restore_optimizer(model, optimizer, tensors)
         # A process that the saved run did not have keeps the generator it was seeded with.
         random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"

@@ -22,7 +22,7 @@ _COMMITTED = "committed.json"  # in the run's folder: that it has saved a checkp
 _NAME = re.compile(r"step_(\d{8})")
 _HALF_MADE = re.compile(r"\.step_\d{8}\.(partial|removing)")
 _DAMAGED = re.compile(r"damaged_step_\d{8}(_\d+)?")
-_NEEDED = {"config.json", str(STATE / "state.json"), str(STATE / "optimizer.safetensors")}
+_NEEDED = {"config.json", "tokenizer.json", str(STATE / "state.json"), str(STATE / "optimizer.safetensors")}
 
 
 @dataclass

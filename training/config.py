@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,18 @@ def _to_options(settings: dict[str, Any]) -> list[_Option]:
 
 
 def _to_option(name: str, value: Any) -> _Option:
+    if name in ("help", "h", "list_presets"):
+        raise UserError(f"{name} is no setting")
     if value is True:
         return [f"--{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        words = [str(one) for one in (value if isinstance(value, list) else [value])]
+        "".join(words).encode()
+    except ValueError as error:  # half of a surrogate pair, a number of thousands of digits
+        raise UserError(f"{name}: {first_line(error)}") from error
+    if flags := [word for word in words if re.match(r"-\D", word) and " " not in word and word not in ("-inf", "-nan")]:
+        raise UserError(f"{name}={flags[0]!r}: a value cannot begin with '-', as an option does")
+    return [f"--{name}", *words]
 
 
 def _split_options(flags: list[str]) -> list[_Option]:

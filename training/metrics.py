@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -195,15 +196,17 @@ def _step_of(kind: type[MetricsLine] | type[Sample], line: str) -> int:
 
 def _step_of_text(line: str) -> int:
     words = line.split()
-    if not words or not words[0].isdigit():
+    if not words or not re.fullmatch(r"[0-9]{1,18}", words[0]):
         raise UserError("it does not begin with a step")
     return int(words[0])
 
 
 def _cut(path: Path, step_of: Callable[[str], int], from_step: int) -> None:
     kept, unreadable = [], 0
-    for line in read_text(path).split("\n")[:-1] if path.exists() else ():
+    for line in read_text(path, errors="replace").split("\n")[:-1] if path.exists() else ():
         try:
+            if "\ufffd" in line:
+                raise UserError("not UTF-8 text")
             kept += [line] if line.strip() and step_of(line) < from_step else []
         except UserError:
             unreadable += 1

@@ -12,6 +12,7 @@ from training.checkpoint_folders import COMPLETE
 
 FOLDER = "hub"
 _TAKEN = ".uploading_"
+MARK = "made_by_gpt_accelerate"  # in each of the folders, which are nobody else's
 _NAME = re.compile(r"(\.uploading_)?step_\d{8}")
 
 
@@ -26,10 +27,12 @@ def put(checkpoint: Path, run_folder: Path) -> Path:
     place, partial = outbox / checkpoint.name, outbox / f".{checkpoint.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    (partial / MARK).touch()
     for name in read_json(checkpoint / COMPLETE, dict[str, Sha256]):
         if Path(name).name == name:  # neither what it takes to train on, nor what lies elsewhere
             _link(checkpoint / name, partial / name)
-    shutil.rmtree(place, ignore_errors=True)
+    if place in _entries(outbox):
+        shutil.rmtree(place)
     return partial.rename(place)
 
 
@@ -47,9 +50,10 @@ def waiting(run_folder: Path) -> list[Path]:
 
 
 def _entries(outbox: Path) -> list[Path]:
-    """The folders of checkpoints in it, by their exact names; what else lies there is left alone."""
+    """The folders of checkpoints in it, by their exact names and their mark; what else lies there is left alone."""
     names = sorted(os.listdir(outbox)) if outbox.is_dir() else []
-    return [outbox / name for name in names if _NAME.fullmatch(name) and (outbox / name).is_dir()]
+    paths = [outbox / name for name in names if _NAME.fullmatch(name)]
+    return [path for path in paths if not path.is_symlink() and (path / MARK).is_file()]
 
 
 @contextlib.contextmanager

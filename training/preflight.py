@@ -129,7 +129,7 @@ def _go_through(run: Run) -> Findings:
         results["loss"].item()
         times.append(time.perf_counter() - started)
 
-    snapshot = take_snapshot(accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder)
+    snapshot = take_snapshot(accelerator, run.model, run.optimizer, run.state, run.tokenizer_files)
     batches = run.val_data.shared_out(
         int(config.optimizer.micro_batch) * accelerator.num_processes,
         int(config.optimizer.micro_batch),

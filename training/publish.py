@@ -22,10 +22,10 @@ from data_prep.hub import Hub, repository_problem
 from data_prep.lock import locked
 from data_prep.schema import STRICT, read_yaml, validate, write_text
 from eval.card import model_card, until
-from eval.logs import read_run
+from eval.logs import Curve, read_run
 from eval.plots import plot_all
-from training.checkpoint_folders import checkpoint_folder, complete_checkpoints, is_checkpoint, step_of
-from training.outbox import FOLDER, put, recover, taken, waiting
+from training.checkpoint_folders import checkpoint_folder, complete_checkpoints, damage, is_checkpoint, step_of
+from training.outbox import FOLDER, MARK, put, recover, taken, waiting
 
 _LOCK_ATTEMPTS = 600  # a second each
 
@@ -60,21 +60,27 @@ def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
     with _outbox(run_folder):
         recover(run_folder)
         if not steps and not waiting(run_folder):
-            put(_released_checkpoint(run_folder, to.strategy), run_folder)
+            _put_whole(_released_checkpoint(run_folder, to.strategy), run_folder)
         for step in steps:
             checkpoint = checkpoint_folder(run_folder / "checkpoints", step)
             if not is_checkpoint(checkpoint):
                 raise UserError(f"step={step}: {checkpoint} is not there, or not complete")
-            put(checkpoint, run_folder)
+            _put_whole(checkpoint, run_folder)
         chosen = _to_upload(run_folder, to.strategy, steps)
         hub.create(to.private)
         for checkpoint in chosen:
             step = step_of(checkpoint)
             with taken(checkpoint) as folder:
                 _add_card(folder, step, run_folder, to)
-                files = {path.name: path for path in sorted(folder.iterdir())}
+                files = {path.name: path for path in sorted(folder.iterdir()) if path.name != MARK}
                 url = hub.upload(files, f"Step {step}", tag=checkpoint.name if to.revisions else None)
             print(f"step {step:>6}  published {url}", flush=True)
+
+
+def _put_whole(checkpoint: Path, run_folder: Path) -> None:
+    if wrong := damage(checkpoint):
+        raise UserError(f"{checkpoint} is damaged ({wrong}); it is not published")
+    put(checkpoint, run_folder)
 
 
 @contextlib.contextmanager
@@ -112,7 +118,7 @@ def _released_checkpoint(run_folder: Path, strategy: str) -> Path:
         raise UserError(f"{run_folder} has no complete checkpoint to publish")
     if strategy != "best":
         return complete[-1]
-    losses = read_run(run_folder).curves["val_loss"]
+    losses = read_run(run_folder).curves.get("val_loss", Curve())
     by_step = dict(zip(losses.steps, losses.values, strict=True))
     return min(complete, key=lambda checkpoint: by_step.get(step_of(checkpoint), math.inf))
 

@@ -46,7 +46,7 @@ class Saver:
         def attempt() -> None:
             try:
                 task()
-            except OSError as error:
+            except (OSError, UserError, ValueError) as error:
                 self.said.put(f"{what}: {first_line(error)}")
 
         self.tasks.append(self.thread.submit(attempt))

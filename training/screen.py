@@ -77,6 +77,11 @@ def _discard(stream: TextIO) -> None:
 
 def install() -> None:
     """Put a `Screen` in place of this process's stdout and stderr, once."""
+    for number in (0, 1, 2):  # or else the next file that is opened gets what libraries write to these
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if not isinstance(stream := getattr(sys, name), Screen):
             setattr(sys, name, Screen(name, stream))

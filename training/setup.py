@@ -11,7 +11,7 @@ from torch import nn
 
 from data_prep.byte_level import bytes_of_tokens
 from data_prep.cli import UserError, first_line
-from data_prep.tokenizer import hf_tokenizer, tokenizer_problem
+from data_prep.tokenizer import hf_tokenizer, tokenizer_files, tokenizer_problem
 from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
 from eval.report import remove_report
@@ -45,6 +45,7 @@ class Run:
         model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
         batch_plan, schedule: the tokens and the learning rate of each step.
         train_ahead: this rank's share of a global batch, by its position.
+        tokenizer_files: their contents by their names, which go into each checkpoint.
         val_sequences: sequences of a validation, always the first ones of the validation split.
         val_bytes: bytes of text that their labels stand for.
         hellaswag: its items under each rule that is asked for.
@@ -62,6 +63,7 @@ class Run:
     batch_plan: BatchPlan
     schedule: Schedule
     tokenizer: Any
+    tokenizer_files: dict[str, bytes]
     data: Data
     train_data: Batches
     train_ahead: Ahead
@@ -205,6 +207,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         batch_plan=batch_plan,
         schedule=config.schedule,
         tokenizer=tokenizer,
+        tokenizer_files={file.name: file.read_bytes() for file in tokenizer_files(data.tokenizer_folder)},
         data=data,
         train_data=train_data,
         train_ahead=train_ahead,

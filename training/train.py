@@ -223,7 +223,8 @@ def end_without_data(run: Run, lost: DataError, came_from: int) -> NoReturn:
     if run.accelerator.num_processes == 1:
         folder = checkpoint_folder(run.checkpoints, step)
         if step > came_from and not is_checkpoint(folder):
-            save(run)
+            with contextlib.suppress(Diverged):  # of the last step: there is no going back without data
+                save(run)
         run.saver.finish()
         announce(run)
     raise UserError(f"step {step}: {lost}; once it is there again, --resume goes on from the last checkpoint") from lost
@@ -296,7 +297,7 @@ def save(run: Run) -> None:
     record(run)
     run.log.flush()
     run.saver.wait()  # two copies of everything would be one too many
-    snapshot = take_snapshot(run.accelerator, run.model, run.optimizer, run.state, run.data.tokenizer_folder)
+    snapshot = take_snapshot(run.accelerator, run.model, run.optimizer, run.state, run.tokenizer_files)
     if snapshot is not None:
         run.saver.save(snapshot)
 
@@ -327,8 +328,8 @@ def report(run: Run) -> None:
 
     try:
         folder = write_report([read_run(run.config.run_folder)], run.config.report_folder).parent
-    except UserError as error:  # of data that has changed since: the run is none the worse for it
-        print(f"no report: {error}")
+    except Exception as error:  # records that were changed meanwhile: the run is none the worse for it
+        print(f"no report: {first_line(error)}")
         return
     pictures = [folder / name for name in CAPTIONS if (folder / name).exists()]
     for tracker in run.accelerator.trackers if run.tracking else ():
@@ -351,9 +352,10 @@ def finish(run: Run) -> None:
         print(f"\nstopped after step {run.state.step} ({why}); {goes_on}")
         return
     best, published = checkpoint_folder(run.checkpoints, run.state.best_step), run.config.hub.push_to_hub
+    report = run.config.report_folder / "report.md"
     publishing = f"python -m training.publish {folder} --push_to_hub USER/NAME"
     print(
-        f"\nreport           {run.config.report_folder / 'report.md'}\n"
+        f"\nreport           {report if report.exists() else 'was not written'}\n"
         f"last checkpoint  {last}\n"
         f"best checkpoint  {best if best.exists() else 'was not written'} "
         f"(validation loss {run.state.best_val_loss:.4f})\n"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.cli import UserError, first_line
-from training.checkpoint_folders import step_of
+from training.checkpoint_folders import is_checkpoint, step_of
 from training.outbox import put, waiting
 from training.saving import Saver
 
@@ -66,7 +66,7 @@ class Uploads:
         if self.expected is not None:
             try:
                 self._put(self.expected)
-            except OSError as error:
+            except (OSError, UserError, ValueError) as error:
                 yield f"not published: {first_line(error)}; {again}"
         if self.checking:
             self._terminate()
@@ -92,7 +92,7 @@ class Uploads:
             self.process = None
 
     def _put(self, checkpoint: Path) -> None:
-        if checkpoint.exists():  # if it could be written
+        if is_checkpoint(checkpoint):  # if it could be written
             self.newest, self.tried = put(checkpoint, self.run_folder), None
 
     def _start(self, *options: str) -> list[str]:

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
 
 _DISTRIBUTION = "gpt-accelerate"
 _SETUP = Path(__file__).parents[1] / "setup.cfg"
@@ -17,10 +18,14 @@ def untested_versions() -> list[str]:
             installed = version(requirement.name)
         except PackageNotFoundError:
             continue
-        if not requirement.specifier.contains(installed, prereleases=True):
+        try:
+            tested = requirement.specifier.contains(installed, prereleases=True)
+        except (TypeError, InvalidVersion):  # of a broken installation
+            tested = False
+        if not tested:
             window = " and ".join(sorted(map(str, requirement.specifier), reverse=True))
             found.append(f"warning: {requirement.name} {installed} was not tested; versions {window} were (setup.cfg)")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _requirements() -> list[Requirement]:

@@ -252,7 +252,7 @@ def test_two_processes_do_not_write_one_folder(corpus, tmp_path):
             prepare(recipe(corpus), folder)
         process.kill()
     prepare(recipe(corpus, shard_tokens=1_000_000), folder)  # what a killed one leaves does not hold it
-    assert not (folder / ".lock").exists()
+    assert not (folder / ".gpt-accelerate.lock").exists()
 
 
 def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):

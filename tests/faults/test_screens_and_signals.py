@@ -151,6 +151,7 @@ def test_data_that_go_bad_in_mid_run_end_it_with_a_checkpoint(flags, data_folder
     metrics = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     done = max(line["step"] for line in metrics if "loss" in line) + 1
     assert saved[-1].parent.name == f"step_{done:08d}" and done > 2
+    assert (saved[-1].parent / "tokenizer.json").exists()
     shutil.rmtree(data, ignore_errors=True)
     shutil.copytree(data_folder, data)
     resumed = begin(words, tmp_path).finished("run")
