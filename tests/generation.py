@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
+from transformers.utils import logging
 
 from modeling import CACHE_NAME, GPTModel
 
@@ -67,6 +68,7 @@ def three_ways(
 
 
 def main() -> None:
+    logging.set_verbosity_error()  # of the end of text, which is switched off
     folder = Path(sys.argv[1])
     stock, ours = (cls.from_pretrained(folder, dtype=torch.float32).eval() for cls in (GPT2LMHeadModel, GPTModel))
     for kind, sample, name in itertools.product(KINDS, SAMPLING, LENGTHS):

@@ -58,7 +58,7 @@ CONTRADICTIONS = {
     "validation in the middle": (lambda m: m["shards"].append(m["shards"].pop(0)), "are not the first val_shards=1"),
     "more validation": (lambda m: m.update(val_shards=3), "1 shards of validation, val_shards=3"),
     "the same in both": (
-        lambda m: m["shards"][1].update(sha256=m["shards"][0]["sha256"]),
+        lambda m: (m["source"].update(source="adopted"), m["shards"][1].update(sha256=m["shards"][0]["sha256"])),
         "is the same as",
     ),
     "another type": (lambda m: m.update(dtype="float32"), "dtype='float32'"),
