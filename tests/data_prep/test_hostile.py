@@ -253,6 +253,7 @@ def guarded(folder: Path):
         server.shutdown()
 
 
+@pytest.mark.processes
 def test_a_password_in_an_address_is_written_nowhere(data_folder, text_files, tmp_path):
     """Nor said: in the data folder, the run, its report and its card, and messages."""
     served = tmp_path / "served"
@@ -325,6 +326,7 @@ def test_names_that_are_not_text_are_refused_in_one_line(tmp_path):
         prepare(recipe, tmp_path / "data")
 
 
+@pytest.mark.processes
 def test_a_foreign_report_of_a_cleaning_is_no_report(text_files, tmp_path):
     """Beside the source or above it: preparation says so, and what is made of the data works to the end."""
     texts = shutil.copytree(text_files, tmp_path / "project" / "texts")

@@ -138,6 +138,7 @@ def command_line(corpus, folder) -> list[str]:
     return [str(folder), "--source", str(corpus), *flags]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path, seed):
     """Each process kills itself, as `kill -9` does, in a random call: where it writes, hashes, renames or counts."""
@@ -418,6 +419,7 @@ def test_what_cleaning_has_done_is_taken_over(corpus, tmp_path):
     assert list(map(dataclasses.asdict, prepare(recipe(copy), tmp_path / "data").cleaning)) == [step]
 
 
+@pytest.mark.processes
 def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
     """Killed in the second file, the next process reads no other; its revision is that of the first."""
     files = {}

@@ -24,6 +24,9 @@ from transformers import AutoModelForCausalLM
 STEPS, LENGTH, SEQUENCES = 12, 32, 16
 
 
+pytestmark = pytest.mark.processes
+
+
 @pytest.fixture(scope="session")
 def command(data_folder):
     """The command of a run: twelve steps of sixteen sequences in a fixed order, a checkpoint after every third."""

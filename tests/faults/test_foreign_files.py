@@ -14,6 +14,8 @@ from forks import begin
 from plants import die, in_step, online
 from standin_hub import serve
 
+pytestmark = pytest.mark.processes
+
 NEAR_NAMES = [
     *("step_best", "step_00000006_gguf", "step_00000012.bak", "step_6_keep", "step_00000009_copy", "step_6", "best"),
     *("step_000000060", "step_0000006", "Step_00000006", "step_00000006 ", "step_00000006.lm_eval", "damaged_step_6"),

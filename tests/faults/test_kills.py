@@ -16,6 +16,8 @@ from data_prep.manifest import Manifest
 
 # What a step's number or position decides, and what lies between two steps: a mixture through several epochs, attention
 # within documents, dropout, Muon, a ramp, evaluations, samples, checkpoints that come and go.
+pytestmark = pytest.mark.processes
+
 RECIPE = ["--data_weights", "3", "1", "--order", "shuffled", "--document_mask", "true", "--dropout", "0.1"]
 RECIPE += ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--n_positions", "32", "--mixed_precision", "no"]
 RECIPE += ["--optimizer", "muon", "--learning_rate", "1e-2", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]

@@ -15,6 +15,8 @@ from conftest import ROOT, TINY_MODEL
 from forks import begin
 from plants import in_step, signalled
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="session")
 def flags(data_folder) -> list[str]:

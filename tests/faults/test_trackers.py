@@ -4,6 +4,8 @@ import pytest
 from conftest import TINY_MODEL
 from forks import begin
 
+pytestmark = pytest.mark.processes
+
 
 def tracker_fails() -> None:
     from accelerate import tracking

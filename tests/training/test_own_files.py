@@ -11,6 +11,8 @@ from forks import begin
 from data_prep.cli import UserError
 from training.config import parse_config
 
+pytestmark = pytest.mark.processes
+
 MORE = ["--max_steps", "22", "--override", "max_steps"]
 BOMB = 'a: &a ["x", "x", "x", "x", "x", "x", "x", "x", "x"]\n' + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -66,6 +66,7 @@ def test_losses_are_those_of_build_nanogpts_loop(tiny_run, data_folder, tmp_path
     np.testing.assert_allclose([metrics[step]["grad_norm"] for step in range(max_steps)], norms, rtol=1e-3)
 
 
+@pytest.mark.processes
 def test_two_processes_do_not_change_the_losses(tiny_run, train):
     flags = ["--max_steps", "20", "--micro_batch", "4", "--val_every", "5"]
     other = train("two_processes", *flags, launch_file="cpu_ddp")
@@ -312,6 +313,7 @@ def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path)
     assert code == 2 and text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="refused only where there is no accelerator")
 @pytest.mark.parametrize(
     ("launch_file", "options", "message"),

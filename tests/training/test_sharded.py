@@ -11,6 +11,8 @@ from conftest import ROOT, run_command
 from tiny import STEPS, batches, make_model, train
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.processes
+
 KINDS = ("adamw", "muon")
 
 
