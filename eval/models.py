@@ -9,7 +9,7 @@ import torch
 
 from data_prep.cli import UserError, first_line
 from data_prep.tokenizer import hf_tokenizer
-from modeling import GPTConfig, GPTModel
+from modeling import GPTConfig, GPTModel, parameter_count
 
 _LISTED = 5  # tensors in a message
 
@@ -51,6 +51,7 @@ def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
         ValueError: naming the tensors that are missing, unknown, or of another shape, and for files that are none.
     """
     try:
+        _check_size(Path(source))
         # Mismatched sizes are "ignored" for the report of all of them, which is what is checked here.
         options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = GPTModel.from_pretrained(source, **options)
@@ -67,6 +68,16 @@ def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(f"its weights are not those of its config.json: {'; '.join(problems[:_LISTED])}{more}")
     return model
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a configuration of more parameters than the weights beside it have bytes (`ValueError`), before a model of
+    that size is made."""
+    if not folder.is_dir():
+        return
+    held = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    if (count := parameter_count(GPTConfig.from_pretrained(folder))) > held:
+        raise ValueError(f"its config.json describes {count:,} parameters, the weights beside it have {held:,} bytes")
 
 
 def read_config(name: str) -> GPTConfig:
