@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.manifest import ADOPTED, FILE_NAME, Manifest, Shard, SourceRecord, split_of_name
 from data_prep.shards import FORMATS, file_hash, open_shard
-from data_prep.tokenizer import describe_tokenizer, gpt2_tokenizer, load_tokenizer, tokenizer_hash
+from data_prep.tokenizer import Tokenizer, describe_tokenizer, gpt2_tokenizer, load_tokenizer, tokenizer_hash
 
 
 def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
@@ -28,54 +28,64 @@ def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
     """
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder} has a {FILE_NAME} already")
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lstrip(".") in FORMATS)
-    splits = {path: split_of_name(path.name) for path in paths}
-    if unclear := [path for path in paths if splits[path] is None]:
-        raise UserError(f"{unclear[0]}: the name of a shard says either 'val' or 'train', as in name_train_000001")
-    val, train = ([path for path in paths if splits[path] == split] for split in ("val", "train"))
-    if not val or not train:
-        raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
+    paths = _paths_by_split(folder)
     own = folder / "tokenizer"
     if own.exists():
         tokenizer = load_tokenizer(own)
     else:
         tokenizer = gpt2_tokenizer() if tokenizer_name == "gpt2" else load_tokenizer(tokenizer_name)
-    shards, dtypes = [], set()
-    for split, path in [("val", path) for path in val] + [("train", path) for path in train]:
-        tokens = open_shard(path)
-        if not len(tokens):
-            raise UserError(f"{path}: there are no tokens in it; remove it")
-        dtypes.add(str(tokens.dtype))
-        if (largest := int(tokens.max(initial=0))) >= tokenizer.vocab_size:
-            raise UserError(
-                f"{path}: its largest id is {largest}, and those of tokenizer {tokenizer.name!r} end at "
-                f"{tokenizer.vocab_size - 1}; name the one that wrote it with --tokenizer"
-            )
-        documents = int(np.count_nonzero(tokens == tokenizer.eos_token_id))
-        shards.append(Shard(path.name, split, len(tokens), documents, file_hash(path)))
+    shards, kinds = [], set()
+    for split in ("val", "train"):
+        for path in paths[split]:
+            tokens = open_shard(path)
+            kinds.add((path.suffix.lstrip("."), str(tokens.dtype)))
+            shards.append(_describe(path, split, tokens, tokenizer))
     if not any(shard.documents for shard in shards):
         raise UserError(
             f"{folder}: none of the shards has id {tokenizer.eos_token_id} in it, with which tokenizer "
             f"{tokenizer.name!r} begins documents; name the one that wrote them with --tokenizer"
         )
-    formats = {path.suffix.lstrip(".") for path in val + train}
-    if len(dtypes | formats) != 2:
-        raise UserError(
-            f"{folder}: shards of several kinds ({', '.join(sorted(dtypes | formats))}); use one folder each"
-        )
+    if len(kinds) != 1:
+        listed = ", ".join(sorted(" ".join(kind) for kind in kinds))
+        raise UserError(f"{folder}: shards of several kinds ({listed}); use one folder each")
+    form, dtype = kinds.pop()
     manifest = Manifest(
         source=SourceRecord(ADOPTED),
         tokenizer=describe_tokenizer(tokenizer, tokenizer_hash(own) if own.exists() else tokenizer.save(own)),
-        format=formats.pop(),
-        dtype=dtypes.pop(),
+        format=form,
+        dtype=dtype,
         shard_tokens=max(shard.tokens for shard in shards),
-        val_shards=len(val),
+        val_shards=len(paths["val"]),
         shards=shards,
     )
     if contradictions := list(manifest.contradictions()):
         raise UserError(f"{folder}: {'; '.join(contradictions)}")
     manifest.write(folder)
     return manifest
+
+
+def _paths_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The shards of each split, by their names."""
+    paths: dict[str, list[Path]] = {"val": [], "train": []}
+    for path in sorted(path for path in folder.glob("*") if path.suffix.lstrip(".") in FORMATS):
+        if (split := split_of_name(path.name)) is None:
+            raise UserError(f"{path}: the name of a shard says either 'val' or 'train', as in name_train_000001")
+        paths[split].append(path)
+    if not all(paths.values()):
+        raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
+    return paths
+
+
+def _describe(path: Path, split: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Shard:
+    if not len(tokens):
+        raise UserError(f"{path}: there are no tokens in it; remove it")
+    if (largest := int(tokens.max())) >= tokenizer.vocab_size:
+        raise UserError(
+            f"{path}: its largest id is {largest}, and those of tokenizer {tokenizer.name!r} end at "
+            f"{tokenizer.vocab_size - 1}; name the one that wrote it with --tokenizer"
+        )
+    documents = int(np.count_nonzero(tokens == tokenizer.eos_token_id))
+    return Shard(path.name, split, len(tokens), documents, file_hash(path))
 
 
 def main() -> None:

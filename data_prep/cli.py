@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ class UserError(Exception):
     """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
 
 
+_LISTED = 5  # problems in one line
 _USER_IN_ADDRESS = re.compile(r"(\w://)[^/?#\s\"]*@")
 _SECRET_IN_QUERY = re.compile(
     r"(?i)([?&][^=&\s]*(?:token|key|secret|pass|pwd|sig|credential|auth|jwt)[^=&\s]*=)[^&\s'\"]+"
@@ -29,6 +30,12 @@ def redact(text: str) -> str:
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems in one line: the first few, and how many more there are."""
+    more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    return "; ".join(problems[:_LISTED]) + more
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:

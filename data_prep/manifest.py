@@ -178,9 +178,8 @@ class Manifest:
             if split_of_name(shard.file) not in (None, shard.split):
                 yield f"shard {shard.file!r} is listed as split {shard.split!r}"
             if shard.tokens > self.shard_tokens or shard.documents > shard.tokens:
-                yield f"shard {shard.file!r} has {shard.tokens} tokens and {shard.documents} documents of at most " + (
-                    f"shard_tokens={self.shard_tokens}"
-                )
+                size = f"{shard.tokens} tokens and {shard.documents} documents"
+                yield f"shard {shard.file!r} has {size} of at most shard_tokens={self.shard_tokens}"
         counts = Counter(shard.file for shard in self.shards)
         yield from (f"shard {name!r} is listed twice" for name, count in counts.items() if count > 1)
         # Our own preparation may be given texts that repeat themselves, shard by shard.

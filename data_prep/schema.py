@@ -11,11 +11,11 @@ import stat
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-from data_prep.cli import UserError, first_line, unknown_name
+from data_prep.cli import UserError, first_line, listed, unknown_name
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0)]
@@ -23,7 +23,16 @@ Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 MAX_BYTES = 1 << 30  # of a file that is read as a whole; metrics.jsonl of a million steps has a third of it
-_SHOWN, _LISTED = 60, 5  # characters of a value, problems of a file
+_SHOWN = 60  # characters of a value
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it, without waiting: the name may be that of a pipe (`UserError` for what is no file)."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path}: not a regular file")
+    return file
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
@@ -38,13 +47,9 @@ def read_text(path: Path, errors: str = "strict") -> str:
             UTF-8, and for one that cannot be read.
     """
     try:
-        # Opened without waiting: the name may be that of a pipe.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path}: not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise UserError(f"{path}: {status.st_size:,} bytes; a file of its kind has at most {MAX_BYTES:,}")
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise UserError(f"{path}: {size:,} bytes; a file of its kind has at most {MAX_BYTES:,}")
             return file.read(MAX_BYTES + 1).decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
@@ -144,11 +149,15 @@ def partial_name(name: str) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all: under another name, brought to the disk, and renamed."""
     temporary = path.with_name(partial_name(path.name))
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # of a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @cache
@@ -159,7 +168,7 @@ def _adapter(kind: Any) -> Any:
 def _problems(error: Any, kind: Any) -> str:
     """All that is wrong, each with its field, value and bound."""
     found = []
-    for one in error.errors(include_url=False)[:_LISTED]:
+    for one in error.errors(include_url=False):
         place = ".".join(map(str, one["loc"]))
         reason = one["msg"][0].lower() + one["msg"][1:]
         if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -177,6 +186,4 @@ def _problems(error: Any, kind: Any) -> str:
             value = repr(one["input"])
             shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
             found.append(f"{place}={shown}: {reason}" if place else f"{shown}: {reason}")
-    if error.error_count() > _LISTED:
-        found.append(f"and {error.error_count() - _LISTED} more")
-    return "; ".join(found)
+    return listed(found)

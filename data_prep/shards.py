@@ -4,13 +4,13 @@ import contextlib
 import hashlib
 import os
 import re
-import stat
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from data_prep.cli import UserError, first_line
+from data_prep.schema import open_regular
 
 FORMATS = ("npy", "bin")
 _NAME = re.compile(r"(.+)_(val|train)_\d{6}\.(npy|bin)(\.tmp)?", re.DOTALL)
@@ -82,9 +82,7 @@ def _write_header(file: IO[bytes], suffix: str, dtype: str, tokens: int) -> None
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes (`UserError` for what is no regular file: reading a pipe would wait for ever)."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError(f"{path}: not a regular file")
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

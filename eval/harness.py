@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from data_prep.cli import ArgumentParser, UserError, first_line, run, unknown_name
+from data_prep.schema import write_text
 from eval.logs import harness_scores
 from eval.models import check_folder, evaluating
 from modeling import GPTModel
@@ -108,9 +109,7 @@ def evaluate_tasks(
         )
     if results is None:
         return {}
-    temporary = output.with_name(f".{output.name}.partial")
-    temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
-    temporary.rename(output)
+    write_text(output, json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
     return {
         f"lm_eval/{task}/{metric}": value
         for task, scores in harness_scores(results).items()

@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from data_prep.cli import ArgumentParser, UserError, first_line, run
-from data_prep.schema import read_text
+from data_prep.schema import read_text, write_text
 from eval.launch import make_accelerator
 from eval.models import compile_blocks, load_model
 from eval.multiple_choice import Question, accuracy, count_truncated, score
@@ -211,9 +211,7 @@ def main() -> None:
         results.append(HellaSwag.prepare(items, rule, tokenizer).evaluate(accelerator, model, args.batch_size))
         accelerator.print(f"{rule:10}  {results[-1]}")
     if args.output and accelerator.is_main_process:
-        temporary = args.output.with_name(f".{args.output.name}.partial")
-        temporary.write_text(json.dumps([asdict(one) for one in results]) + "\n", encoding="utf-8")
-        temporary.rename(args.output)
+        write_text(args.output, json.dumps([asdict(one) for one in results]) + "\n")
     accelerator.end_training()
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 
-from data_prep.cli import UserError, first_line
+from data_prep.cli import UserError, first_line, listed
 from data_prep.tokenizer import hf_tokenizer
 from modeling import GPTConfig, GPTModel, parameter_count
-
-_LISTED = 5  # tensors in a message
 
 
 def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
@@ -65,8 +63,7 @@ def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
         f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
     ]
     if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"its weights are not those of its config.json: {'; '.join(problems[:_LISTED])}{more}")
+        raise ValueError(f"its weights are not those of its config.json: {listed(problems)}")
     return model
 
 

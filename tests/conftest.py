@@ -148,6 +148,15 @@ def train(tmp_path_factory, data_folder):
 
 
 @pytest.fixture(scope="session")
+def short_steps(data_folder) -> list[str]:
+    """The flags of a run of the tiny model on the small data: float32, 512 tokens a step, no samples."""
+    words = (
+        "--mixed_precision no --batch_tokens 512 --micro_batch 8 --val_tokens 2048 --warmup_steps 1 --sample_every 0"
+    )
+    return ["--data", str(data_folder), *TINY_MODEL, *words.split()]
+
+
+@pytest.fixture(scope="session")
 def tiny_run(train) -> Finished:
     """20 steps, two micro-batches each, validated every 5 steps."""
     flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5"]

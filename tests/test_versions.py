@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, TINY_MODEL
+from conftest import ROOT
 from forks import begin
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -49,23 +49,11 @@ def put_first_on_the_path(folder: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.3.0", "9.0"])
-def test_a_run_says_which_library_is_outside_of_its_window(version, data_folder, tmp_path):
+def test_a_run_says_which_library_is_outside_of_its_window(version, short_steps, tmp_path):
     info = tmp_path / f"evaluate-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: evaluate\nVersion: {version}\n")
-    flags = [
-        "--data",
-        data_folder,
-        *TINY_MODEL,
-        "--max_steps",
-        "1",
-        "--warmup_steps",
-        "0",
-        "--batch_tokens",
-        "32",
-        "--micro_batch",
-        "1",
-    ]
+    flags = [*short_steps, "--max_steps", "1"]
     code, text = begin(flags, tmp_path, functools.partial(put_first_on_the_path, str(tmp_path))).ended()
     assert code == 0
     window = next(requirement.specifier for requirement in REQUIREMENTS if requirement.name == "evaluate")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_prep.cli import UserError, first_line
+from data_prep.cli import UserError, first_line, listed
 from data_prep.shards import file_hash
 from modeling import GPTModel
 from training.checkpoint_folders import (
@@ -33,8 +33,6 @@ from training.checkpoint_folders import (
     remove_checkpoint,
 )
 from training.optimizer import state_keys
-
-_LISTED = 5  # problems of a file
 
 
 @dataclass(frozen=True)
@@ -180,11 +178,12 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         ValueError: naming the tensors that are missing, unknown, or of another shape than their parameter's.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    wanted, problems = {}, []
-    for name, parameter in _named_parameters(model):
-        for key in state_keys(groups[id(parameter)]):
-            wanted[f"{name}/{key}"] = (parameter, key)
-    problems += [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    wanted = {
+        f"{name}/{key}": (parameter, key)
+        for name, parameter in _named_parameters(model)
+        for key in state_keys(groups[id(parameter)])
+    }
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
         parameter, key = wanted[name]
@@ -194,8 +193,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
                 f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, expected {list(shape)} floats"
             )
     if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"optimizer.safetensors: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+        raise ValueError(f"optimizer.safetensors: {listed(sorted(problems))}")
     for name, (parameter, key) in wanted.items():
         optimizer.state[parameter][key] = _placed_like(tensors[name], parameter)
 

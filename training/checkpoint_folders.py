@@ -86,6 +86,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path for path in _entries(checkpoints) if is_checkpoint(path))
 
 
+def in_the_way(checkpoints: Path) -> list[Path]:
+    """What has the name of a checkpoint and is none of ours: where that step would have to be saved."""
+    return [path for path in _entries(checkpoints) if _NAME.fullmatch(path.name) and not is_checkpoint(path)]
+
+
 def half_made(checkpoints: Path) -> list[Path]:
     """What a killed run has left of a checkpoint that it was writing or removing, by its exact name."""
     return [

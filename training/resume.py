@@ -4,7 +4,16 @@ from pathlib import Path
 
 from data_prep.cli import UserError
 from eval.models import read_config
-from training.checkpoint_folders import RunState, complete_checkpoints, damage, has_committed, load_state
+from eval.report import FILE_NAME
+from training.checkpoint_folders import (
+    RunState,
+    complete_checkpoints,
+    damage,
+    has_committed,
+    in_the_way,
+    load_state,
+    step_of,
+)
 from training.model import different_sizes
 from training.settings import NEWEST, TrainingConfig
 
@@ -26,6 +35,13 @@ def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: where there is none, or where the run has gone on beyond it.
     """
+    chosen, said = _choose(config)
+    others = [f"warning: {path} was not made by this program; step {step_of(path)} cannot be saved there, move it"
+              for path in in_the_way(config.checkpoints)]  # fmt: skip
+    return chosen, [*others, *said]
+
+
+def _choose(config: TrainingConfig) -> tuple[Path | None, list[str]]:
     run, folder = config.run, config.checkpoints
     complete, committed = complete_checkpoints(folder), has_committed(config.run_folder)
     chosen = None if run.resume in (None, NEWEST) else Path(run.resume).resolve()
@@ -68,7 +84,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 def is_finished(config: TrainingConfig, state: RunState) -> bool:
     """Whether nothing is left to do: all steps are done, and all that follows the last."""
-    return state.step >= config.max_steps and (config.report_folder / "report.md").exists()
+    return state.step >= config.max_steps and (config.report_folder / FILE_NAME).exists()
 
 
 def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> RunState:

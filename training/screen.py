@@ -37,6 +37,9 @@ class Screen(io.TextIOBase):
             raise io.UnsupportedOperation("no stream")
         return self.stream.fileno()
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)  # `buffer` and the like, which libraries may ask for
+
     def write(self, text: str) -> int:
         # Terminals that know ASCII only get the rest escaped.
         shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)

@@ -12,20 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as recorded_for_launcher
 
 from data_prep import cli
-from data_prep.cli import UserError, first_line
+from data_prep.cli import UserError
 from data_prep.lock import locked
 from eval.generate import Sampling, generate, isolated_random_state
 from eval.harness import evaluate_tasks
 from eval.launch import processes_launched
 from eval.loss import summed_loss
 from eval.scores import bits_per_byte
-from eval.sections import CAPTIONS
 from training import screen
 from training.batches import DataError
 from training.checkpoint import take_snapshot
@@ -33,8 +31,8 @@ from training.checkpoint_folders import checkpoint_folder, is_checkpoint, prune_
 from training.checks import check_config
 from training.config import parse_config
 from training.divergence import Diverged, is_skipped
+from training.ending import finish, report
 from training.meter import StepInFlight, over_processes
-from training.metrics import log_pictures
 from training.optimizer import set_learning_rate
 from training.preflight import get_out_of_the_way, own_folder, preflight, remove_if_empty
 from training.profiling import profiling
@@ -155,7 +153,11 @@ def fit(run: Run, step_done: Callable[[], None]) -> None:
             go_back(run, diverged)
             came_from = run.state.step
         except DataError as lost:
-            end_without_data(run, lost, came_from)
+            if run.accelerator.num_processes == 1 and step > came_from:  # a checkpoint needs all processes
+                save_without_data(run)
+            raise UserError(
+                f"step {run.state.step}: {lost}; once it is there again, --resume goes on from the last checkpoint"
+            ) from lost
 
 
 def train(run: Run) -> None:
@@ -213,21 +215,13 @@ def record(run: Run) -> None:
     see_to(run, done, metrics)
 
 
-def end_without_data(run: Run, lost: DataError, came_from: int) -> NoReturn:
-    """Save what has been done, where no other process is needed for that, and end the run.
-
-    Raises:
-        UserError: always.
-    """
-    step = run.state.step
-    if run.accelerator.num_processes == 1:
-        folder = checkpoint_folder(run.checkpoints, step)
-        if step > came_from and not is_checkpoint(folder):
-            with contextlib.suppress(Diverged):  # of the last step: there is no going back without data
-                save(run)
-        run.saver.finish()
-        announce(run)
-    raise UserError(f"step {step}: {lost}; once it is there again, --resume goes on from the last checkpoint") from lost
+def save_without_data(run: Run) -> None:
+    """Save the steps that have been done, if they are not saved yet."""
+    if not is_checkpoint(checkpoint_folder(run.checkpoints, run.state.step)):
+        with contextlib.suppress(Diverged):  # of the last step: there is no going back without data
+            save(run)
+    run.saver.finish()
+    announce(run)
 
 
 def agree_on_stopping(run: Run) -> None:
@@ -316,56 +310,6 @@ def announce(run: Run) -> None:
     """Show what has become of the checkpoints that were being written."""
     for message in run.saver.messages():
         run.log.print(message)
-
-
-def report(run: Run) -> None:
-    """Write the report of the run, and show its pictures in the trackers."""
-    run.log.close()
-    if not run.accelerator.is_main_process:
-        return
-    from eval.logs import read_run
-    from eval.report import write_report
-
-    try:
-        folder = write_report([read_run(run.config.run_folder)], run.config.report_folder).parent
-    except Exception as error:  # records that were changed meanwhile: the run is none the worse for it
-        print(f"no report: {first_line(error)}")
-        return
-    pictures = [folder / name for name in CAPTIONS if (folder / name).exists()]
-    for tracker in run.accelerator.trackers if run.tracking else ():
-        try:
-            log_pictures(tracker, pictures, run.state.step)
-        except Exception as error:  # the tracker's, of whatever kind
-            print(f"{tracker.name} does not take the report's pictures: {type(error).__name__}: {first_line(error)}")
-
-
-def finish(run: Run) -> None:
-    """Say what has become of the run, and what can be done with it."""
-    if not run.accelerator.is_main_process:
-        return
-    folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
-    if run.stopping:
-        why = run.stop.reason or "another process was asked to"
-        goes_on = (
-            f"the same command with --resume goes on from {last}" if last.exists() else "no step has been done yet"
-        )
-        print(f"\nstopped after step {run.state.step} ({why}); {goes_on}")
-        return
-    best, published = checkpoint_folder(run.checkpoints, run.state.best_step), run.config.hub.push_to_hub
-    report = run.config.report_folder / "report.md"
-    publishing = f"python -m training.publish {folder} --push_to_hub USER/NAME"
-    print(
-        f"\nreport           {report if report.exists() else 'was not written'}\n"
-        f"last checkpoint  {last}\n"
-        f"best checkpoint  {best if best.exists() else 'was not written'} "
-        f"(validation loss {run.state.best_val_loss:.4f})\n"
-        f"\nNow try\n"
-        f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
-        f"  python -m eval.loss {last} --data {run.data.names[0]}\n"
-        f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
-        f"--max_steps {2 * run.config.max_steps}"
-        + (f" --push_to_hub {published}_longer" if published else f"\n  {publishing}")
-    )
 
 
 if __name__ == "__main__":

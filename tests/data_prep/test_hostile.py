@@ -254,7 +254,7 @@ def guarded(folder: Path):
 
 
 @pytest.mark.processes
-def test_a_password_in_an_address_is_written_nowhere(data_folder, text_files, tmp_path):
+def test_a_password_in_an_address_is_written_nowhere(short_steps, data_folder, text_files, tmp_path):
     """Nor said: in the data folder, the run, its report and its card, and messages."""
     served = tmp_path / "served"
     served.mkdir()
@@ -269,20 +269,8 @@ def test_a_password_in_an_address_is_written_nowhere(data_folder, text_files, tm
         assert code == 2 and "error: " in refused
     code, missing = begin_command("data_prep.prepare", ["third", "--source", f"{address}/y.jsonl"], tmp_path).ended()
     assert code == 2
-    words = [
-        "--data",
-        "data",
-        *TINY_MODEL,
-        "--max_steps",
-        "2",
-        "--warmup_steps",
-        "0",
-        "--batch_tokens",
-        "512",
-        "--micro_batch",
-        "8",
-    ]
-    code, trained = begin([*words, "--val_tokens", "512", "--run_name", "run"], tmp_path).ended()
+    words = [*short_steps, "--data", "data", "--max_steps", "2", "--run_name", "run"]
+    code, trained = begin(words, tmp_path).ended()
     assert code == 0, trained
     from eval.card import model_card
     from eval.logs import read_run
@@ -327,7 +315,7 @@ def test_names_that_are_not_text_are_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.processes
-def test_a_foreign_report_of_a_cleaning_is_no_report(text_files, tmp_path):
+def test_a_foreign_report_of_a_cleaning_is_no_report(short_steps, text_files, tmp_path):
     """Beside the source or above it: preparation says so, and what is made of the data works to the end."""
     texts = shutil.copytree(text_files, tmp_path / "project" / "texts")
     for place in (texts, texts.parent):
@@ -336,18 +324,6 @@ def test_a_foreign_report_of_a_cleaning_is_no_report(text_files, tmp_path):
     flags = ["data", "--source", texts, "--tokenizer", "bpe", "--vocab_size", "400", "--shard_tokens", "20000"]
     code, text = begin_command("data_prep.prepare", flags, tmp_path).ended()
     assert code == 0 and "not taken for a report of data_prep.clean" in text, text
-    words = [
-        "--data",
-        "data",
-        *TINY_MODEL,
-        "--max_steps",
-        "1",
-        "--warmup_steps",
-        "0",
-        "--batch_tokens",
-        "512",
-        "--micro_batch",
-        "8",
-    ]
-    run = begin([*words, "--val_tokens", "512", "--run_name", "run"], tmp_path).finished("run")
+    words = [*short_steps, "--data", "data", "--max_steps", "1", "--run_name", "run"]
+    run = begin(words, tmp_path).finished("run")
     assert (run.folder / "report" / "report.md").exists()

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import TINY_MODEL, Finished
+from conftest import Finished
 from forks import begin
 from plants import die, in_step, online
 from standin_hub import serve
@@ -25,31 +25,8 @@ NEAR_NAMES = [
 
 
 @pytest.fixture(scope="session")
-def flags(data_folder) -> list[str]:
-    words = [
-        "--data",
-        data_folder,
-        *TINY_MODEL,
-        "--mixed_precision",
-        "no",
-        "--batch_tokens",
-        "512",
-        "--micro_batch",
-        "8",
-    ]
-    words += [
-        "--val_tokens",
-        "2048",
-        "--val_every",
-        "3",
-        "--save_every",
-        "3",
-        "--sample_every",
-        "0",
-        "--keep_last",
-        "1",
-    ]
-    return [*map(str, words), "--warmup_steps", "1", "--schedule", "wsd"]
+def flags(short_steps) -> list[str]:
+    return [*short_steps, *["--val_every", "3", "--save_every", "3", "--keep_last", "1", "--schedule", "wsd"]]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -205,6 +182,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_left_there(flags, tmp_path):
 
     code, text = begin([*flags, "--run_name", "run", "--max_steps", "6"], tmp_path, partial(saves_that_fail, 0)).ended()
     assert code == 2 and "step_00000006 is in the way: it was not made by this program" in text, text
+    assert "warning: runs/run/checkpoints/step_00000006 was not made by this program; step 6 cannot be saved" in text
     assert (mine / "results.json").read_text() == "precious" and len(list(mine.iterdir())) == 1
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_MODEL
+from conftest import ROOT
 from forks import begin
 from plants import in_step, signalled
 
@@ -19,31 +19,9 @@ pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="session")
-def flags(data_folder) -> list[str]:
-    words = [
-        "--data",
-        data_folder,
-        *TINY_MODEL,
-        "--mixed_precision",
-        "no",
-        "--batch_tokens",
-        "512",
-        "--micro_batch",
-        "8",
-    ]
-    words += [
-        "--val_tokens",
-        "2048",
-        "--val_every",
-        "3",
-        "--save_every",
-        "6",
-        "--max_steps",
-        "6",
-        "--warmup_steps",
-        "1",
-    ]
-    return [*map(str, words), "--sample_every", "0", "--run_name", "run", "--log_every", "1", "--auto_resume"]
+def flags(short_steps) -> list[str]:
+    words = "--val_every 3 --save_every 6 --max_steps 6 --run_name run --log_every 1 --auto_resume"
+    return [*short_steps, *words.split()]
 
 
 def reader_gone() -> None:
