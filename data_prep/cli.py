@@ -15,6 +15,8 @@ class UserError(Exception):
     """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
 
 
+EMPTY = "is empty; is a variable of the shell unset?"
+_MAY_BE_EMPTY = ("prompt", "sample_prompts", "model_args")  # to continue nothing, to add nothing
 _LISTED = 5  # problems in one line
 _USER_IN_ADDRESS = re.compile(r"(\w://)[^/?#\s\"]*@")
 _SECRET_IN_QUERY = re.compile(
@@ -36,6 +38,11 @@ def listed(problems: Sequence[str]) -> str:
     """Problems in one line: the first few, and how many more there are."""
     more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
     return "; ".join(problems[:_LISTED]) + more
+
+
+def is_missing(name: str, word: str) -> bool:
+    """Whether the value of an option is empty, as `"$UNSET"` is, where that is no value."""
+    return not word.strip() and name not in _MAY_BE_EMPTY
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
@@ -93,6 +100,11 @@ class ArgumentParser(argparse.ArgumentParser):
         if rest:
             self.error("; ".join(unknown_name(word, self._option_string_actions) for word in rest))
         return parsed
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if is_missing(action.dest, arg_string):
+            raise argparse.ArgumentError(action, EMPTY)
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {redact(message)}\n")

@@ -5,10 +5,11 @@ python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.t
 """
 
 import contextlib
+import os
 from pathlib import Path
 
 from data_prep.cli import ArgumentParser, UserError, redact, run
-from data_prep.schema import partial_name, write_text
+from data_prep.schema import partial_name, read_text, write_text
 from eval import sections
 from eval.logs import Record, read_run
 from eval.plots import models_beside, plot_all
@@ -17,6 +18,7 @@ from eval.scores import language_modeling_scores
 from eval.sections import duration, number, section, table
 
 FILE_NAME = "report.md"
+_MARK = "<!-- written by python -m eval.report -->"
 
 
 def write_report(records: list[Record], folder: Path) -> Path:
@@ -24,7 +26,7 @@ def write_report(records: list[Record], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plot_all(records, folder)
     parts = [
-        f"# {' and '.join(record.name for record in records)}",
+        f"{_MARK}\n# {' and '.join(record.name for record in records)}",
         _results(records),
         sections.pictures(pictures),
         section("lm-evaluation-harness", _harness(records)),
@@ -38,6 +40,13 @@ def write_report(records: list[Record], folder: Path) -> Path:
     path = folder / FILE_NAME
     write_text(path, redact("\n\n".join(filter(None, parts))) + "\n")
     return path
+
+
+def check_place(folder: Path) -> None:
+    """Check that a report can be written into a folder that the user names (`UserError` where it would take a file)."""
+    there = [folder / name for name in (FILE_NAME, *sections.CAPTIONS) if os.path.lexists(folder / name)]
+    if there and not (there[0].name == FILE_NAME and read_text(there[0]).startswith(_MARK)):
+        raise UserError(f"{there[0]} is there already, and not of a report of ours; choose another --output")
 
 
 def remove_report(folder: Path) -> None:
@@ -108,8 +117,12 @@ def main() -> None:
     if args.batch_tokens is not None and args.batch_tokens < 1:
         raise UserError(f"batch_tokens={args.batch_tokens} must be at least 1")
     alone = len(args.runs) == 1 and args.runs[0].is_dir()
-    folder = args.output or (args.runs[0] / "report" if alone else Path("report"))
-    print(write_report([read_run(path, args.batch_tokens) for path in args.runs], folder))
+    records = [read_run(path, args.batch_tokens) for path in args.runs]
+    folder = args.runs[0] / "report"
+    if args.output or not alone:
+        folder = args.output or Path("report")
+        check_place(folder)
+    print(write_report(records, folder))
 
 
 if __name__ == "__main__":

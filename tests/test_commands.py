@@ -144,7 +144,8 @@ def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> di
     torch.save(saved, here / "ckpt.pt")
     (here / "data" / "evaluation").mkdir(parents=True)
     shutil.copy(swag_file, here / "data" / "evaluation" / "hellaswag_val.jsonl")
-    names = {"run": tiny_run.folder, "checkpoint": tiny_run.checkpoints[-1], "data": data_folder, "texts": text_files}
+    data = shutil.copytree(data_folder, tmp_path_factory.mktemp("data") / data_folder.name)  # some write into it
+    names = {"run": tiny_run.folder, "checkpoint": tiny_run.checkpoints[-1], "data": data, "texts": text_files}
     names |= {"swag": swag_file, "hellaswag": DATA / "hellaswag.jsonl", "tiny": " ".join(TINY_MODEL), "here": here}
     return {name: str(value) for name, value in names.items()}
 
@@ -163,6 +164,22 @@ def test_every_command_is_run_somewhere():
 @pytest.mark.parametrize("module", QUICK)
 def test_a_command_runs_on_tiny_input(module, inputs, tmp_path):
     run_on_tiny_input(module, *QUICK[module], inputs, tmp_path)
+
+
+@pytest.mark.parametrize("module", [name for name in QUICK if QUICK[name][0]])
+def test_an_empty_variable_is_refused(module, inputs, tmp_path):
+    """`"$UNSET"` in the place of each value in turn: `.`, which is what an empty path is, would be taken for it."""
+    shutil.copytree(inputs["here"], tmp_path, dirs_exist_ok=True)
+    words = shlex.split(QUICK[module][0].format(**inputs))
+    for place, word in enumerate(words):
+        if word.startswith("--") or "--prompt" in words[:place][-1:]:
+            continue
+        before = set(tmp_path.rglob("*"))
+        process = begin_command(module, [*words[:place], "", *words[place + 1 :]], tmp_path)
+        code, text = process.ended()
+        assert code != 0 and len(text.splitlines()) == 1, text
+        assert "is empty" in text or module == "modeling.import_checkpoint", text  # it has no parser of ours
+        assert set(tmp_path.rglob("*")) == before | {process.output}
 
 
 @pytest.mark.docs

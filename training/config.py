@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from data_prep.cli import HelpFormatter, UserError, first_line, unknown_name
+from data_prep.cli import EMPTY, HelpFormatter, UserError, first_line, is_missing, unknown_name
 from data_prep.schema import read_yaml
 from eval.models import read_config
 from modeling import PRESETS, GPTConfig, parameter_count
@@ -139,6 +139,9 @@ def _split_options(flags: list[str]) -> list[_Option]:
 def _check_options(parser: _Parser, options: list[_Option]) -> None:
     problems: list[str] = []
     for option in options:
+        if any(is_missing(option[0].removeprefix("--").replace("-", "_"), word) for word in option[1:]):
+            problems.append(f"{option[0]}: {EMPTY}")
+            continue
         try:
             *_, unknown = parser.parse_args_into_dataclasses(option, True, look_for_args_file=False)
         except UserError as error:

@@ -6,12 +6,11 @@ prints both at the corners of a run's schedule, and draws them.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.cli import UserError, run
+from data_prep.cli import ArgumentParser, run
 
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
@@ -124,18 +123,11 @@ def main() -> None:
     from training.checks import raise_all, schedule_problems
     from training.config import parse_config
 
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        usage = "usage: python -m training.schedule [CONFIG.yaml] [--name value ...] [--plot FILE]"
-        print(f"{usage}\n\n{__doc__}\nThe settings are those of training/train.py, whose --help lists them.")
-        return
-    file = None
-    if "--plot" in words:
-        place = words.index("--plot")
-        if place + 1 == len(words):
-            raise UserError("--plot needs the name of a file, as in --plot schedule.png")
-        file = Path(words[place + 1])
-        del words[place : place + 2]
+    parser = ArgumentParser("python -m training.schedule", __doc__)
+    parser.usage = f"{parser.prog} [CONFIG.yaml] [--name value ...] [--plot FILE]"
+    parser.epilog += "\nThe settings are those of training/train.py, whose --help lists them."
+    parser.add_option("plot", type=Path, metavar="FILE", help="picture to draw it into")
+    args, words = parser.parse_known_args()
     config = parse_config(words)
     raise_all(schedule_problems(config))
     plan, schedule, end, peak = config.batch_plan, config.schedule, config.max_steps, config.optimizer.learning_rate
@@ -149,9 +141,9 @@ def main() -> None:
     for step in corners(plan, schedule, end):
         print("{:>10,}{:>20,}{:>18,}{:>16.3e}".format(*row(step)))
     print(f"{end:,} steps, {plan.tokens(end):,} tokens")
-    if file is not None:
-        draw([row(step) for step in sorted({round(i * (end - 1) / 400) for i in range(401)})], schedule.name, file)
-        print(file)
+    if args.plot is not None:
+        draw([row(step) for step in sorted({round(i * (end - 1) / 400) for i in range(401)})], schedule.name, args.plot)
+        print(args.plot)
 
 
 def draw(rows: list[tuple[int, int, int, float]], name: str, file: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_command
+from conftest import ROOT, run_command
 
 from data_prep.cli import UserError
 from data_prep.contamination import contamination, record, recorded
@@ -104,6 +104,18 @@ def test_several_runs_are_compared(tiny_run, tmp_path):
     assert rows[f"**{tmp_path.name}/log.txt**"]["HellaSwag, completion"] == "0.2501"
     assert table(text, "Settings that differ") == {"`learning_rate`": {"tiny": "0.01", "other": "0.02"}}
     assert is_picture(tmp_path / "report" / "hellaswag.png", at_least=500)
+
+
+@pytest.mark.parametrize("name", ["report.md", "loss.png"])
+def test_files_of_the_user_are_not_written_over(tiny_run, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    command = [sys.executable, "-m", "eval.report", tiny_run.folder, "--output", tmp_path]
+    refused = run_command(*command, cwd=ROOT, expect=2)
+    assert refused.stderr.count("\n") == 1 and "--output" in refused.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / name).unlink()
+    for _ in range(2):  # a report of ours makes room for the next
+        run_command(*command, cwd=ROOT)
 
 
 def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
