@@ -4,18 +4,27 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import KwargsHandler
 
 from data_prep.cli import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def make_accelerator(**kwargs: Any) -> Accelerator:
+def make_accelerator(
+    timeout: float = 3600, kwargs_handlers: Sequence[KwargsHandler] = (), **kwargs: Any
+) -> Accelerator:
     """The Accelerator of this process; `kwargs` are passed on.
+
+    Args:
+        timeout: seconds that a process waits for the others. NCCL's own 10 minutes end a run whose first process is
+            still downloading, hashing or waiting for the disk.
 
     Raises:
         UserError: where the launch asked for processes or devices that it did not get.
@@ -26,7 +35,8 @@ def make_accelerator(**kwargs: Any) -> Accelerator:
         torch.set_num_threads(_threads())
         _keep_freed_memory()
     # Without an accelerator, several processes join through gloo only if the script says that it means the CPU.
-    return Accelerator(cpu=cpu_only, **kwargs)
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kwargs_handlers]
+    return Accelerator(cpu=cpu_only, kwargs_handlers=handlers, **kwargs)
 
 
 def processes_launched() -> int:
@@ -75,6 +85,12 @@ def _check_launch(cpu_only: bool, num_processes: int) -> None:
         raise UserError(
             "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
             "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"
+        )
+    of_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu_only and torch.cuda.is_available() and of_this_machine > (devices := torch.cuda.device_count()):
+        raise UserError(
+            f"the launch asked for {of_this_machine} processes on this machine, which has {devices} GPUs; give "
+            f"accelerate launch --num_processes {devices}"
         )
     # cpu_ddp.yaml hides the GPUs on purpose; a launch that does not meant to have them.
     if cpu_only and num_processes > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"):

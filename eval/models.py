@@ -24,7 +24,7 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
         raise UserError(
             f"model {name!r}: its tokenizer has id {largest}, its vocabulary {model.config.vocab_size} tokens"
         )
-    return model.to(device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
+    return model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
 def load_weights(name: str) -> GPTModel:
@@ -107,11 +107,18 @@ def check_folder(name: str) -> None:
         raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and its config there")
 
 
-def compile_blocks(model: GPTModel) -> None:
-    """Compile each block, in place, so that no wrapper's name gets into the weights; and the loss."""
+def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:
+    """Compile each block, in place, so that no wrapper's name gets into the weights; and the loss.
+
+    Args:
+        dynamic: as in `torch.compile`. For few shapes, each of which gets its own code, none of it slower for the
+            others; None for many.
+    """
+    # It would split a block's graph where a bucket of gradients ends; between blocks there are enough such places.
+    torch._dynamo.config.optimize_ddp = False
     model.compile_loss = True
     for block in model.transformer.h:
-        block.compile()
+        block.compile(dynamic=dynamic)
 
 
 def is_compiled(model: GPTModel) -> bool:
@@ -123,6 +130,8 @@ def is_compiled(model: GPTModel) -> bool:
 def evaluating(model: GPTModel, attn_implementation: str | None = None) -> Iterator[None]:
     """Evaluate without gradients and dropout, with another attention kernel if one is named; then all is as before."""
     was_training, attention = model.training, model.config._attn_implementation
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new length, which takes longer than it saves
     model.eval()
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
@@ -131,5 +140,6 @@ def evaluating(model: GPTModel, attn_implementation: str | None = None) -> Itera
             yield
     finally:
         model.train(was_training)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         if attn_implementation is not None:
             model.set_attn_implementation(attention)

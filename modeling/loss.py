@@ -11,9 +11,14 @@ IGNORE_INDEX = -100
 VOCAB_MULTIPLE = 128  # tensor cores want aligned rows: 50257 becomes 50304, for the length of one call
 
 
+@cache
 def chunk_tokens(device: torch.device) -> int:
     """Tokens whose logits are in memory at once: a cache's fill of them, or enough to keep a GPU busy."""
-    return 512 if device.type == "cpu" else 4096
+    if device.type == "cpu":
+        return 512
+    # In bfloat16 16,384 tokens of GPT-2's vocabulary take 1.6 GB.
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 32 * 1024**3
+    return 16384 if large else 4096
 
 
 def linear_cross_entropy(
@@ -87,7 +92,11 @@ def _nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: f
     # d nats / d logits = softmax - one_hot, d log_normalizer / d logits = softmax
     if z_loss:
         probs *= 1 + 2 * z_loss * log_normalizer
-    gradient = logits.copy_(probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1])))
+    if torch.compiler.is_compiling():  # fused with the softmax, where a scatter would need all of it in memory
+        probs = probs - (torch.arange(probs.shape[1], device=probs.device) == targets).float()
+    else:
+        probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1]))
+    gradient = logits.copy_(probs)
     return nats, z_loss * (log_normalizer.square() * valid).sum(), gradient
 
 
@@ -115,8 +124,10 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 grad_hidden[rows] = (grad_logits @ head) * valid
                 share = (grad_logits.T @ (chunk * valid))[:vocab_size]
-                grad_weight = share.to(weight.dtype) if grad_weight is None else grad_weight.add_(share)
+                # In float32 also where the weights are not, as under FSDP2: many chunks are added up.
+                grad_weight = share.float() if grad_weight is None else grad_weight.add_(share)
         ctx.gradients = grad_hidden, grad_weight
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(z_part)
         return loss + z_part, z_part
 
@@ -125,9 +136,10 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss has been gone backward through already; compute it again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # given away: scaled in their place
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
+        grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        return grad_hidden.mul_(grad_loss), grad_weight, None, None, None, None
 
 
 @cache
 def _compiled_nats_and_gradient() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_nats_and_gradient)
+    return torch.compile(_nats_and_gradient, dynamic=False)

@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -207,12 +208,22 @@ class GPTBackbone(GPTPreTrainedModel):
             x = x + self.wte(token_type_ids)
         x = self.drop(x)
 
-        # Given position ids may restart within a row (packed sequences), which the mask then honours.
-        past = {CACHE_NAME: None if is_paged(cache) else cache}
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, position_ids=position_ids, **past)
+        past: dict[str, Any] = {CACHE_NAME: None if is_paged(cache) else cache}
+        if position_ids is not None and attention_mask is None and cache is None:
+            past["and_mask_function"] = _within_sequences(position_ids.expand(len(x), -1))
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, **past)
         for block in self.h:
             x = block(x, attention_mask=mask, cache=cache, position_ids=positions, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **{CACHE_NAME: cache if use_cache else None})
+
+
+def _within_sequences(position_ids: Tensor) -> Callable[..., Tensor]:
+    """The mask of sequences that are packed into rows `[B, T]`, and begin where positions do not go on by 1.
+
+    transformers finds them as well, but asks the device whether there are any, and the host waits for the answer.
+    """
+    sequence = F.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(dim=-1)
+    return lambda batch, head, query, key: sequence[batch, query] == sequence[batch, key]
 
 
 _BACKBONE_ARGUMENTS = argument_names(GPTBackbone.forward)

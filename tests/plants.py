@@ -144,3 +144,21 @@ def wait_until_gone(port: int) -> None:
             socket.create_connection(("127.0.0.1", port)).close()
         except ConnectionRefusedError:
             return
+
+
+def sharded() -> None:
+    """Shard over processes of a CPU what $FSDP_* say, as Accelerate does over GPUs: on a CPU it silently would not."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+
+    from eval import launch
+
+    class Sharding(Accelerator):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)
+            PartialState().distributed_type = DistributedType.FSDP  # which the other states are copied from
+            self.state.distributed_type = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            if self.mixed_precision != "no":  # as in `AcceleratorState`
+                self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+
+    launch.Accelerator = Sharding

@@ -59,16 +59,16 @@ class Batches:
     def shared_out(self, count: int, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This rank's share of the first `count` sequences, in batches of `batch_size`.
 
-        Every rank gets as many batches as the others, some with all labels ignored: a sharded model takes part in each
-        forward pass of each rank.
+        Every rank gets as many batches as the others, all of one size, some with all labels ignored: a sharded model
+        takes part in each forward pass of each rank, and a compiled one should see one shape.
         """
         starts = list(range(0, count, batch_size))
         for turn in range(0, len(starts), num_processes):
             mine = turn + rank
             start = starts[mine] if mine < len(starts) else 0
-            batch = self.sequences(start, min(batch_size, count - start))
-            if mine >= len(starts):
-                batch["shift_labels"].fill_(IGNORE_INDEX)
+            batch = self.sequences(start, batch_size)
+            counted = min(batch_size, count - start) if mine < len(starts) else 0
+            batch["shift_labels"][counted:] = IGNORE_INDEX
             yield batch
 
 
@@ -78,7 +78,7 @@ def _positions_in_documents(input_ids: Tensor, document_start: int) -> Tensor:
     return places - torch.where(input_ids == document_start, places, 0).cummax(dim=1).values
 
 
-class Ahead:
+class Prefetcher:
     """Global batches by position, the next one made by a thread while the step works on this one.
 
     Args:
@@ -88,8 +88,12 @@ class Ahead:
 
     def __init__(self, make: Callable[[int], list[Batch]], device: torch.device) -> None:
         self.make, self.pin = make, device.type == "cuda"
-        # Pinning needs a CUDA context, which should not be a second one on another process's device.
-        initializer = partial(torch.cuda.set_device, device) if self.pin else None
+        initializer = None
+        if self.pin:
+            # Pinning needs a CUDA context, which should not be a second one on another process's device. Accelerate
+            # gives a process that is alone a device without an index, which torch does not take here.
+            index = torch.cuda.current_device() if device.index is None else device.index
+            initializer = partial(torch.cuda.set_device, index)
         self.thread = ThreadPoolExecutor(1, initializer=initializer)
         self.made: dict[int, Future[list[Batch]]] = {}
 

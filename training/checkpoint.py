@@ -63,6 +63,8 @@ def take_snapshot(
 ) -> Snapshot | None:
     """Copy all that a checkpoint holds; called by all processes together, and None but on the main one."""
     weights = accelerator.get_state_dict(model)
+    for tied in accelerator.unwrap_model(model).all_tied_weights_keys:  # a sharded model gives each of them a copy
+        weights.pop(tied, None)
     main = accelerator.is_main_process
     moments = optimizer_tensors(model, optimizer, copied=main)
     random = gather_object([_random_state(accelerator.device)])

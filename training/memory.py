@@ -37,13 +37,16 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def largest_micro_batch(attempt: Callable[[int], None], sizes: list[int], device: torch.device) -> int:
-    """The largest of `sizes` that memory has room for: tried one after the other, as long as what the next will take,
-    foretold from the two before it, is there.
+def largest_micro_batch(
+    attempt: Callable[[int], None], sizes: list[int], device: torch.device, all_agree: Callable[[bool], bool]
+) -> int:
+    """The largest of `sizes` that every process has memory for: tried one after the other, as long as what the next
+    will take, foretold from the two before it, is there on all of them. Collective.
 
     Args:
-        attempt: goes through a step of so many sequences.
+        attempt: goes through a step of so many sequences, without a word from the other processes.
         sizes: in ascending order.
+        all_agree: whether every process says so.
 
     Raises:
         UserError: where not even the smallest has room.
@@ -52,13 +55,17 @@ def largest_micro_batch(attempt: Callable[[int], None], sizes: list[int], device
     peaks: list[int] = []
     for size in sizes:
         done = len(peaks)
+        fits = True
         if done >= 2:
             for_one = (peaks[-1] - peaks[-2]) / (sizes[done - 1] - sizes[done - 2])
-            if peaks[-1] + (size - sizes[done - 1]) * for_one > room:
-                break
+            fits = peaks[-1] + (size - sizes[done - 1]) * for_one <= room
+        if not all_agree(fits):
+            break
         try:
             attempt(size)
         except torch.OutOfMemoryError:
+            fits = False
+        if not all_agree(fits):
             break
         peaks.append(peak_memory(device))
     if not peaks:

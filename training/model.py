@@ -1,5 +1,6 @@
 """The model of a run: new, or from a checkpoint; its kernels, and the micro-batch that fits."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,39 @@ def find_micro_batch(
     optimizer: torch.optim.Optimizer,
     train_data: Batches,
 ) -> int:
-    """The largest micro-batch that every process has memory for, found by steps that change nothing."""
+    """The largest micro-batch that every process has memory for, found by steps that change nothing. Collective.
+
+    Raises:
+        UserError: where not even one sequence has room, and where a sharded model has none for the next size: its
+            processes cannot do without each other in the midst of a step.
+    """
     settings = config.optimizer
+    sharded = accelerator.distributed_type == "FSDP"
     batch = math.gcd(settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens)
     sequences = batch // (config.sequence_length * accelerator.num_processes)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     set_learning_rate(optimizer, 0.0)
 
     def attempt(size: int) -> None:
-        training_step(accelerator, model, optimizer, [train_data.sequences(0, size)], settings.max_grad_norm)
+        batch = train_data.sequences(0, size)
+        try:
+            # A process that runs out of memory must not leave the others in an exchange of gradients.
+            with contextlib.nullcontext() if sharded else accelerator.no_sync(model):
+                training_step(accelerator, model, optimizer, [batch], settings.max_grad_norm)
+        except torch.OutOfMemoryError as error:
+            if not sharded or accelerator.num_processes == 1:
+                raise
+            raise UserError(f"micro_batch=auto: no memory for {size} sequences; give --micro_batch a number") from error
 
+    def all_agree(answer: bool) -> bool:
+        return bool(accelerator.gather(torch.tensor([answer], device=accelerator.device)).all())
+
+    bare = accelerator.unwrap_model(model)
+    compiled = is_compiled(bare)
+    if compiled:
+        compile_blocks(bare, dynamic=None)
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
-    found = torch.tensor([largest_micro_batch(attempt, sizes, accelerator.device)], device=accelerator.device)
-    smallest = int(accelerator.gather(found).min())
+    largest = largest_micro_batch(attempt, sizes, accelerator.device, all_agree)
 
     optimizer.zero_grad()
     optimizer.state.clear()
@@ -105,6 +126,7 @@ def find_micro_batch(
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    if is_compiled(accelerator.unwrap_model(model)):
+    if compiled:
         torch.compiler.reset()  # what is compiled for any size is slower than for one
-    return smallest
+        compile_blocks(bare)
+    return largest

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
+from training.muon import Muon
 from training.settings import OptimizerSettings
 
 
@@ -13,8 +14,11 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """An optimizer of all parameters of `model`, each group with its peak learning rate in `initial_lr`.
 
     AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
-    norms. With `muon`, the matrices of the blocks are Muon's (Jordan et al. 2024), its updates scaled to the size of
-    AdamW's (arXiv:2502.16982, section 2.2), so that learning rate and decay carry over.
+    norms. With `muon`, the matrices of the blocks are Muon's, its updates scaled to the size of AdamW's, so that
+    learning rate and decay carry over.
+
+    Raises:
+        TypeError: for an optimizer that would put a gradient that is not finite into the weights.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {
@@ -31,16 +35,19 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
         eps=settings.adam_epsilon,
         fused=True,
     )
-    optimizer: Optimizer = adamw
+    optimizers: list[Optimizer] = [adamw]
     if matrices:
         muon = Muon(
             [parameters[name] for name in parameters if name in matrices],
             lr=settings.muon_learning_rate or settings.learning_rate,
             weight_decay=settings.weight_decay,
             momentum=settings.muon_momentum,
-            adjust_lr_fn="match_rms_adamw",
         )
-        optimizer = Together(muon, adamw)
+        optimizers.insert(0, muon)
+    for one in optimizers:
+        if not getattr(one, "_step_supports_amp_scaling", False):
+            raise TypeError(f"{type(one).__name__} does not act on found_inf: it would take any gradient (fused=True?)")
+    optimizer = CombinedOptimizer(*optimizers) if matrices else adamw
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -57,7 +64,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = factor * group["initial_lr"]
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers as one: their groups in a row, and one state that all of them share."""
 
     found_inf: Tensor | None = None
@@ -70,17 +77,14 @@ class Together(Optimizer):
         """Take a group as its own optimizer has made it."""
         self.param_groups.append(param_group)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of each, with the groups and the state as they are now: loading replaces them.
-
-        None where `found_inf` says that the gradients are not finite: the host waits for that, as Muon cannot be told.
-        """
-        loss = closure() if closure is not None else None
-        if self.found_inf is not None and self.found_inf:
-            return loss
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step of each, with the groups and the state as they are now: loading replaces them. No closures
+        (`ValueError`)."""
+        if closure is not None:
+            raise ValueError("several optimizers take no closure")
         first = 0
         for optimizer, groups in self.optimizers:
             optimizer.param_groups, optimizer.state = self.param_groups[first : first + groups], self.state
+            optimizer.found_inf = self.found_inf
             optimizer.step()
             first += groups
-        return loss

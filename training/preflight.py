@@ -117,7 +117,7 @@ def _go_through(run: Run) -> Findings:
     times = []
     for _ in range(1 + _TIMED_STEPS):  # the first compiles and allocates
         started = time.perf_counter()
-        micro_batches = run.train_ahead.make(first)
+        micro_batches = run.prefetcher.take(first, first)
         results = training_step(
             accelerator,
             run.model,

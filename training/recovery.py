@@ -11,13 +11,13 @@ from eval.models import from_pretrained
 from training.checkpoint import load_training_state
 from training.checkpoint_folders import complete_checkpoints, load_state
 from training.divergence import Diverged, diagnosis, judge
-from training.meter import StepInFlight
+from training.meter import LaunchedStep
 from training.resume import newest_intact
 from training.setup import Run
 from training.topology import agreed
 
 
-def see_to(run: Run, done: StepInFlight, metrics: dict[str, Any]) -> None:
+def see_to(run: Run, done: LaunchedStep, metrics: dict[str, Any]) -> None:
     """Judge a step by its numbers, and do what the settings say of one that went wrong.
 
     Raises:
@@ -70,7 +70,7 @@ def go_back(run: Run, diverged: Diverged) -> None:
     weights = from_pretrained(checkpoint, use_safetensors=True).state_dict()
     set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
-    run.in_flight = None
+    run.meter.take()  # of a step that there is no more
     run.log.cut(run.state.step)
     run.log.print(
         f"{diverged.what}; back to step {run.state.step}, and {_named(diverged.batch)} passed over from there"
@@ -83,7 +83,7 @@ def _named(batch: tuple[int, int]) -> str:
 
 def _end(run: Run, diverged: Diverged, why: str) -> UserError:
     """The error that ends a run: what happened, in which batch and layer, and what is left of the run."""
-    where = diagnosis(run.accelerator, run.bare_model, run.train_ahead.make(diverged.batch[0]))
+    where = diagnosis(run.accelerator, run.bare_model, run.prefetcher.make(diverged.batch[0]))
     if not run.accelerator.is_main_process:
         sys.exit(2)  # the first process says it for all
     first, stop = diverged.batch

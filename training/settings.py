@@ -136,6 +136,7 @@ class RunSettings:
         "auto", "auto: the launch file's if it names one, else bf16 where the hardware is good at it"
     )
     compile: Literal["auto", "on", "off"] = _field("auto", "torch.compile each block; auto: on CUDA")
+    ddp_timeout: int = _field(3600, "seconds that a process waits for the others, which may still be downloading")
     gradient_compression: Literal["none", "bf16"] = _field(
         "none", "precision that data-parallel processes exchange their gradients in; none: float32"
     )

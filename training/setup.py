@@ -16,13 +16,13 @@ from eval.harness import load_tasks
 from eval.hellaswag import HellaSwag, read_items
 from eval.report import remove_report
 from modeling import GPTModel, flops_per_token
-from training.batches import Ahead, Batch, Batches
+from training.batches import Batch, Batches, Prefetcher
 from training.checkpoint import load_training_state
 from training.checkpoint_folders import RunState
 from training.data import Data, load_data, validation_sequences
 from training.disk import room_for_checkpoints
 from training.environment import write_environment
-from training.meter import StepInFlight
+from training.meter import Meter
 from training.metrics import RunLog
 from training.model import check_initial_model, find_micro_batch, make_model
 from training.optimizer import make_optimizer
@@ -44,7 +44,7 @@ class Run:
     Attributes:
         model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
         batch_plan, schedule: the tokens and the learning rate of each step.
-        train_ahead: this rank's share of a global batch, by its position.
+        prefetcher: this rank's share of a global batch, by its position.
         tokenizer_files: their contents by their names, which go into each checkpoint.
         val_sequences: sequences of a validation, always the first ones of the validation split.
         val_bytes: bytes of text that their labels stand for.
@@ -53,7 +53,7 @@ class Run:
         uploads: to the Hub; None if there are none, and but on the main process.
         tracking: whether the trackers still take what they are given.
         stop: this process's request to end the run, and `stopping`, what all of them have agreed on.
-        in_flight: the step that has not been recorded yet, and `recorded_at`, when the one before it was.
+        meter: of the steps, with the one that has not been recorded yet.
     """
 
     config: TrainingConfig
@@ -66,7 +66,7 @@ class Run:
     tokenizer_files: dict[str, bytes]
     data: Data
     train_data: Batches
-    train_ahead: Ahead
+    prefetcher: Prefetcher
     val_data: Batches
     val_sequences: int
     val_bytes: int
@@ -77,10 +77,9 @@ class Run:
     saver: Saver
     uploads: Uploads | None
     stop: StopRequest
+    meter: Meter
     stopping: bool = False
     tracking: bool = True
-    in_flight: StepInFlight | None = None
-    recorded_at: float = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -119,7 +118,7 @@ class Run:
             failed: leave the process group as it is, whose other processes may be waiting for this one: its end is what
                 tells them.
         """
-        self.train_ahead.close()
+        self.prefetcher.close()
         self.log.close()
         if failed:
             if self.uploads is not None:
@@ -181,7 +180,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
 
     batch_plan = config.batch_plan
-    train_ahead = Ahead(global_batches(config, batch_plan, accelerator, train_data), accelerator.device)
+    prefetcher = Prefetcher(global_batches(config, batch_plan, accelerator, train_data), accelerator.device)
     val_sequences = validation_sequences(val_data, config.run.val_tokens)
     val_labels = val_data.sequences(0, val_sequences)["shift_labels"]
 
@@ -210,7 +209,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         tokenizer_files={file.name: file.read_bytes() for file in tokenizer_files(data.tokenizer_folder)},
         data=data,
         train_data=train_data,
-        train_ahead=train_ahead,
+        prefetcher=prefetcher,
         val_data=val_data,
         val_sequences=val_sequences,
         val_bytes=int(bytes_of_tokens(tokenizer)[val_labels.numpy()].sum()),
@@ -221,6 +220,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         saver=saver,
         uploads=Uploads(config.run_folder, saver, log.flush) if publishing and accelerator.is_main_process else None,
         stop=stop,
+        meter=Meter(accelerator.device),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from data_prep.cli import UserError
 from eval import launch
@@ -15,19 +16,19 @@ from training.precision import chosen_precision
 from training.settings import TrainingConfig
 
 T = TypeVar("T")
+_OTHER_STRATEGIES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of this process.
 
     Raises:
-        UserError: where the launch file asks for something that this machine silently does not give.
+        UserError: where the launch file asks for something that this machine silently does not give, or that this
+            trainer does not work with.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise UserError(
-            "the launch file asks for DeepSpeed, whose optimizer state our checkpoints cannot hold yet; "
-            "use accelerate_configs/fsdp2.yaml, which shards the same"
-        )
+    for variable, name in _OTHER_STRATEGIES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(f"the launch file asks for {name}; use accelerate_configs/fsdp2.yaml, which shards as well")
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -36,10 +37,24 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision=chosen_precision(config),
         log_with=None if config.run.report_to == "none" else config.run.report_to,
         project_dir=str(config.run_folder),
+        timeout=config.run.ddp_timeout,
         kwargs_handlers=[_data_parallel(config)],
     )
     _check_strategy(accelerator)
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(accelerator.mixed_precision)
     return accelerator
+
+
+def sharded_precision(mixed_precision: str) -> MixedPrecisionPolicy:
+    """What a sharded model computes in and adds up in.
+
+    Accelerate's own policy sums gradients, and gives the loss, in the precision of the products.
+    """
+    if mixed_precision == "no":
+        return MixedPrecisionPolicy()
+    computed = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
 
 
 def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
@@ -86,3 +101,5 @@ def _check_strategy(accelerator: Accelerator) -> None:
             f"the launch file asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
             f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
         )
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise UserError("the launch file asks for FSDP's first version; say fsdp_version: 2, as fsdp2.yaml does")

@@ -32,7 +32,7 @@ from training.checks import check_config
 from training.config import parse_config
 from training.divergence import Diverged, is_skipped
 from training.ending import finish, report
-from training.meter import StepInFlight, over_processes
+from training.meter import LaunchedStep, over_processes
 from training.optimizer import set_learning_rate
 from training.preflight import get_out_of_the_way, own_folder, preflight, remove_if_empty
 from training.profiling import profiling
@@ -169,43 +169,45 @@ def train(run: Run) -> None:
     set_learning_rate(run.optimizer, factor)
     following = state.position + batch_tokens // config.sequence_length
     if is_skipped(state.skipped, state.position, following):
-        record(run)
+        record_last(run)
         run.log.skipped(state.step, state.position, following)
         state.step, state.position = state.step + 1, following
         return
 
+    run.meter.begin()
     started = time.perf_counter()
-    micro_batches = run.train_ahead.take(state.position, following)
+    micro_batches = run.prefetcher.take(state.position, following)
     waited = time.perf_counter() - started
     results = training_step(
         accelerator, run.model, run.optimizer, micro_batches, config.optimizer.max_grad_norm, config.optimizer.z_loss
     )
-    begun = StepInFlight(
+    before = run.meter.launch(
         step=state.step,
         batch=(state.position, following),
         tokens=consumed + batch_tokens,
         batch_tokens=batch_tokens,
         learning_rate=factor * config.optimizer.learning_rate,
-        started=started,
         grad_norm=results["grad_norm"],
         of_processes=over_processes(accelerator, results, waited, bool(run.stop)),
     )
-    record(run)
-    run.in_flight = begun
+    if before is not None:
+        record(run, before)
     state.step, state.position = state.step + 1, following
     if accelerator.device.type == "cpu":  # where nothing is in flight
-        record(run)
+        record_last(run)
     announce(run)
 
 
-def record(run: Run) -> None:
-    """Write down what came of the step in flight, if there is one, and see to it if it went wrong; the host waits for
-    it here and nowhere else."""
-    if run.in_flight is None:
-        return
-    done = run.in_flight
-    metrics, stop = done.finish(run.recorded_at)
-    run.in_flight, run.recorded_at = None, time.perf_counter()
+def record_last(run: Run) -> None:
+    """Write down what came of the last step, if that has not been done."""
+    if (done := run.meter.take()) is not None:
+        record(run, done)
+
+
+def record(run: Run, done: LaunchedStep) -> None:
+    """Write down what came of a step, and see to it if it went wrong; the host waits for the device here and nowhere
+    else."""
+    metrics, stop = done.finish()
     run.stopping |= stop
     metrics["mfu"] = run.flops_utilisation(metrics["tokens_per_second"])
     run.log.train(done.step, metrics)
@@ -226,7 +228,7 @@ def save_without_data(run: Run) -> None:
 
 def agree_on_stopping(run: Run) -> None:
     """Ask all processes whether to stop, before what takes longer than a step."""
-    record(run)
+    record_last(run)
     run.stopping |= run.sum_over_processes(float(bool(run.stop)))[0] > 0
 
 
@@ -247,7 +249,7 @@ def validate(run: Run, saved: bool) -> None:
 
 def hellaswag(run: Run) -> None:
     """The accuracy on HellaSwag under each of the run's rules, the processes sharing the items."""
-    record(run)
+    record_last(run)
     for task in run.hellaswag:
         result = task.evaluate(run.accelerator, run.bare_model)
         run.log.hellaswag(run.state.step, result)
@@ -256,7 +258,7 @@ def hellaswag(run: Run) -> None:
 
 def harness(run: Run) -> None:
     """The scores on tasks of the lm-evaluation-harness; its results are kept beside the checkpoints."""
-    record(run)
+    record_last(run)
     settings, step = run.config.run, run.state.step
     run.checkpoints.mkdir(exist_ok=True)
     with isolated_random_state(settings.seed, run.accelerator.device), torch.compiler.set_stance("force_eager"):
@@ -275,7 +277,7 @@ def harness(run: Run) -> None:
 
 def sample(run: Run) -> None:
     """Continue each prompt, with random numbers that training does not share."""
-    record(run)
+    record_last(run)
     settings = run.config.run
     for number, prompt in enumerate(settings.sample_prompts):
         # Generation asks for a new compilation at every layer and length; past their limit training would lose its own.
@@ -288,7 +290,7 @@ def sample(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Begin to write a checkpoint of the step that has just been done."""
-    record(run)
+    record_last(run)
     run.log.flush()
     run.saver.wait()  # two copies of everything would be one too many
     snapshot = take_snapshot(run.accelerator, run.model, run.optimizer, run.state, run.tokenizer_files)

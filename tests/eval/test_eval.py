@@ -100,6 +100,23 @@ def test_a_short_prompt_is_kept_whole_however_much_is_asked_for(checkpoint):
     assert many.startswith(some) and len(tokenizer("def f" + many)["input_ids"]) <= 31
 
 
+def test_a_torch_for_cuda_works_without_a_gpu(checkpoint, monkeypatch):
+    """Which is what PyPI gives every laptop: torch names the device that it was built for, there or not."""
+    monkeypatch.setattr("torch._C._accelerator_getAccelerator", lambda: torch.device("cuda"))
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    model, _ = load_model(str(checkpoint))
+    assert model.device == torch.device("cpu")
+
+
+def test_generation_asks_for_no_plan_of_cudnn(checkpoint):
+    """It would make one for each new length; training, of one length, may have one."""
+    seen = []
+    model, tokenizer = load_model(str(checkpoint))
+    model.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    generate(model, tokenizer, "def", Sampling(max_new_tokens=3))
+    assert seen and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_truncated_model_is_refused(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     weights = folder / "model.safetensors"

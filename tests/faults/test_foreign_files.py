@@ -131,9 +131,8 @@ def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more):
     elsewhere.mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(elsewhere)
-    config = parse_config([*flags, "--runs_dir", str(tmp_path / "runs"), "--run_name", name, *more])
-    with pytest.raises(UserError, match="run_name="):
-        check_config(config, 1)
+    with pytest.raises(UserError, match=r"run_name(=|: is empty)"):
+        check_config(parse_config([*flags, "--runs_dir", str(tmp_path / "runs"), "--run_name", name, *more]), 1)
 
 
 def test_a_dangerous_name_deletes_nothing(flags, tmp_path):
@@ -145,7 +144,7 @@ def test_a_dangerous_name_deletes_nothing(flags, tmp_path):
     for name in ("..", "", "."):
         for more in ([], ["--preflight"]):
             code, text = begin([*flags, "--run_name", name, *more], tmp_path).ended()
-            assert code == 2 and text.startswith("error: run_name="), text
+            assert code == 2 and "run_name" in text and len(text.splitlines()) == 1, text
     assert {name: state for name, state in contents(tmp_path).items() if "output_" not in name} == before
 
 

@@ -13,7 +13,7 @@ from data_prep.prepare import Recipe, prepare
 from data_prep.shards import open_shard
 from data_prep.sources import Source
 from modeling import GPTConfig, GPTModel
-from training.batches import Ahead, Batches
+from training.batches import Batches, Prefetcher
 
 T = 64
 
@@ -258,6 +258,19 @@ def test_document_masks_give_the_logits_of_each_document_alone(data_folder):
                 assert not torch.allclose(logits[row], whole[row], atol=1e-3)
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", 3), ("cuda:1", 1)])
+def test_prefetcher_accepts_a_cuda_device_without_index(monkeypatch, device, chosen):
+    """Which is what Accelerate gives a process that is alone, and torch does not take everywhere."""
+    asked = []
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch._C._cuda_setDevice", asked.append, raising=False)  # below torch's own check
+    monkeypatch.setattr("torch.Tensor.pin_memory", lambda tensor: tensor)
+    prefetcher = Prefetcher(lambda position: [{"input_ids": torch.tensor([position])}], torch.device(device))
+    assert prefetcher.take(7, 8)[0]["input_ids"] == 7
+    prefetcher.close()
+    assert asked == [chosen]
+
+
 def test_batches_are_made_ahead_in_order_and_errors_arrive(data_folder):
     made = []
 
@@ -267,7 +280,7 @@ def test_batches_are_made_ahead_in_order_and_errors_arrive(data_folder):
             raise ValueError("broken shard")
         return [batches(data_folder).sequences(position, 2)]
 
-    ahead = Ahead(make, torch.device("cpu"))
+    ahead = Prefetcher(make, torch.device("cpu"))
     for position in (0, 10, 20):
         (batch,) = ahead.take(position, position + 10)
         assert torch.equal(batch["input_ids"], batches(data_folder).sequences(position, 2)["input_ids"])

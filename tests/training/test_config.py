@@ -5,6 +5,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from data_prep.cli import UserError
+from eval import launch
 from eval.launch import on_cpu
 from modeling import PRESETS
 from training.checks import check_config
@@ -143,24 +144,57 @@ def test_launch_files_hold_topology_and_precision_only(file):
     config = load_config_from_file(str(file))
     assert config.compute_environment == "LOCAL_MACHINE"
     kinds = {"cpu": "NO", "cpu_ddp": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU"}
-    kinds |= {"fp8": "NO", "fsdp2": "FSDP", "fsdp2_multi_node": "FSDP", "deepspeed_zero2": "DEEPSPEED", "mps": "NO"}
+    kinds |= {"fp8": "NO", "fsdp2": "FSDP", "fsdp2_multi_node": "FSDP", "mps": "NO"}
     assert config.distributed_type == kinds[file.stem]
     assert config.use_cpu == (file.stem == "cpu")
     assert (config.num_processes > 1) == (kinds[file.stem] != "NO")
-    if file.stem == "fsdp2":
+    if config.distributed_type == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "GPTBlock"
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_each_launch_file_on_a_machine_with_gpus(file, devices, monkeypatch):
+    """Its own validation, and what it would tell the processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("accelerate.utils.launch.is_fp8_available", lambda: True)  # with torchao
+    written = load_config_from_file(str(file))
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "train.py"]))
+    several = written.num_processes > 1
+    told = prepare_multi_gpu_env(args) if several else prepare_simple_launcher_cmd_env(args)[1]
+    assert (args.num_processes, args.use_cpu) == (written.num_processes, written.use_cpu)
+    assert args.multi_gpu == (written.distributed_type == "MULTI_GPU")
+    assert told["ACCELERATE_MIXED_PRECISION"] == str(written.mixed_precision or "no")
+    if written.distributed_type == "FSDP":
+        assert (told["ACCELERATE_USE_FSDP"], told["FSDP_VERSION"]) == ("true", "2")
+        assert told["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "GPTBlock"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    with pytest.raises(UserError, match=r"8 processes on this machine, which has 2 GPUs; give .* --num_processes 2"):
+        launch.make_accelerator()
+
+
 def test_every_launch_file_is_there():
     names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    one_machine = {"cpu", "cpu_ddp", "single_gpu", "ddp", "fp8", "fsdp2", "deepspeed_zero2", "mps"}
+    one_machine = {"cpu", "cpu_ddp", "single_gpu", "ddp", "fp8", "fsdp2", "mps"}
     assert names == one_machine | {"multi_node", "fsdp2_multi_node"}
 
 
-def test_deepspeed_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="the launch file asks for DeepSpeed"):
+@pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM"])
+def test_another_strategy_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(UserError, match=f"the launch file asks for {name}; use .*fsdp2.yaml"):
         make_accelerator(parse_config([]))
 
 

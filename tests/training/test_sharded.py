@@ -1,49 +1,110 @@
-"""FSDP2's sharding of the model, of both optimizers and of their state, over two processes on the CPU."""
+"""FSDP2 as Accelerate prepares it, over two processes of a CPU: what is computed, sent, saved and resumed."""
 
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, run_command
-from tiny import STEPS, batches, make_model, train
-from transformers import AutoModelForCausalLM
+from conftest import ROOT, TINY_MODEL, Finished, launch, run_command
+from forks import begin
+from plants import sharded
+from safetensors import safe_open
 
 pytestmark = pytest.mark.processes
 
-KINDS = ("adamw", "muon")
+WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """A folder for each optimizer, with what two processes have made of it."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def environment():
+    """What `accelerate launch --config_file accelerate_configs/fsdp2.yaml` tells the processes, which are on a CPU."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = str(ROOT / "accelerate_configs" / "fsdp2.yaml")
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "train.py"]))
+    told = {name: value for name, value in prepare_multi_gpu_env(args).items() if name.startswith("FSDP_")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    words = [*launcher, Path(__file__).parent / "sharded_worker.py", folder, str(STEPS), *KINDS]
-    run_command(*words, cwd=folder, env=os.environ | {"PYTHONPATH": path})
-    return folder
+    return os.environ | told | {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": "-1,-1", "PYTHONPATH": path}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sharded_training_is_that_of_one_process(sharded, kind):
-    """The same losses, saved as an ordinary checkpoint from which a second model goes on bitwise."""
-    folder = sharded / kind
-    result = json.loads((folder / "losses.json").read_text())
+@pytest.fixture(scope="module")
+def found(environment, tmp_path_factory):
+    """What the worker has found, by strategy, optimizer and precision."""
+    file = tmp_path_factory.mktemp("sharded") / "found.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_command(*launcher, WORKER, file, cwd=file.parent, env=environment)
+    return json.loads(file.read_text())
 
-    model = make_model()
-    alone = train(model, optimizer=kind)
-    difference = torch.tensor(result["losses"]) - alone
-    # Muon's own products are in bfloat16, and differ where what is summed first does.
-    assert difference.abs().max() < (1e-4 if kind == "adamw" else 2e-2)
-    assert result["resumed"] == result["losses"]
 
-    half = make_model()
-    train(half, optimizer=kind, steps=STEPS // 2)
-    stock = AutoModelForCausalLM.from_pretrained(folder)
-    ids = batches(1)[0]["input_ids"]
-    with torch.no_grad():
-        difference = stock(ids).logits - half(ids).logits
-    assert difference.abs().max() < (1e-3 if kind == "adamw" else 0.2)
+@pytest.mark.parametrize(("kind", "bound"), [("adamw", 1e-5), ("muon", 1e-2)])
+def test_losses_are_those_of_data_parallel_training(found, kind, bound):
+    """Muon's own products are in bfloat16, and differ where what is summed first does."""
+    for precision, within in (("no", bound), ("bf16", 5e-2)):
+        first, second = (found[f"{strategy} {kind} {precision}"]["losses"] for strategy in ("ddp", "fsdp2"))
+        assert first[-1] < first[0] - 2
+        assert second == pytest.approx(first, abs=within)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_what_is_added_up_is_in_float32(found, strategy, precision):
+    """The loss, the gradients of several micro-batches, the costs of HellaSwag's endings."""
+    one = found[f"{strategy} adamw {precision}"]
+    assert one["loss"] == one["hellaswag"] == "torch.float32" and one["accumulated"] == ["torch.float32"]
+    if strategy == "fsdp2":  # which has no autocast
+        assert one["logits"] == ("torch.float32" if precision == "no" else "torch.bfloat16")
+
+
+def test_processes_wait_for_each_other_as_long_as_they_are_told_to(found):
+    assert {one["timeout"] for one in found.values()} == {1234}
+
+
+def test_collectives_of_a_step(found):
+    """Data parallel: one for all gradients, which fit into a bucket. Sharded: each unit is gathered for the forward and
+    for the backward pass of each micro-batch, its gradients are scattered once, and the norm is summed once; Muon
+    gathers each matrix once more."""
+    for kind in ("adamw", "muon"):
+        assert found[f"ddp {kind} no"]["collectives"] == {"allreduce": 1}
+    expected = {"allgather_base": 12, "reduce_scatter_base": 4, "all_reduce": 1}
+    assert found["fsdp2 adamw no"]["collectives"] == expected
+    matrices = found["fsdp2 muon no"]["matrices"]
+    assert matrices == 8 and found["fsdp2 muon no"]["collectives"] == expected | {"all_gather_into_tensor": matrices}
+
+
+def test_a_sharded_run_and_one_process_resume_each_other(environment, data_folder, swag_file, tmp_path):
+    """The whole trainer: the losses of one process whoever begins; evaluations; checkpoints with one head in them."""
+    words = ["--data", data_folder, *TINY_MODEL, "--optimizer", "muon", "--learning_rate", "1e-2", "--auto_resume"]
+    words += ["--mixed_precision", "no", "--order", "sequential", "--batch_tokens", "512", "--micro_batch", "4"]
+    words += ["--val_tokens", "2048", "--val_every", "2", "--save_every", "3", "--keep_last", "9"]
+    words += ["--sample_every", "4", "--sample_tokens", "4", "--warmup_steps", "1", "--schedule", "constant"]
+    words += ["--hellaswag_every", "4", "--hellaswag_data", swag_file, "--override", "max_steps"]
+    planted = environment | {"PLANT": pickle.dumps(sharded).hex()}
+
+    def train(name: str, *parts: tuple[bool, int]) -> Finished:
+        for in_two, steps in parts:
+            flags = [*words, "--run_name", name, "--max_steps", steps]
+            if in_two:
+                launch(*flags, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted)
+            else:
+                begin(flags, tmp_path).finished(name)
+        return Finished(tmp_path / "runs" / name, "")
+
+    alone = train("alone", (False, 9))
+    mixed = train("mixed", (True, 3), (False, 6), (True, 9))
+    assert mixed.losses() == pytest.approx(alone.losses(), abs=1e-2)
+    assert len(mixed.checkpoints) == 3
+    for one, other in zip(alone.checkpoints, mixed.checkpoints, strict=True):
+        for file in ("model.safetensors", "training_state/optimizer.safetensors"):
+            with safe_open(one / file, "pt") as left, safe_open(other / file, "pt") as right:
+                assert sorted(left.keys()) == sorted(right.keys())
+                assert "lm_head.weight" not in right.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 8), (7, 8), (0, 64), (63, 64)])
+def test_shapes_and_divisibility_on_many_ranks(environment, tmp_path, rank, world_size):
+    """Also where there are fewer rows than ranks."""
+    words = [Path(__file__).with_name("many_ranks_worker.py"), rank, world_size]
+    run_command(sys.executable, *words, cwd=tmp_path, env=environment)
