@@ -82,17 +82,27 @@ def _logits(hidden: Tensor, head: Tensor, vocab_size: int) -> Tensor:
     return logits
 
 
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of logits `[N, V]` in float32, and the logarithm of its normalizer `[N, 1]`."""
+    largest = logits.amax(dim=-1, keepdim=True).float()
+    if torch.compiler.is_compiling():
+        shares = (logits.float() - largest).exp()
+        total = shares.sum(dim=-1, keepdim=True)
+        return shares / total, largest + total.log()
+    # One kernel, which keeps the sum to itself. The largest probability is at least 1/V: its logarithm is safe.
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
+    return probs, largest - probs.amax(dim=-1, keepdim=True).log()
+
+
 def _nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits `[N, V]`: the summed cross entropy, the summed z-loss, and the gradient `[N, V]` of both, which takes
     the place of the logits."""
-    probs = logits.softmax(dim=-1, dtype=torch.float32)
-    # The largest probability is at least 1/V: its logarithm is safe where that of a target's may underflow.
-    log_normalizer = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
+    probs, log_normalizer = _softmax(logits)
     nats = ((log_normalizer - logits.gather(1, targets).float()) * valid).sum()
     # d nats / d logits = softmax - one_hot, d log_normalizer / d logits = softmax
     if z_loss:
         probs *= 1 + 2 * z_loss * log_normalizer
-    if torch.compiler.is_compiling():  # fused with the softmax, where a scatter would need all of it in memory
+    if torch.compiler.is_compiling():  # fused with the softmax, all of which a scatter would need in memory
         probs = probs - (torch.arange(probs.shape[1], device=probs.device) == targets).float()
     else:
         probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1]))

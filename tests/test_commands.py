@@ -117,6 +117,7 @@ LONGER = {
     "training.benchmark": ("--sizes quickstart --steps 1 --rounds 1", "gpt-accelerate"),
     "training.benchmark_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
     "training.benchmark_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
+    "training.gpu_trial": ("--minutes 6 --out trial", "- **micro_batch** works"),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
 }
 # They need a Hub to write to: tests/data_prep/test_sources.py and tests/training/test_publish.py have one.

@@ -232,6 +232,7 @@ CONTENDERS: dict[str, Callable[[Size, str], Steps]] = {
     "build-nanogpt": partial(build_nanogpt, compiled=False),
     "build-nanogpt, compiled": partial(build_nanogpt, compiled=True),
     "Trainer": partial(trainer, compiled=False),
+    "Trainer, compiled": partial(trainer, compiled=True),
 }
 
 
