@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from modeling import GPTConfig, GPTModel
 from modeling.loss import _nats_and_gradient
@@ -20,10 +20,21 @@ pytest.importorskip("triton")
 
 TOKENS, VOCAB = 16384, 50304
 CUDA = torch.device("cuda", 0)
-H100 = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
-                       regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-                       gcnArchName="", shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
-                       L2_cache_size=50 << 20)  # fmt: skip
+H100 = SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    gcnArchName="",
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    L2_cache_size=50 << 20,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+)
 DEVICE = {
     "torch.cuda.is_available": lambda: True,
     "torch.cuda.device_count": lambda: 1,
