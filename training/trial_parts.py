@@ -121,6 +121,8 @@ def profile(trial: Trial) -> None:
         steps(3)
     spent = dict.fromkeys([*_KINDS, "the rest"], 0.0)
     for one in recorded.key_averages():
+        if (one.device_type == torch.autograd.DeviceType.CUDA) != trial.on_gpu:
+            continue  # what the host does for a kernel has that kernel's time as well
         name = one.key.lower()
         kind = next((kind for kind, signs in _KINDS.items() if any(sign in name for sign in signs)), "the rest")
         spent[kind] += one.self_device_time_total if trial.on_gpu else one.self_cpu_time_total
