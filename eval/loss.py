@@ -4,6 +4,7 @@ python -m eval.loss runs/quickstart/checkpoints/step_00000800 --data data/quicks
 python -m eval.loss gpt2 --data some.txt --stride 512
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple
 
     Labels of -100 are not counted. The model is evaluated without dropout and left in the mode it was in.
     """
-    total, count = 0.0, 0
+    nats, count = [], 0
     with evaluating(model):
         for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            total += model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss.item()
             count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
-    return total, count
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            nats.append(model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss)
+    return math.fsum(torch.stack(nats).tolist()) if nats else 0.0, count
 
 
 def read_tokens(data: Path, tokenizer: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from data_prep.cli import UserError, first_line, listed
 from data_prep.tokenizer import hf_tokenizer
 from modeling import GPTConfig, GPTModel, parameter_count
+from modeling.loss import nats_and_gradient
 
 
 def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
@@ -116,7 +117,7 @@ def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:
     """
     # It would split a block's graph where a bucket of gradients ends; between blocks there are enough such places.
     torch._dynamo.config.optimize_ddp = False
-    model.compile_loss = True
+    model.of_logits = torch.compile(nats_and_gradient, dynamic=dynamic)
     for block in model.transformer.h:
         block.compile(dynamic=dynamic)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OfLogits = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 IGNORE_INDEX = -100
 VOCAB_MULTIPLE = 128  # tensor cores want aligned rows: 50257 becomes 50304, for the length of one call
 
@@ -27,7 +28,7 @@ def linear_cross_entropy(
     labels: Tensor,
     num_items: Tensor | int | None = None,
     z_loss: float = 0.0,
-    compiled: bool = False,
+    of_logits: OfLogits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of `softmax(hidden @ weight.T)` against `labels`, `chunk_tokens` tokens at a time.
 
@@ -41,7 +42,7 @@ def linear_cross_entropy(
         labels: `[N]`, int64, `IGNORE_INDEX` where there is nothing to predict.
         num_items: divides the summed loss; None for the number of labels that are not ignored.
         z_loss: adds so much of the squared logarithm of the softmax's normalizer (PaLM, arXiv:2204.02311, section 5).
-        compiled: fuse what is done to the logits, by `torch.compile`.
+        of_logits: `nats_and_gradient` as `torch.compile` makes it; None for itself.
 
     Returns:
         The loss in nats, a float32 scalar (NaN if every label is ignored, as in `F.cross_entropy`), and what of it is
@@ -50,7 +51,8 @@ def linear_cross_entropy(
     if num_items is None:
         num_items = (labels != IGNORE_INDEX).sum()
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, z_part = _SummedLinearCrossEntropy.apply(hidden, weight, labels, z_loss, needs_grad, compiled)
+    kernel = of_logits or nats_and_gradient
+    loss, z_part = _SummedLinearCrossEntropy.apply(hidden, weight, labels, z_loss, needs_grad, kernel)
     return loss / num_items, z_part / num_items
 
 
@@ -94,7 +96,7 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probs, largest - probs.amax(dim=-1, keepdim=True).log()
 
 
-def _nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits `[N, V]`: the summed cross entropy, the summed z-loss, and the gradient `[N, V]` of both, which takes
     the place of the logits."""
     probs, log_normalizer = _softmax(logits)
@@ -113,11 +115,10 @@ def _nats_and_gradient(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: f
 class _SummedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, needs_grad: bool, compiled: bool
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, needs_grad: bool, of_logits: OfLogits
     ) -> tuple[Tensor, Tensor]:
         vocab_size = len(weight)
         head = _padded_head(hidden, weight.detach())
-        of_logits = _compiled_nats_and_gradient() if compiled else _nats_and_gradient
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         z_part = torch.zeros_like(loss)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
@@ -148,8 +149,3 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # given away: scaled in their place
         grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad_loss), grad_weight, None, None, None, None
-
-
-@cache
-def _compiled_nats_and_gradient() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_nats_and_gradient, dynamic=False)

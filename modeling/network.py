@@ -32,7 +32,7 @@ from modeling.arguments import (
 )
 from modeling.configuration import GPTConfig
 from modeling.conversion import to_disk_layout
-from modeling.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
+from modeling.loss import IGNORE_INDEX, OfLogits, linear_cross_entropy, token_cross_entropy
 
 
 def eager_attention(
@@ -240,7 +240,7 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
     """GPT-2/GPT-3 with its language-modelling head: in memory plain `nn.Linear`, on disk exactly HF GPT-2."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    compile_loss = False  # set where the blocks are compiled too
+    of_logits: OfLogits | None = None  # compiled, where the blocks are too
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -338,15 +338,17 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
                 loss = token_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets).view_as(shift_labels)
             else:
                 loss, z_part = linear_cross_entropy(
-                    hidden.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch, z_loss, self.compile_loss
+                    hidden.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch, z_loss, self.of_logits
                 )
         if skip_logits is None:
             skip_logits = self.training and loss is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # The head is called in any case: by that FSDP2 knows that the unit that it is in has been gone through.
+        logits = self.lm_head(hidden[:, slice(0, 0) if skip_logits else kept])
         return GPTOutput(
             loss=loss,
             z_loss=z_part,
-            logits=None if skip_logits else self.lm_head(hidden[:, kept]),
+            logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},

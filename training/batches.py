@@ -42,7 +42,7 @@ class Batches:
         except (OSError, UserError) as error:
             raise DataError(str(error)) from error
         tokens = torch.from_numpy(np.stack(rows))
-        batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+        batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].clone()}
         if self.document_start is not None:
             batch["position_ids"] = _positions_in_documents(batch["input_ids"], self.document_start)
         return batch

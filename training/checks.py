@@ -67,7 +67,7 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
     at_least = {
         1: "n_layer n_embd n_head n_positions sequence_length max_steps max_tokens batch_tokens batch_ramp_start "
         "micro_batch log_every val_every val_tokens sample_tokens save_every keep_last hellaswag_limit lm_eval_limit "
-        "spike_window",
+        "spike_window ddp_timeout",
         0: "warmup_steps warmup_tokens decay_steps decay_tokens cooldown_steps cooldown_tokens batch_ramp_tokens "
         "weight_decay z_loss sample_every seed adam_epsilon hellaswag_every lm_eval_every keep_every spike_zscore "
         "max_skipped price_per_hour",

@@ -44,7 +44,8 @@ def largest_micro_batch(
     will take, foretold from the two before it, is there on all of them. Collective.
 
     Args:
-        attempt: goes through a step of so many sequences, without a word from the other processes.
+        attempt: goes through a step of so many sequences; one that runs out of memory must not need the others, nor be
+            needed by them, or else must not return.
         sizes: in ascending order.
         all_agree: whether every process says so.
 

@@ -40,7 +40,7 @@ def new_event(device: torch.device) -> Event:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host: on CUDA it is there once an event that is recorded after this has happened."""
+    """The tensor on the host: from CUDA it is there once an event that is recorded after this has happened."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

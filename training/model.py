@@ -105,7 +105,7 @@ def find_micro_batch(
             with contextlib.nullcontext() if sharded else accelerator.no_sync(model):
                 training_step(accelerator, model, optimizer, [batch], settings.max_grad_norm)
         except torch.OutOfMemoryError as error:
-            if not sharded or accelerator.num_processes == 1:
+            if not sharded:
                 raise
             raise UserError(f"micro_batch=auto: no memory for {size} sequences; give --micro_batch a number") from error
 

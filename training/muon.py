@@ -25,6 +25,7 @@ class Muon(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # what torch calls an optimizer that acts on found_inf
+    grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
@@ -32,9 +33,13 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Update each matrix that has a gradient; there are no closures (`ValueError`)."""
-        if closure is not None:
-            raise ValueError("Muon takes no closure")
+        """Update each matrix that has a gradient.
+
+        Raises:
+            ValueError: for a closure, and for gradients that are still multiplied by a loss scale.
+        """
+        if closure is not None or self.grad_scale is not None:
+            raise ValueError("Muon takes no closure, and no scaled gradients: clip them first, which unscales them")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

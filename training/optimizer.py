@@ -67,6 +67,8 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 class CombinedOptimizer(Optimizer):
     """Several optimizers as one: their groups in a row, and one state that all of them share."""
 
+    _step_supports_amp_scaling = True  # as all of them do
+    grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
     def __init__(self, *optimizers: Optimizer) -> None:
@@ -85,6 +87,6 @@ class CombinedOptimizer(Optimizer):
         first = 0
         for optimizer, groups in self.optimizers:
             optimizer.param_groups, optimizer.state = self.param_groups[first : first + groups], self.state
-            optimizer.found_inf = self.found_inf
+            optimizer.grad_scale, optimizer.found_inf = self.grad_scale, self.found_inf
             optimizer.step()
             first += groups

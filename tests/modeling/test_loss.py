@@ -7,7 +7,7 @@ from conftest import needs_compiler
 
 import modeling.loss
 from modeling import GPTConfig, GPTModel
-from modeling.loss import chunk_tokens, linear_cross_entropy, token_cross_entropy
+from modeling.loss import chunk_tokens, linear_cross_entropy, nats_and_gradient, token_cross_entropy
 
 
 def problem(vocab_size=201, count=50, width=16):
@@ -50,6 +50,20 @@ def test_bfloat16_is_as_close_as_bfloat16_logits_allow():
         assert (gradient - expected).norm() < 0.01 * expected.norm()
 
 
+def test_the_gradient_of_many_chunks_is_added_up_in_float32(monkeypatch):
+    """Also where the weights are bfloat16, as those of a sharded model are while it computes: the sum is rounded once.
+    Of a row that every chunk adds as much to, a sum in bfloat16 would stop growing."""
+    monkeypatch.setattr(modeling.loss, "chunk_tokens", lambda device: 1)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.rand(600, 16, generator=generator).bfloat16()
+    weight = torch.zeros(64, 16, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.full((600,), 3)
+    linear_cross_entropy(hidden, weight, labels, num_items=1)[0].backward()
+    exact = (hidden.float().sum(dim=0) / 64).expand(64, -1).clone()
+    exact[3] -= hidden.float().sum(dim=0)
+    torch.testing.assert_close(weight.grad.float(), exact, atol=0, rtol=2**-7)
+
+
 def test_evaluation_keeps_no_gradients():
     hidden, weight, labels = problem()
     with torch.no_grad():
@@ -61,8 +75,8 @@ def test_compiled_it_is_the_same():
     """Also with a last chunk that is shorter than the others."""
     hidden, weight, labels = problem(count=2 * chunk_tokens(torch.device("cpu")) + 50)
     results = []
-    for compiled in (False, True):
-        loss, z_part = linear_cross_entropy(hidden, weight, labels, z_loss=1e-2, compiled=compiled)
+    for of_logits in (None, torch.compile(nats_and_gradient, dynamic=False)):
+        loss, z_part = linear_cross_entropy(hidden, weight, labels, z_loss=1e-2, of_logits=of_logits)
         results.append((loss, z_part, *torch.autograd.grad(loss, (hidden, weight))))
     torch.testing.assert_close(results[1], results[0])
 

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch._inductor.compile_fx
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from plants import sharded
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval import launch
+from eval.models import compile_blocks
 from training.optimizer import make_optimizer
 from training.settings import OptimizerSettings
 from training.step import training_step
@@ -47,13 +49,15 @@ def rows(batch: dict[str, torch.Tensor], rank: int) -> list[dict[str, torch.Tens
     return [{name: tensor.chunk(2)[part] for name, tensor in mine.items()} for part in range(2)]
 
 
-def found(strategy: str, kind: str, precision: str) -> dict:
+def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> dict:
     """Losses over some steps, the collectives of the last one by name, and the dtypes that things have."""
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = launch.make_accelerator(mixed_precision=precision, timeout=1234)
     if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(precision)
     model = make_model()
+    if compiled:
+        compile_blocks(model)
     optimizer = make_optimizer(model, OptimizerSettings(optimizer=kind, learning_rate=1e-2))
     model, optimizer = accelerator.prepare(model, optimizer)
     assert isinstance(model, FSDPModule) == (strategy == "fsdp2")
@@ -103,6 +107,10 @@ if __name__ == "__main__":
         for kind in ("adamw", "muon"):
             for precision in ("no", "bf16"):
                 results[f"{strategy} {kind} {precision}"] = found(strategy, kind, precision)
+    graphs = []
+    torch._inductor.compile_fx.compile_fx = lambda graph, *_, **__: graphs.append(graph) or graph
+    results["fsdp2 adamw no"]["compiled"] = found("fsdp2", "adamw", "no", compiled=True)["losses"]
+    results["fsdp2 adamw no"]["graphs"] = len(graphs)
     if int(torch.distributed.get_rank()) == 0:
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
     torch.distributed.barrier()

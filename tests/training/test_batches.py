@@ -179,6 +179,7 @@ def test_validation_is_shared_out_evenly_and_whole(data_folder, processes, batch
     assert sorted(counted) == sorted(map(tuple, val.sequences(0, 10)["input_ids"].tolist()))
     ignored = [label for share in shares for batch in share for label in batch["shift_labels"] if (label == -100).any()]
     assert all((label == -100).all() for label in ignored)
+    assert all((batch["input_ids"] >= 0).all() for share in shares for batch in share)
 
 
 @pytest.fixture(scope="module")

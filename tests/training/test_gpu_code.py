@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from modeling import GPTConfig, GPTModel
-from modeling.loss import _nats_and_gradient
+from modeling.loss import nats_and_gradient
 
 pytest.importorskip("triton")
 
@@ -91,7 +91,7 @@ def test_the_loss_of_a_chunk_has_no_logits_in_float32():
     """One kernel goes over the logits for the sums of their rows, one makes the gradient in their place."""
     logits = torch.empty(TOKENS, VOCAB, dtype=torch.bfloat16)
     targets, valid = torch.zeros(TOKENS, 1, dtype=torch.int64), torch.ones(TOKENS, 1, dtype=torch.bool)
-    code = cuda_code(lambda *tensors: _nats_and_gradient(*tensors, 0.0), logits, targets, valid)
+    code = cuda_code(lambda *tensors: nats_and_gradient(*tensors, 0.0), logits, targets, valid)
     assert f"empty_strided_cuda(({TOKENS}, {VOCAB})" not in code, "a buffer of the size of the logits"
     bodies = re.split(r"^def (?=triton_)", code, flags=re.MULTILINE)[1:]
     over_all_logits = [body for body in bodies if f"{VOCAB}*x" in body or f"// {VOCAB}" in body]

@@ -58,6 +58,14 @@ def test_what_is_added_up_is_in_float32(found, strategy, precision):
         assert one["logits"] == ("torch.float32" if precision == "no" else "torch.bfloat16")
 
 
+def test_compiled_blocks_are_sharded_as_well(found):
+    """A block for training and one for evaluation, and the loss for each of both: the hooks that gather and free
+    weights stay outside of the graphs."""
+    one = found["fsdp2 adamw no"]
+    assert one["compiled"] == pytest.approx(one["losses"], abs=1e-5)
+    assert one["graphs"] <= 4
+
+
 def test_processes_wait_for_each_other_as_long_as_they_are_told_to(found):
     assert {one["timeout"] for one in found.values()} == {1234}
 
