@@ -108,12 +108,10 @@ def train(trial: Trial, name: str, *flags: object, launch_file: str | None = Non
 
 def _reason(printed: str) -> str:
     """The last error that a process has printed, the launcher's own aside."""
-    errors = [
-        line for line in printed.splitlines() if re.match(r"(\[rank\d+\]: ?)?(error: |[\w.]*(Error|Exception)\b)", line)
-    ]
-    return next(
-        (line for line in reversed(errors) if "CalledProcess" not in line and "ChildFailed" not in line), "failed"
-    )
+    error = re.compile(r"(\[rank\d+\]: ?)?(error: |[\w.]*(Error|Exception)\b)")
+    of_launchers = ("CalledProcessError", "ChildFailedError")
+    lines = [line for line in printed.splitlines() if error.match(line) and not any(e in line for e in of_launchers)]
+    return lines[-1] if lines else "failed"
 
 
 def losses(run: Record) -> list[float]:
