@@ -30,7 +30,7 @@ class Training:
 
     def ended(self) -> tuple[int, str]:
         """Its exit code, negative for a signal, and its output, once it has ended."""
-        self.process.join(timeout=300)
+        self.process.join(timeout=1200)
         assert self.process.exitcode is not None, "it does not end"
         return self.process.exitcode, self.output.read_text()
 

@@ -114,10 +114,10 @@ LONGER = {
     "data_prep.benchmark": ("--megabytes 1 --repeats 1", "of tiktoken alone"),
     "eval.benchmark": ("{checkpoint} --data {swag} --items 2 --new_tokens 4 --repeats 1", "items a second"),
     "eval.harness": ("{checkpoint} --tasks hellaswag_local --limit 2", "hellaswag_local"),
-    "training.benchmark": ("--sizes quickstart --steps 1 --rounds 1", "gpt-accelerate"),
+    "training.benchmark": ("--sizes quickstart --steps 1 --rounds 1 --precision no", "gpt-accelerate"),
     "training.benchmark_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
     "training.benchmark_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
-    "training.gpu_trial": ("--minutes 6 --out trial", "- **micro_batch** works"),
+    "training.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
 }
 # They need a Hub to write to: tests/data_prep/test_sources.py and tests/training/test_publish.py have one.
