@@ -20,6 +20,7 @@ from data_prep.cli import ArgumentParser, UserError, run
 from data_prep.schema import write_text
 
 RESULTS = "results.jsonl"
+_MOST_MINUTES = 1440
 # Each part's share of the time; what one leaves is for those after it.
 SHARES = {
     "versions": 0.05,
@@ -112,11 +113,11 @@ def main() -> None:
         from training import trial_parts, trial_runs
 
         module = trial_runs if hasattr(trial_runs, args.part) else trial_parts
-        say = lambda what, value: write_result(out, Result(args.part, what, value))  # noqa: E731
-        getattr(module, args.part)(trial_runs.Trial(out, say))
+        trial = trial_runs.Trial(out, lambda what, value: write_result(out, Result(args.part, what, value)))
+        getattr(module, args.part)(trial)
         return
-    if not args.minutes > 0:
-        raise UserError(f"minutes={args.minutes} must be greater than 0")
+    if not 0 < args.minutes <= _MOST_MINUTES:
+        raise UserError(f"minutes={args.minutes} must be greater than 0, and at most {_MOST_MINUTES}")
     if out.exists():
         raise UserError(f"out={args.out} is there already; choose another name")
     out.mkdir(parents=True)
