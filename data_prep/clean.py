@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.config import STEPS, CleanConfig, executor_class, read_config
-from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.lock import LOCK_NAME, locked
-from data_prep.manifest import CleaningStep
-from data_prep.schema import partial_name, read_json, write_text
-from data_prep.sources import CLEANING_CONFIG, CLEANING_REPORT
+from data_prep.cleaning.configuration import STEPS, CleanConfig, executor_class, read_config
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import partial_name, write_text
+from data_prep.common.locks import LOCK_NAME, locked
+from data_prep.common.records import CleaningStep
+from data_prep.common.schema import read_json
+from data_prep.reading.sources import CLEANING_CONFIG, CLEANING_REPORT
 
 QUEUED = "queued"  # in work/, once Slurm has the tasks
 

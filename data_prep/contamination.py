@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.cleaning.decontaminate import COMMON_DOCUMENTS, NGRAM, SHORTEST_NGRAM, Index, ngram_length, split_words
+from data_prep.cleaning.decontamination import COMMON_DOCUMENTS, NGRAM, SHORTEST_NGRAM, Index, ngram_length, split_words
 from data_prep.cleaning.evaluation_sets import read_items
-from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.hub import local_folder
-from data_prep.manifest import Manifest
-from data_prep.schema import STRICT, Count, Positive, Sha256, read_json, write_text
-from data_prep.shards import open_shard
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import write_text
+from data_prep.common.hub import local_folder
+from data_prep.common.schema import STRICT, Count, Positive, Sha256, read_json
+from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.shards import open_shard
 
 FILE_NAME = "contamination.json"
 EXAMPLES = 5

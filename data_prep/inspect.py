@@ -13,14 +13,14 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from data_prep.byte_level import bytes_of_tokens
-from data_prep.cli import ArgumentParser, UserError, first_line, redact, run
-from data_prep.hub import local_folder
-from data_prep.manifest import Manifest
-from data_prep.order import shares_of, training_order
-from data_prep.schema import STRICT, Count, Positive, read_yaml, validate
-from data_prep.shards import open_shard
-from data_prep.tokenizer import hf_tokenizer
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, redact, run
+from data_prep.common.hub import local_folder
+from data_prep.common.schema import STRICT, Count, Positive, read_yaml, validate
+from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.order import shares_of, training_order
+from data_prep.sharding.shards import open_shard
+from data_prep.tokenization.byte_level import bytes_of_tokens
+from data_prep.tokenization.tokenizer import hf_tokenizer
 
 _BAR, _EXCERPT = 40, 400
 _TOKENS_AT_A_TIME = 1 << 22

@@ -14,14 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.lock import LOCK_NAME, locked
-from data_prep.manifest import ADOPTED, FILE_NAME, Manifest, Position
-from data_prep.schema import partial_name
-from data_prep.shards import FORMATS, smallest_dtype
-from data_prep.sources import Corpus, Source
-from data_prep.tokenizer import Tokenizer, describe_tokenizer, gpt2_tokenizer, load_tokenizer, train_tokenizer
-from data_prep.writer import Writer, remove_files
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import partial_name
+from data_prep.common.locks import LOCK_NAME, locked
+from data_prep.common.records import Position
+from data_prep.reading.sources import Corpus, Source
+from data_prep.sharding.manifest import ADOPTED, FILE_NAME, Manifest
+from data_prep.sharding.shards import FORMATS, smallest_dtype
+from data_prep.sharding.writer import Writer, remove_files
+from data_prep.tokenization.tokenizer import (
+    Tokenizer,
+    describe_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 SHARD_TOKENS = 100_000_000
 _BYTES_PER_TOKEN, _SHARDS_OF_A_SMALL_CORPUS = 4, 20

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 from data_prep import contamination
-from data_prep.cli import ArgumentParser, UserError, redact, run
-from data_prep.hub import PREFIX, Hub, repository_problem
-from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.common.command_line import ArgumentParser, UserError, redact, run
+from data_prep.common.hub import PREFIX, Hub, repository_problem
 from data_prep.prepare import preparing_command
-from data_prep.tokenizer import tokenizer_files
+from data_prep.sharding.manifest import FILE_NAME, Manifest
+from data_prep.tokenization.tokenizer import tokenizer_files
 from data_prep.verify import verify
 
 

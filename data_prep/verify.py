@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.hub import local_folder
-from data_prep.manifest import Manifest, Shard
-from data_prep.shards import file_hash, open_shard
-from data_prep.tokenizer import hf_tokenizer, tokenizer_problem
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import file_hash
+from data_prep.common.hub import local_folder
+from data_prep.common.records import Shard
+from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.shards import open_shard
+from data_prep.tokenization.tokenizer import hf_tokenizer, tokenizer_problem
 
 _TOKENS_AT_A_TIME = 1 << 24
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from data_prep.cli import ArgumentParser, UserError, run
-from eval.models import evaluating, load_model
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from eval.common.models import evaluating, load_model
 from modeling import CACHE_NAME, GPTModel
 
 

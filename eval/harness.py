@@ -17,10 +17,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from data_prep.cli import ArgumentParser, UserError, first_line, run, unknown_name
-from data_prep.schema import write_text
-from eval.logs import harness_scores
-from eval.models import check_folder, evaluating
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, run, unknown_name
+from data_prep.common.files import write_text
+from eval.common.models import check_folder, evaluating
+from eval.reporting.run_records import harness_scores
 from modeling import GPTModel
 
 TASKS = Path(__file__).with_name("tasks")
@@ -93,7 +93,7 @@ def evaluate_tasks(
     import lm_eval
     from lm_eval.utils import handle_non_serializable
 
-    from eval.harness_model import GPTModelLM
+    from eval.scoring.harness_model import GPTModelLM
 
     with evaluating(model), _without_warnings():
         evaluated = GPTModelLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -150,7 +150,7 @@ def main() -> None:
         raise UserError(_NOT_INSTALLED)
     from lm_eval._cli.harness import HarnessCLI
 
-    import eval.harness_model  # noqa: F401  registers "gpt-accelerate"
+    import eval.scoring.harness_model  # noqa: F401  registers "gpt-accelerate"
 
     command = HarnessCLI()
     words = ["run", "--model", "hf" if args.stock else "gpt-accelerate", "--tasks", args.tasks]

@@ -18,11 +18,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from data_prep.cli import ArgumentParser, UserError, first_line, run
-from data_prep.schema import read_text, write_text
-from eval.launch import make_accelerator
-from eval.models import compile_blocks, load_model
-from eval.multiple_choice import Question, accuracy, count_truncated, score
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, run
+from data_prep.common.files import read_text, write_text
+from eval.common.devices import make_accelerator
+from eval.common.models import compile_blocks, load_model
+from eval.scoring.multiple_choice import Question, accuracy, count_truncated, score
 from modeling import GPTModel
 
 RULES = ("completion", "lm_eval")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.byte_level import bytes_of_tokens
-from data_prep.cli import ArgumentParser, UserError, run
-from data_prep.hub import local_folder
-from data_prep.schema import read_text
-from eval.models import evaluating, load_model
-from eval.scores import language_modeling_scores
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import read_text
+from data_prep.common.hub import local_folder
+from data_prep.tokenization.byte_level import bytes_of_tokens
+from eval.common.models import evaluating, load_model
+from eval.common.scores import language_modeling_scores
 from modeling.loss import IGNORE_INDEX
 
 
@@ -44,9 +44,9 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
     """
     import numpy as np
 
-    from data_prep.manifest import Manifest
-    from data_prep.shards import open_shard
-    from data_prep.tokenizer import hf_tokenizer
+    from data_prep.sharding.manifest import Manifest
+    from data_prep.sharding.shards import open_shard
+    from data_prep.tokenization.tokenizer import hf_tokenizer
 
     if data.is_dir():
         manifest = Manifest.read(data)

@@ -8,14 +8,14 @@ import contextlib
 import os
 from pathlib import Path
 
-from data_prep.cli import ArgumentParser, UserError, redact, run
-from data_prep.schema import partial_name, read_text, write_text
-from eval import sections
-from eval.logs import Record, read_run
-from eval.plots import models_beside, plot_all
-from eval.published import Published
-from eval.scores import language_modeling_scores
-from eval.sections import duration, number, section, table
+from data_prep.common.command_line import ArgumentParser, UserError, redact, run
+from data_prep.common.files import partial_name, read_text, write_text
+from eval.common.scores import language_modeling_scores
+from eval.reporting import sections
+from eval.reporting.plots import models_beside, plot_all
+from eval.reporting.reference_results import Published
+from eval.reporting.run_records import Record, read_run
+from eval.reporting.sections import duration, number, section, table
 
 FILE_NAME = "report.md"
 _MARK = "<!-- written by python -m eval.report -->"

@@ -73,7 +73,7 @@ def _run(module: str, argv: list[str], cwd: Path, output: Path, plant: Plant | N
     if plant is not None:
         plant()
     if module == "training.train":  # the very module that a plant has changed
-        from data_prep.cli import run
+        from data_prep.common.command_line import run
         from training.train import main
 
         run(main)

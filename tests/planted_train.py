@@ -9,7 +9,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from data_prep.cli import run
+    from data_prep.common.command_line import run
     from training.train import main
 
     pickle.loads(bytes.fromhex(os.environ["PLANT"]))()

@@ -78,9 +78,9 @@ def bad_batch(sequence: list[int], factor: float, kind: str = "GPTMLP", number: 
 
 def saves_that_fail(times: int) -> None:
     """The first so many attempts to write a checkpoint throw; nobody waits for the next one."""
-    from training import saving
+    from training.checkpointing import writer
 
-    write, left = saving.write_checkpoint, times
+    write, left = writer.write_checkpoint, times
 
     def fail(*arguments: object) -> Path:
         nonlocal left
@@ -89,7 +89,7 @@ def saves_that_fail(times: int) -> None:
             raise RuntimeError("a bug of the writer")
         return write(*arguments)
 
-    saving.write_checkpoint, saving._PAUSES = fail, (0, 0)
+    writer.write_checkpoint, writer._PAUSES = fail, (0, 0)
 
 
 def in_step(step: int, rank: int, act: Callable[[], None]) -> None:
@@ -150,7 +150,7 @@ def sharded() -> None:
     """Shard over processes of a CPU what $FSDP_* say, as Accelerate does over GPUs: on a CPU it silently would not."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 
-    from eval import launch
+    from eval.common import devices
 
     class Sharding(Accelerator):
         def __init__(self, **options: object) -> None:
@@ -161,4 +161,4 @@ def sharded() -> None:
             if self.mixed_precision != "no":  # as in `AcceleratorState`
                 self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
-    launch.Accelerator = Sharding
+    devices.Accelerator = Sharding

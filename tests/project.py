@@ -1,3 +1,4 @@
-"""The packages of the project."""
+"""The packages of the project, and the folder of benchmarks beside them."""
 
 PACKAGES = ("modeling", "data_prep", "eval", "training")
+WITH_COMMANDS = (*PACKAGES, "benchmarks")

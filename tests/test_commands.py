@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import DATA, ROOT, TINY_MODEL, needs_compiler
 from forks import begin_command
-from project import PACKAGES
+from project import WITH_COMMANDS
 
-from training.config import parse_config
+from training.settings.parsing import parse_config
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in PACKAGES
+    for package in WITH_COMMANDS
     for path in (ROOT / package).rglob("*.py")
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
@@ -39,7 +39,8 @@ def commands(text: str):
             words = shlex.split(line, comments=True)
             if "training/train.py" in words:
                 yield "training.train", words[words.index("training/train.py") + 1 :]
-            elif "-m" in words and (module := words[words.index("-m") + 1]).partition(".")[0] in PACKAGES:
+            elif "-m" in words and words[words.index("-m") + 1].startswith(tuple(f"{p}." for p in WITH_COMMANDS)):
+                module = words[words.index("-m") + 1]
                 yield module, words[words.index("-m") + 2 :]
 
 
@@ -62,7 +63,7 @@ def test_options_on_the_pages_exist():
                     shown += 1
                     option = word.partition("=")[0]
                     texts = [help_of(module)]
-                    if module == "training.schedule":  # which takes the settings of training
+                    if module == "training.plot_schedule":  # which takes the settings of training
                         texts.append(help_of("training.train"))
                     assert re.search(rf"{option}\b", "".join(texts)), f"{page.name}: {module} has no {option}"
     assert shown > 60
@@ -90,7 +91,7 @@ steps: {{exact_dedup: true}}
 """
 # Each command on tiny input, and what it must say; {run} is a finished run, {data} its data.
 QUICK = {
-    "data_prep.adopt": ("shards", "training and"),
+    "data_prep.register": ("shards", "training and"),
     "data_prep.clean": ("clean.yaml", "cleaned"),
     "data_prep.contamination": ("{data} --against {hellaswag}", "of"),
     "data_prep.inspect": ("{data} --documents 1", "{data}"),
@@ -102,8 +103,8 @@ QUICK = {
     "eval.report": ("{run}", "report.md"),
     "modeling.import_checkpoint": ("ckpt.pt imported", "of nanoGPT at step 7"),
     "training.export_llmc": ("gpt2 model.bin", "model.bin"),
-    "training.scaling": ("", "gpt3-175b"),
-    "training.schedule": ("--max_steps 20 --warmup_steps 2 --plot schedule.png", "20 steps"),
+    "benchmarks.scaling": ("", "gpt3-175b"),
+    "training.plot_schedule": ("--max_steps 20 --warmup_steps 2 --plot schedule.png", "20 steps"),
     "training.train": (
         "--data {data} {tiny} --max_steps 1 --warmup_steps 0 --batch_tokens 32 --micro_batch 1",
         "saved",
@@ -111,16 +112,16 @@ QUICK = {
 }
 # Those that take more than some seconds are run with the pages.
 LONGER = {
-    "data_prep.benchmark": ("--megabytes 1 --repeats 1", "of tiktoken alone"),
-    "eval.benchmark": ("{checkpoint} --data {swag} --items 2 --new_tokens 4 --repeats 1", "items a second"),
+    "benchmarks.tokenization": ("--megabytes 1 --repeats 1", "of tiktoken alone"),
+    "benchmarks.evaluation": ("{checkpoint} --data {swag} --items 2 --new_tokens 4 --repeats 1", "items a second"),
     "eval.harness": ("{checkpoint} --tasks hellaswag_local --limit 2", "hellaswag_local"),
-    "training.benchmark": ("--sizes quickstart --steps 1 --rounds 1 --precision no", "gpt-accelerate"),
-    "training.benchmark_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
-    "training.benchmark_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
-    "training.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
+    "benchmarks.training_step": ("--sizes quickstart --steps 1 --rounds 1 --precision no", "gpt-accelerate"),
+    "benchmarks.data_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
+    "benchmarks.checkpoint_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
+    "benchmarks.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
 }
-# They need a Hub to write to: tests/data_prep/test_sources.py and tests/training/test_publish.py have one.
+# They need a Hub to write to: tests/data_prep/reading/test_sources.py and tests/training/test_publish.py have one.
 ON_THE_HUB = {"data_prep.push", "training.publish"}
 
 

@@ -15,29 +15,50 @@ MAY_IMPORT = {
     "training": {"training", "eval", "modeling", "data_prep"},
 }
 LIBRARIES = {"modeling": {"torch", "transformers"}}
+# Each sub-package imports only those before it, and none imports the commands at the root of its package.
+SUB_PACKAGES = {
+    "data_prep": ["common", "tokenization", "reading", "sharding", "cleaning"],
+    "eval": ["common", "scoring", "reporting"],
+    "training": ["checkpointing", "settings", "engine", "publishing", "records", "loop", "resilience"],
+}
 
 
 def imports(path) -> set[str]:
-    """Top-level names of all modules that a file imports, wherever it does."""
+    """All modules that a file imports, wherever it does, by their full names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module.split(".")[0])
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_one_way(package):
     for path in (ROOT / package).rglob("*.py"):
-        names = imports(path)
-        assert names & {*PACKAGES, "tests"} <= MAY_IMPORT[package], path
+        names = top_level(imports(path))
+        assert names & {*PACKAGES, "benchmarks", "tests"} <= MAY_IMPORT[package], path
         if package == "data_prep":
             assert not names & {"torch", "accelerate"}, path
         if package in LIBRARIES:
             assert names - sys.stdlib_module_names - set(PACKAGES) <= LIBRARIES[package], path
+
+
+@pytest.mark.parametrize("package", SUB_PACKAGES)
+def test_sub_packages_import_one_way(package):
+    order = SUB_PACKAGES[package]
+    found = {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").exists()}
+    assert found == set(order)
+    for number, name in enumerate(order):
+        for path in (ROOT / package / name).glob("*.py"):
+            own = {imported.split(".")[1] for imported in imports(path) if imported.startswith(f"{package}.")}
+            assert own <= set(order[: number + 1]), path
 
 
 def test_no_module_of_training_hides_another():
@@ -45,7 +66,7 @@ def test_no_module_of_training_hides_another():
     from importlib.metadata import packages_distributions
 
     known = set(sys.stdlib_module_names) | set(packages_distributions()) - set(PACKAGES)
-    assert not {path.stem for path in (ROOT / "training").glob("*.py")} & known
+    assert not {path.stem for path in (ROOT / "training").iterdir()} & known
 
 
 def test_training_starts_without_what_it_may_not_need():

@@ -4,9 +4,9 @@ import torch
 from accelerate import Accelerator
 
 from modeling import GPTConfig, GPTModel
-from training.optimizer import make_optimizer
-from training.settings import OptimizerSettings
-from training.step import training_step
+from training.engine.optimizer import make_optimizer
+from training.engine.step import training_step
+from training.settings.schema import OptimizerSettings
 
 SEQUENCES, LENGTH, VOCAB_SIZE, STEPS = 8, 24, 301, 20
 

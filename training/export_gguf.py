@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from data_prep.cli import ArgumentParser, UserError, run
-from eval.models import check_plain, load_model
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from eval.common.models import check_plain, load_model
 from modeling import GPTModel
 
 _SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # GPT-2's, which llama.cpp calls gpt-2

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.cli import ArgumentParser, UserError, run
-from eval.models import check_plain, load_weights
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from eval.common.models import check_plain, load_weights
 from modeling import GPTConfig, GPTModel, parameter_count
 from modeling.import_checkpoint import write_folder
 

@@ -17,15 +17,16 @@ from typing import Literal
 
 import yaml
 
-from data_prep.cli import ArgumentParser, UserError, redact, run
-from data_prep.hub import Hub, repository_problem
-from data_prep.lock import locked
-from data_prep.schema import STRICT, read_yaml, validate, write_text
-from eval.card import model_card, until
-from eval.logs import Curve, read_run
-from eval.plots import plot_all
-from training.checkpoint_folders import checkpoint_folder, complete_checkpoints, damage, is_checkpoint, step_of
-from training.outbox import FOLDER, MARK, put, recover, taken, waiting
+from data_prep.common.command_line import ArgumentParser, UserError, redact, run
+from data_prep.common.files import write_text
+from data_prep.common.hub import Hub, repository_problem
+from data_prep.common.locks import locked
+from data_prep.common.schema import STRICT, read_yaml, validate
+from eval.reporting.card import model_card, until
+from eval.reporting.plots import plot_all
+from eval.reporting.run_records import Curve, read_run
+from training.checkpointing.storage import checkpoint_folder, complete_checkpoints, damage, is_checkpoint, step_of
+from training.publishing.queue import FOLDER, MARK, put, recover, taken, waiting
 
 _LOCK_ATTEMPTS = 600  # a second each
 

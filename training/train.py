@@ -16,33 +16,34 @@ from functools import partial
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as recorded_for_launcher
 
-from data_prep import cli
-from data_prep.cli import UserError
-from data_prep.lock import locked
+from data_prep.common import command_line
+from data_prep.common.command_line import UserError
+from data_prep.common.locks import locked
+from eval.common.devices import processes_launched
+from eval.common.scores import bits_per_byte
 from eval.generate import Sampling, generate, isolated_random_state
 from eval.harness import evaluate_tasks
-from eval.launch import processes_launched
 from eval.loss import summed_loss
-from eval.scores import bits_per_byte
-from training import screen
-from training.batches import DataError
-from training.checkpoint import take_snapshot
-from training.checkpoint_folders import checkpoint_folder, is_checkpoint, prune_checkpoints
-from training.checks import check_config
-from training.config import parse_config
-from training.divergence import Diverged, is_skipped
-from training.ending import finish, report
-from training.meter import LaunchedStep, over_processes
-from training.optimizer import set_learning_rate
-from training.preflight import get_out_of_the_way, own_folder, preflight, remove_if_empty
-from training.profiling import profiling
-from training.recovery import go_back, see_to
-from training.resume import AlreadyFinished
-from training.settings import TrainingConfig
-from training.setup import Run, setup
-from training.step import training_step
-from training.stopping import StopRequest, stop_requests
-from training.topology import is_lost_process
+from training.checkpointing.snapshot import take_snapshot
+from training.checkpointing.storage import checkpoint_folder, is_checkpoint, prune_checkpoints
+from training.engine.batches import DataError
+from training.engine.distributed import is_lost_process
+from training.engine.optimizer import set_learning_rate
+from training.engine.profiling import profiling
+from training.engine.step import training_step
+from training.loop.ending import finish, report
+from training.loop.run import Run
+from training.loop.stopping import StopRequest, stop_requests
+from training.records import screen
+from training.records.step_metrics import LaunchedStep, over_processes
+from training.resilience.divergence import Diverged, is_skipped
+from training.resilience.preflight import get_out_of_the_way, own_folder, preflight, remove_if_empty
+from training.resilience.recovery import go_back, see_to
+from training.resilience.resume import AlreadyFinished
+from training.settings.parsing import parse_config
+from training.settings.schema import TrainingConfig
+from training.settings.validation import check_config
+from training.setup import setup
 
 
 def main() -> None:
@@ -315,4 +316,4 @@ def announce(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(recorded_for_launcher(main))
+    command_line.run(recorded_for_launcher(main))

@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any
 
-from data_prep.cli import unknown_name
+from data_prep.common.command_line import unknown_name
 
 
 def parameters(kind: type, without: set[str] = frozenset()) -> dict[str, tuple[Any, bool]]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import UserError
-from data_prep.schema import read_text
+from data_prep.common.command_line import UserError
+from data_prep.common.files import read_text
 
 SUFFIXES = (".jsonl", ".txt")
 _HELLASWAG = ["ctx", "endings"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cli import UserError
+from data_prep.common.command_line import UserError
 
 PARETO_ALPHA = 9  # appendix A's, chosen there to match the distribution of the scores of curated text
 FEATURES = 2**18  # the default of Spark's HashingTF, which appendix A's classifier reads

@@ -16,9 +16,9 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.readers import JsonlReader
 
 from data_prep.cleaning import steps
-from data_prep.cleaning.config import CleanConfig, MinHash, filter_class
-from data_prep.schema import write_text
-from data_prep.sources import CLEANING_REPORT
+from data_prep.cleaning.configuration import CleanConfig, MinHash, filter_class
+from data_prep.common.files import write_text
+from data_prep.reading.sources import CLEANING_REPORT
 
 LEAST_HASHES, MOST_HASHES = 96, 160
 

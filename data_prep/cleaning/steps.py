@@ -1,4 +1,4 @@
-"""What datatrove has no block for: reading as `data_prep.sources` does, counting, the steps of GPT-3's appendices."""
+"""Steps that datatrove has no block for: our reading of sources, counts, and those of GPT-3's appendices."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,11 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter
 
-from data_prep.cleaning.config import local_files
-from data_prep.cleaning.decontaminate import Index, cut
+from data_prep.cleaning.configuration import local_files
+from data_prep.cleaning.decontamination import Index, cut
 from data_prep.cleaning.evaluation_sets import read_items
 from data_prep.cleaning.quality import Classifier, keep
-from data_prep.sources import Source
+from data_prep.reading.sources import Source
 
 SOURCE = "_source"  # in a document's metadata until it is written: which source it is from
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from data_prep.cli import UserError
-from data_prep.tokenizer import gpt2_tokenizer
+from data_prep.common.command_line import UserError
+from data_prep.tokenization.tokenizer import gpt2_tokenizer
 from modeling import GPTConfig, GPTModel
 from training.export_gguf import write_gguf
 

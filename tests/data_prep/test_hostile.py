@@ -16,15 +16,15 @@ import pytest
 from conftest import ROOT, TINY_MODEL, run_command
 from forks import begin, begin_command
 
-from data_prep.adopt import adopt
-from data_prep.cli import UserError, redact
-from data_prep.manifest import Manifest
+from data_prep.common.command_line import UserError, redact
 from data_prep.prepare import Recipe, prepare
-from data_prep.shards import open_shard
-from data_prep.sources import Source
+from data_prep.reading.sources import Source
+from data_prep.register import adopt
+from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.shards import open_shard
 from data_prep.verify import verify
-from training.config import parse_config
-from training.data import load_data
+from training.engine.data import load_data
+from training.settings.parsing import parse_config
 
 
 @pytest.fixture
@@ -272,8 +272,8 @@ def test_a_password_in_an_address_is_written_nowhere(short_steps, data_folder, t
     words = [*short_steps, "--data", "data", "--max_steps", "2", "--run_name", "run"]
     code, trained = begin(words, tmp_path).ended()
     assert code == 0, trained
-    from eval.card import model_card
-    from eval.logs import read_run
+    from eval.reporting.card import model_card
+    from eval.reporting.run_records import read_run
 
     (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
     card = model_card(read_run(tmp_path / "runs" / "run"), 2, checkpoint, "user/x", "mit", [])

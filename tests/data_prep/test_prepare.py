@@ -18,13 +18,13 @@ from conftest import ROOT, run_command
 from pyarrow import parquet
 from standin_hub import serve_dataset
 
-from data_prep.cli import UserError
-from data_prep.lock import locked
-from data_prep.manifest import Manifest
+from data_prep.common.command_line import UserError
+from data_prep.common.locks import locked
 from data_prep.prepare import Recipe, prepare
-from data_prep.readers import Cursor
-from data_prep.sources import Source
-from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
+from data_prep.reading.readers import Cursor
+from data_prep.reading.sources import Source
+from data_prep.sharding.manifest import Manifest
+from data_prep.tokenization.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
 from data_prep.verify import verify
 
 
@@ -116,7 +116,8 @@ def stopped(shards: int, written: bool):
 
 KILLED = """
 import os, pathlib, sys
-from data_prep import manifest, prepare, shards
+from data_prep import prepare
+from data_prep.sharding import manifest, shards
 count, moment = int(sys.argv.pop()), sys.argv.pop()
 kind, name = {"fsync": (os, "fsync"), "add": (shards.ShardFile, "add"), "hash": (shards, "file_hash"),
               "manifest": (manifest.Manifest, "write"), "rename": (pathlib.Path, "rename"),
@@ -245,7 +246,9 @@ def test_two_processes_do_not_write_one_folder(corpus, tmp_path):
     folder = tmp_path / "data"
     with locked(folder), pytest.raises(UserError, match="is in use by another process"):
         prepare(recipe(corpus), folder)
-    holder = f"from pathlib import Path; from data_prep.lock import locked\nwith locked(Path({str(folder)!r})): "
+    holder = (
+        f"from pathlib import Path; from data_prep.common.locks import locked\nwith locked(Path({str(folder)!r})): "
+    )
     words = [sys.executable, "-c", holder + "print('held', flush=True); input()"]
     with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -269,7 +272,9 @@ def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):
 @pytest.mark.parametrize("written", [True, False])
 def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatch, written):
     """Stopped at each of the last manifests: nothing is written twice."""
-    monkeypatch.setattr("data_prep.sources._standard_library", lambda: sorted(Path(json.__file__).parent.glob("*.py")))
+    monkeypatch.setattr(
+        "data_prep.reading.sources._standard_library", lambda: sorted(Path(json.__file__).parent.glob("*.py"))
+    )
     options = Recipe(Source("builtin"), tokenizer=str(data_folder / "tokenizer"), shard_tokens=5_000)
     whole = prepare(options, tmp_path / "whole")
     for count in range(len(whole.shards) - 2, len(whole.shards) + 1):
@@ -309,14 +314,14 @@ def test_memory_is_bounded(data_folder, tmp_path):
 def test_a_full_disk_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
     """A write that fails as it does on a full disk stands in for one: the fourth shard does not fit."""
     program = (
-        "import errno, os, sys; from data_prep import prepare, shards\n"
+        "import errno, os, sys; from data_prep import prepare; from data_prep.sharding import shards\n"
         "usual, room = shards.ShardFile.add, [700_000]\n"
         "def add(self, tokens):\n"
         "    room[0] -= tokens.nbytes\n"
         "    if room[0] < 0: raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "    usual(self, tokens)\n"
         "shards.ShardFile.add = add\n"
-        "from data_prep.cli import run; run(prepare.main)"
+        "from data_prep.common.command_line import run; run(prepare.main)"
     )
     words = command_line(corpus, tmp_path / "data")
     done = run_command(sys.executable, "-c", program, *words, cwd=ROOT, expect=2)

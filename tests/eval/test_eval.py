@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.cli import UserError, run
+from data_prep.common.command_line import UserError, run
+from eval.common.models import load_model
+from eval.common.scores import language_modeling_scores
 from eval.generate import Sampling, generate
 from eval.loss import bytes_of_tokens, read_tokens, summed_loss, windows
-from eval.models import load_model
-from eval.scores import language_modeling_scores
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_truncated_model_is_refused(checkpoint, tmp_path):
 
 def test_another_tokenizer_is_refused(checkpoint, text_files, tmp_path):
     from data_prep.prepare import Recipe, prepare
-    from data_prep.sources import Source
+    from data_prep.reading.sources import Source
 
     other = tmp_path / "other"
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), other)

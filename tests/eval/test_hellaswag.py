@@ -10,12 +10,12 @@ import torch
 from conftest import DATA, ROOT, launch, needs_compiler, run_command
 from standin_hub import serve_dataset
 
-from data_prep.cli import UserError
-from data_prep.tokenizer import gpt2_tokenizer
-from eval.benchmark import one_item_at_a_time
+from benchmarks.evaluation import one_item_at_a_time
+from data_prep.common.command_line import UserError
+from data_prep.tokenization.tokenizer import gpt2_tokenizer
+from eval.common.devices import make_accelerator
+from eval.common.models import compile_blocks, load_model
 from eval.hellaswag import HellaSwag, read_items
-from eval.launch import make_accelerator
-from eval.models import compile_blocks, load_model
 from modeling import GPTConfig, GPTModel
 
 TOLERANCE = 2e-3  # nats, of sums of some 300: float32 logits summed in another order
@@ -216,7 +216,7 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path, lines, message):
 def test_items_come_from_the_hub_or_else_from_their_address(tmp_path):
     """In a process of its own, with a stand-in for the network; the Hub has labels as text."""
     program = (
-        "import sys; from eval.hellaswag import read_items; from data_prep.cli import run\n"
+        "import sys; from eval.hellaswag import read_items; from data_prep.common.command_line import run\n"
         "for place in sys.argv[1:]: run(lambda: print(read_items(None, *place.split(','))))"
     )
     hub, address = {**GOOD, "label": "1", "ctx": "from the hub"}, {**GOOD, "ctx": "from its address"}

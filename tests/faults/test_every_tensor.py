@@ -10,8 +10,8 @@ import torch
 from forks import begin
 from safetensors.torch import load_file, save_file
 
-from data_prep.cli import UserError
-from eval.models import load_model
+from data_prep.common.command_line import UserError
+from eval.common.models import load_model
 
 CHANGES = {
     "missing": (lambda w: w.pop("transformer.h.1.mlp.c_fc.weight"), "transformer.h.1.mlp.c_fc.weight is missing"),

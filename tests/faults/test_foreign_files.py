@@ -123,9 +123,9 @@ def test_cooling_down_from_a_run_leaves_it_alone(flags, tmp_path):
 @pytest.mark.parametrize("name", ["..", ".", "", " ", "a/b", "../x", "/tmp/x", ".hidden", "link", "\0"])
 @pytest.mark.parametrize("more", [(), ("--preflight",)], ids=["run", "preflight"])
 def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more):
-    from data_prep.cli import UserError
-    from training.checks import check_config
-    from training.config import parse_config
+    from data_prep.common.command_line import UserError
+    from training.settings.parsing import parse_config
+    from training.settings.validation import check_config
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -167,7 +167,7 @@ def test_a_killed_preflight_does_not_block_the_next(flags, tmp_path):
 
 
 def die_in_preflight() -> None:
-    from training import preflight
+    from training.resilience import preflight
 
     preflight.damage = lambda folder: die()
 
@@ -255,7 +255,7 @@ def test_the_users_files_beside_a_report_stay(flags, tmp_path):
 
 
 def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
-    from training.checkpoint_folders import damage
+    from training.checkpointing.storage import damage
 
     run: Finished = begin([*flags, "--run_name", "run", "--max_steps", "3"], tmp_path).finished("run")
     (checkpoint,) = run.checkpoints
@@ -265,8 +265,8 @@ def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
         hashes[name] = hashlib.sha256(b"ours").hexdigest()
     (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
     assert damage(checkpoint) is None
-    from training.outbox import put
     from training.publish import Destination, _add_card
+    from training.publishing.queue import put
 
     waiting = put(checkpoint, run.folder)
     assert os.path.samefile(waiting / "README.md", checkpoint / "README.md")

@@ -19,7 +19,7 @@ from forks import begin
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.cli import UserError
+from data_prep.common.command_line import UserError
 
 SECONDS, BYTES = 10, 2 << 30
 VALUES = [
@@ -125,10 +125,10 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
 
 
 def read_data(world: Path) -> None:
-    from data_prep.manifest import Manifest
+    from data_prep.sharding.manifest import Manifest
     from data_prep.verify import verify
-    from training.config import parse_config
-    from training.data import load_data
+    from training.engine.data import load_data
+    from training.settings.parsing import parse_config
 
     list(verify(world / "small"))
     manifest = Manifest.read(world / "small")
@@ -141,16 +141,16 @@ def read_data(world: Path) -> None:
 
 
 def read_tokenizer(world: Path) -> None:
-    from data_prep.tokenizer import hf_tokenizer, load_tokenizer
+    from data_prep.tokenization.tokenizer import hf_tokenizer, load_tokenizer
 
     hf_tokenizer(world / "small" / "tokenizer")
     load_tokenizer(world / "small" / "tokenizer").encode(["some text"])
 
 
 def read_checkpoint(world: Path) -> None:
-    from training.checkpoint_folders import complete_checkpoints, damage, load_state
-    from training.config import saved_progress
-    from training.resume import newest_intact
+    from training.checkpointing.storage import complete_checkpoints, damage, load_state
+    from training.resilience.resume import newest_intact
+    from training.settings.parsing import saved_progress
 
     checkpoints = world / "runs" / "tiny" / "checkpoints"
     for checkpoint in complete_checkpoints(checkpoints):
@@ -161,11 +161,11 @@ def read_checkpoint(world: Path) -> None:
 
 
 def read_run_files(world: Path) -> None:
-    from eval import sections
-    from eval.card import model_card
-    from eval.logs import read_run
-    from training.metrics import RunLog
+    from eval.reporting import sections
+    from eval.reporting.card import model_card
+    from eval.reporting.run_records import read_run
     from training.publish import _settings
+    from training.records.run_log import RunLog
 
     run = world / "runs" / "tiny"
     _settings(run)
@@ -182,8 +182,8 @@ def read_run_files(world: Path) -> None:
 
 def read_settings(world: Path) -> None:
     from data_prep.inspect import sequences
-    from training.checks import check_config
-    from training.config import parse_config
+    from training.settings.parsing import parse_config
+    from training.settings.validation import check_config
 
     run = world / "runs" / "tiny"
     check_config(parse_config(["--runs_dir", str(world / "runs"), "--run_name", "tiny", "--resume"]), 1)
@@ -193,13 +193,13 @@ def read_settings(world: Path) -> None:
 
 
 def read_weights(world: Path) -> None:
-    from eval.models import load_model
+    from eval.common.models import load_model
 
     load_model(str(world / "runs" / "tiny" / "checkpoints" / "step_00000020"))
 
 
 def read_cleaning(world: Path) -> None:
-    from data_prep.sources import Source
+    from data_prep.reading.sources import Source
 
     corpus = Source(str(world / "cleaned")).resolve()
     corpus.cleaning()
@@ -213,7 +213,7 @@ def read_contamination(world: Path) -> None:
 
 
 def read_clean_settings(world: Path) -> None:
-    from data_prep.cleaning.config import read_config
+    from data_prep.cleaning.configuration import read_config
 
     read_config(world / "clean.yaml")
 

@@ -12,7 +12,7 @@ from forks import begin
 from plants import counted, signalled
 from safetensors.torch import load_file
 
-from data_prep.manifest import Manifest
+from data_prep.sharding.manifest import Manifest
 
 # What a step's number or position decides, and what lies between two steps: a mixture through several epochs, attention
 # within documents, dropout, Muon, a ramp, evaluations, samples, checkpoints that come and go.

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from forks import begin
 
-from data_prep.cli import UserError
-from data_prep.manifest import Manifest
-from eval.models import load_model
-from training.checkpoint_folders import damage, load_state
+from data_prep.common.command_line import UserError
+from data_prep.sharding.manifest import Manifest
+from eval.common.models import load_model
+from training.checkpointing.storage import damage, load_state
 
 PROGRAM = "open({file!r}, 'w').close()\nclass GPT2LMHeadModel: ...\nclass Tokenizer: ...\n"
 
@@ -75,7 +75,7 @@ def load_config(data_folder: Path, folder: Path) -> Path:
     import yaml
     from conftest import TINY_MODEL
 
-    from training.config import parse_config
+    from training.settings.parsing import parse_config
 
     flags = ["--data", str(data_folder), *TINY_MODEL, "--order", "sequential", "--batch_tokens", "512"]
     settings = parse_config(flags).to_dict()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_prep.cli import UserError
+from data_prep.common.command_line import UserError
 from modeling import GPTModel
 from training.export_llmc import main, read_llmc, write_llmc
 

@@ -13,11 +13,11 @@ from forks import begin
 from plants import die, in_step, online, wait_until_gone
 from standin_hub import StandIn, serve
 
-from data_prep.hub import repository_problem
+from data_prep.common.hub import repository_problem
 from modeling import GPTModel
-from training.checkpoint_folders import step_of
-from training.config import parse_config
-from training.outbox import put, recover, taken, waiting
+from training.checkpointing.storage import step_of
+from training.publishing.queue import put, recover, taken, waiting
+from training.settings.parsing import parse_config
 
 pytestmark = pytest.mark.clients  # of the Hub
 
@@ -25,9 +25,9 @@ LOADING = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling import GPTModel
-from training.config import parse_config
-from training.checkpoint_folders import step_of
-from training.outbox import put, recover, taken, waiting
+from training.settings.parsing import parse_config
+from training.checkpointing.storage import step_of
+from training.publishing.queue import put, recover, taken, waiting
 name, revision, output, card = sys.argv[1:]
 exec(open(card).read().split("```python")[1].split("```")[0])  # its own way of using the model
 tokens = torch.arange(1, 25)[None]
@@ -241,6 +241,8 @@ def test_what_cannot_be_a_repository(monkeypatch):
 
 def test_publishing_needs_no_torch():
     """It runs beside training, where starting must be cheap."""
-    program = "import sys, training.publish, eval.card; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    program = (
+        "import sys, training.publish, eval.reporting.card; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
     loaded = set(run_command(sys.executable, "-c", program, cwd=Path.cwd()).stdout.split())
     assert "training" in loaded and not loaded & {"torch", "transformers", "accelerate", "matplotlib"}

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.prepare import Recipe, prepare
-from data_prep.sources import Source
+from data_prep.reading.sources import Source
 from modeling import GPTConfig, GPTModel
-from training.checkpoint_folders import RunState, complete_checkpoints, load_state, prune_checkpoints
+from training.checkpointing.storage import RunState, complete_checkpoints, load_state, prune_checkpoints
 
 
 def initial_model(data_folder, folder):
@@ -194,8 +194,8 @@ def test_a_checkpoint_is_an_ordinary_model_folder(tiny_run, data_folder):
 
 def test_sequences_of_a_run_are_shown_as_text(recipe, data_folder):
     from data_prep.inspect import sequences
-    from training.config import parse_config
-    from training.data import load_data
+    from training.engine.data import load_data
+    from training.settings.parsing import parse_config
 
     config = parse_config([str(recipe.folder / "config.yaml")])
     batch = load_data(config).batches(config, "train").sequences(40, 3)
@@ -274,7 +274,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("flags", "message"), REFUSALS, ids=[message[:20] for _, message in REFUSALS])
 def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, monkeypatch, capsys):
     """In this process, for speed: one line, no traceback, and nothing made."""
-    from data_prep.cli import run
+    from data_prep.common.command_line import run
     from training.train import main
 
     root = tiny_run.folder.parents[1]
@@ -293,10 +293,10 @@ def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, 
 
 
 def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_files, tmp_path, monkeypatch):
-    from data_prep.cli import UserError
-    from training.config import parse_config
-    from training.data import load_data
-    from training.resume import resumed_state
+    from data_prep.common.command_line import UserError
+    from training.engine.data import load_data
+    from training.resilience.resume import resumed_state
+    from training.settings.parsing import parse_config
 
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), tmp_path / "other")
     config = parse_config(["--data", str(tmp_path / "other"), "--max_steps", "30", *TINY_MODEL])

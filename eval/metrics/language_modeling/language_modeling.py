@@ -11,7 +11,7 @@ result, the others None.
 import datasets
 import evaluate
 
-from eval.scores import language_modeling_scores
+from eval.common.scores import language_modeling_scores
 
 
 class LanguageModeling(evaluate.Metric):

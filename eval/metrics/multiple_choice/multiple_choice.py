@@ -11,7 +11,7 @@ result, the others None.
 import datasets
 import evaluate
 
-from eval.multiple_choice import accuracy
+from eval.scoring.multiple_choice import accuracy
 
 
 class MultipleChoice(evaluate.Metric):

@@ -1,0 +1,1 @@
+"""Contenders in turns; not part of the product."""

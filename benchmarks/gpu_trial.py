@@ -1,0 +1,141 @@
+"""Measure a machine with one GPU in one go: what works, how fast, and where the time goes.
+
+    python -m benchmarks.gpu_trial [--minutes 8] [--out gpu_trial]
+
+Each part runs in a process of its own, with a time limit of its own, and writes what it finds as it goes. It needs no
+network and no files: its texts are the sources of Python's standard library. On a CPU everything is tiny.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import write_text
+
+RESULTS = "results.jsonl"
+_MOST_MINUTES = 1440
+# Each part's share of the time; what one leaves is for those after it.
+SHARES = {
+    "versions": 0.05,
+    "run": 0.14,
+    "speed": 0.29,
+    "profile": 0.1,
+    "fsdp2": 0.14,
+    "loss": 0.07,
+    "options": 0.1,
+    "evaluation": 0.05,
+    "micro_batch": 0.06,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of what a part has found."""
+
+    part: str
+    what: str
+    value: str
+
+
+def run_part(name: str, out: Path, seconds: float) -> str:
+    """Run a part in a process of its own, which ends with all that it has started after so many seconds.
+
+    Returns:
+        The verdict: that it works, why it failed, or that its time was up.
+    """
+    started = time.monotonic()
+    with open(out / f"{name}.log", "wb") as log:
+        command = [sys.executable, "-m", "benchmarks.gpu_trial", "--out", str(out), "--part", name]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"ended after {seconds:.0f} s, which was its share of the time"
+        finally:
+            end_with_family(process)
+    if code == 0:
+        return f"works ({time.monotonic() - started:.0f} s)"
+    lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"failed: {lines[-1].strip()[:200] if lines else f'exit code {code}'}"
+
+
+def end_with_family(process: subprocess.Popen) -> None:
+    """End a process at once, if it is still there, and all that it and those have started, in whatever session."""
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family, timeout=15)
+    process.wait()
+
+
+def read_results(out: Path) -> list[Result]:
+    """What has been written so far."""
+    file = out / RESULTS
+    return (
+        [Result(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    )
+
+
+def write_result(out: Path, result: Result) -> None:
+    """Add a line, at once: the process may be ended at any time."""
+    with open(out / RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(vars(result)) + "\n")
+    print(f"{result.part:12} {result.what:42} {result.value}", flush=True)
+
+
+def table(results: list[Result]) -> str:
+    """The results in Markdown, the verdicts last."""
+    rows = [f"| {one.part} | {one.what} | {one.value} |" for one in results if one.what != "verdict"]
+    verdicts = [f"- **{one.part}** {one.value}" for one in results if one.what == "verdict"]
+    return "\n".join(["| part | | |", "|---|---|---|", *rows, "", *verdicts, ""])
+
+
+def main() -> None:
+    parser = ArgumentParser("python -m benchmarks.gpu_trial", __doc__)
+    parser.add_option("minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_option("out", type=Path, default=Path("gpu_trial"), help="folder to make, for the results and logs")
+    parser.add_option("parts", nargs="+", default=list(SHARES), choices=list(SHARES), help="those to run")
+    parser.add_option("part", choices=list(SHARES), help="run one of them in this process, as the others are run")
+    args = parser.parse_args()
+    out = args.out.absolute()
+    if args.part is not None:
+        from benchmarks import trial_parts, trial_runs
+
+        module = trial_runs if hasattr(trial_runs, args.part) else trial_parts
+        trial = trial_runs.Trial(out, lambda what, value: write_result(out, Result(args.part, what, value)))
+        getattr(module, args.part)(trial)
+        return
+    if not 0 < args.minutes <= _MOST_MINUTES:
+        raise UserError(f"minutes={args.minutes} must be greater than 0, and at most {_MOST_MINUTES}")
+    if out.exists():
+        raise UserError(f"out={args.out} is there already; choose another name")
+    out.mkdir(parents=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    for number, name in enumerate(args.parts):
+        left = deadline - time.monotonic()
+        share = SHARES[name] / sum(SHARES[other] for other in args.parts[number:])
+        verdict = run_part(name, out, max(1.0, left * share)) if left > 1 else "not begun: the time was up"
+        for one in read_results(out):
+            if one.part == name:
+                print(f"{one.part:12} {one.what:42} {one.value}", flush=True)
+        write_result(out, Result(name, "verdict", verdict))
+    results = read_results(out)
+    write_text(out / "results.md", table(results))
+    print(f"\n{table(results)}\n{args.out / 'results.md'}")
+    if any(one.what == "verdict" and not one.value.startswith("works") for one in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""What all packages share: command lines, files, locks, the Hub."""

@@ -1,0 +1,147 @@
+"""What a report and a model card say of a run, in Markdown; empty where there is nothing to say."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep import contamination
+from data_prep.common.command_line import UserError
+from data_prep.common.hub import local_folder
+from data_prep.reading.sources import BUILTIN
+from eval.reporting.run_records import DataRecord, Environment, Record, Sample
+
+CAPTIONS = {
+    "loss.png": "Training and validation loss",
+    "hellaswag.png": "HellaSwag",
+    "training.png": "Learning rate, gradient norm and speed",
+}
+_SAMPLES = 3
+
+
+def section(title: str, text: str) -> str:
+    """`text` under a heading."""
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def pictures(paths: Iterable[Path]) -> str:
+    """The pictures of `eval.reporting.plots.plot_all`, each with its caption."""
+    return "\n\n".join(f"![{CAPTIONS[path.name]}]({path.name})" for path in paths)
+
+
+def settings(records: list[Record]) -> str:
+    """The settings of one run, or those that several differ in."""
+    with_settings = [record for record in records if record.settings]
+    names = list(dict.fromkeys(name for record in with_settings for name in record.settings))
+    if len(with_settings) > 1:
+        names = [n for n in names if len({str(record.settings.get(n)) for record in with_settings}) > 1]
+    rows = [[f"`{name}`", *(_cell(record.settings.get(name)) for record in with_settings)] for name in names]
+    rows = [row for row in rows if any(row[1:])]
+    return table(["", *(record.name for record in with_settings)], rows) if rows else ""
+
+
+def data(record: Record) -> str:
+    """The data of a run, how it was cleaned, and what of each evaluation set was found in it."""
+    rows, lines = [], []
+    for one in record.environment.data if record.environment else []:
+        amounts = [f"{one.training_tokens:,}", f"{one.share:.1%}"]
+        rows.append([f"`{one.folder}`", source(one), one.revision or "", one.tokenizer, *amounts])
+        lines += _cleaning(one) + _contamination(one.folder)
+    if not rows:
+        return ""
+    heading = ["folder", "source", "revision", "tokenizer", "training tokens", "share"]
+    return table(heading, rows) + "\n\n" + "\n".join(lines)
+
+
+def source(one: DataRecord) -> str:
+    """Where the text of a data folder came from, of what `environment.json` says of it."""
+    name = "the Python standard library" if one.source == BUILTIN else one.source
+    return " ".join(filter(None, [name, one.name]))
+
+
+def _cleaning(one: DataRecord) -> list[str]:
+    if one.cleaning is None:
+        return []
+    steps = [
+        f"{step.step} kept {step.documents_out / max(step.documents_in, 1):.1%} of documents and "
+        f"{step.characters_out / max(step.characters_in, 1):.1%} of characters"
+        for step in one.cleaning
+    ]
+    return [f"- Cleaning of `{one.folder}`: {'; '.join(steps) or 'none by this program'}."]
+
+
+def _contamination(folder: str) -> list[str]:
+    try:
+        path = local_folder(folder, download=False)
+        if not path.is_dir():
+            return [f"- Contamination: `{folder}` is not here to ask."]
+        found = contamination.recorded(path)
+    except UserError as error:  # of data that has changed since
+        return [f"- Contamination: not known ({error})."]
+    if not found:
+        return [
+            f"- Contamination: `{folder}` has not been searched for evaluation sets "
+            f"(`python -m data_prep.contamination {folder} --against FILE ...` does)."
+        ]
+    return [
+        f"- Contamination: of {Path(one.file).name}, {one.found_items:,} of {one.items:,} items "
+        f"({one.found_items / max(one.items, 1):.2%}) are in `{folder}`, by {one.found_ngrams:,} "
+        f"{one.ngram}-grams in {one.documents:,} documents."
+        for one in found
+    ]
+
+
+def last_samples(record: Record) -> list[Sample]:
+    """Some of the samples of the last step that has any."""
+    return [sample for sample in record.samples if sample.step == record.samples[-1].step][:_SAMPLES]
+
+
+def samples(record: Record) -> str:
+    """Those of `last_samples`, as blocks of text."""
+    return "\n\n".join(
+        "```text\n" + (sample.prompt + sample.text).replace("```", "'''") + "\n```" for sample in last_samples(record)
+    )
+
+
+def environment(record: Record) -> str:
+    """Hardware, versions and revision that a run was made with."""
+    about = record.environment
+    if about is None:
+        return ""
+    script, *words = about.command or [""]
+    packages = ", ".join(f"{name} {version}" for name, version in about.packages.items() if version)
+    lines = [
+        f"{hardware(about)}, {about.platform}",
+        f"Python {about.python}, {packages}",
+        f"commit {about.git_revision or 'unknown'}",
+        f"`{shlex.join(['/'.join(Path(script).parts[-2:]), *words])}`",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def hardware(about: Environment) -> str:
+    """As in "8 x NVIDIA H100, bf16"."""
+    precision = "float32" if about.mixed_precision == "no" else about.mixed_precision
+    return f"{about.num_processes} x {about.device}, {precision}"
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table without the columns that are empty, the first one aside."""
+    rows = [list(heading), ["---"] * len(heading), *map(list, rows)]
+    kept = [i for i in range(len(heading)) if i == 0 or any(row[i] for row in rows[2:])]
+    return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def number(value: float | None, form: str) -> str:
+    """`value` in a format, or nothing for None."""
+    return "" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """As in "2.5 h"."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:,.1f} h" if hours >= 2 else f"{minutes:.1f} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,0 +1,60 @@
+"""GPT-3's quality classifier: what it learns, and the rule that it keeps documents by."""
+
+import random
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from data_prep.cleaning.quality import Classifier, keep
+from data_prep.common.command_line import UserError
+
+
+def texts(seed, vocabulary, count):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(vocabulary, k=40)) for _ in range(count)]
+
+
+SHARED = [f"both{i}" for i in range(20)]
+GOOD, BAD = [*SHARED, "treatise", "hence", "moreover"], [*SHARED, "click", "subscribe", "cheap"]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return Classifier.train(texts(0, GOOD, 30), texts(1, BAD, 90))
+
+
+def test_scores_are_those_of_scikit_learns_model(classifier):
+    vectorizer = HashingVectorizer(n_features=2**18, token_pattern=r"\S+", alternate_sign=False)
+    model = LogisticRegression(class_weight="balanced", max_iter=1000)
+    model.fit(vectorizer.transform(texts(0, GOOD, 30) + texts(1, BAD, 90)), [1] * 30 + [0] * 90)
+    unseen = texts(2, GOOD, 5) + texts(3, BAD, 5) + ["never seen words"]
+    expected = model.predict_proba(vectorizer.transform(unseen))[:, 1]
+    assert [classifier.score(text) for text in unseen] == pytest.approx(expected.tolist())
+    assert min(expected[:5]) > 0.5 > max(expected[5:10])
+
+
+def test_a_classifier_is_read_as_it_was_saved(classifier, tmp_path):
+    classifier.save(tmp_path / "model.npz")
+    assert Classifier.load(tmp_path / "model.npz").score("hence both1") == classifier.score("hence both1")
+
+
+def test_both_kinds_are_needed():
+    with pytest.raises(UserError, match="no curated documents"):
+        Classifier.train([], ["a", "b"])
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, 0.9, 1.0])
+def test_documents_are_kept_as_often_as_the_pareto_distribution_says(score):
+    """numpy's pareto is Lomax: P(X > x) = (1 + x)^-9."""
+    kept = np.mean([keep(score, f"document {i}", seed=3) for i in range(4000)])
+    expected = (1 + (1 - score)) ** -9
+    assert abs(kept - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000)
+
+
+def test_the_draw_depends_on_text_and_seed_alone():
+    first = [keep(0.9, f"document {i}", seed=0) for i in range(200)]
+    assert first == [keep(0.9, f"document {i}", seed=0) for i in reversed(range(200))][::-1]
+    assert first != [keep(0.9, f"document {i}", seed=1) for i in range(200)]
+    assert len(set(first)) == 2

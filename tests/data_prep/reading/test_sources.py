@@ -1,0 +1,305 @@
+"""Documents from every kind of source, and what a bad one says."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pytest
+from conftest import ROOT
+from pyarrow import parquet
+from standin_hub import serve_dataset
+
+from data_prep.common.command_line import UserError
+from data_prep.reading.conditions import Condition
+from data_prep.reading.readers import MAX_TEXT_DOCUMENT, Cursor
+from data_prep.reading.sources import Source
+
+TEXTS = ["first\nof two lines", "", "zweiter, ünïcode 🙂", "   ", "third"]
+EXPECTED = [TEXTS[0], TEXTS[2], TEXTS[4]]
+
+
+def documents(source, **options) -> list[str]:
+    return list(Source(str(source), **options).resolve().documents())
+
+
+def write_jsonl(path, lines=None):
+    data = "".join(line + "\n" for line in lines or (json.dumps({"text": text, "n": 1}) for text in TEXTS)).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    if path.suffix == ".zst":
+        data = pyarrow.compress(data, codec="zstd", asbytes=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_records(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        parquet.write_table(pyarrow.table({"n": range(len(TEXTS)), "text": TEXTS}), path)
+    else:
+        write_jsonl(path)
+    assert documents(path) == EXPECTED
+
+
+def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "notes.md").write_text("not a corpus")
+    assert documents(tmp_path) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert documents(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert documents(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+def test_another_text_column(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [json.dumps({"body": "x"})])
+    assert documents(path, text_column="body") == ["x"]
+
+
+@pytest.mark.parametrize("line", ["word " * 10 + "\n", "a line\n\n", "x" * 1000])
+def test_long_text_files_are_cut_into_documents(tmp_path, line):
+    text = line * (3 * MAX_TEXT_DOCUMENT // len(line))
+    (tmp_path / "a.txt").write_text(text)
+    pieces = documents(tmp_path / "a.txt")
+    assert "".join(pieces) == text
+    assert len(pieces) >= 3 and max(map(len, pieces)) <= MAX_TEXT_DOCUMENT
+    if "\n" in line:
+        assert all(piece.endswith(line[-2:]) for piece in pieces)
+
+
+def test_builtin_is_this_pythons_standard_library():
+    import json as json_package
+    from pathlib import Path
+
+    texts = set(documents("builtin"))
+    assert Path(json_package.__file__).read_text(encoding="utf-8") in texts
+    assert all(text.strip() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "good"}\nnot json\n', "line 2: not JSON"),
+        (b"[1, 2]\n", "line 1: not a JSON object but list"),
+        (b'{"text": "good"}\n{"text": 17}\n', "line 2: field 'text' is not text but int"),
+        (b'{"body": "x"}\n', "line 1: no field 'text' among .'body'.; name one with --text_column"),
+        (b'{"text": "\xff"}\n', "line 1: not JSON"),
+        (b'{"text": "\\ud800"}\n', "line 1: field 'text' is not text .*surrogates not allowed"),
+    ],
+)
+def test_bad_jsonl(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        documents(tmp_path / "a.jsonl")
+
+
+def test_bad_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match="not a whole parquet file"):
+        documents(path)
+    parquet.write_table(pyarrow.table({"body": ["x"]}), path)
+    with pytest.raises(UserError, match=r"no column 'text' among .'body'."):
+        documents(path)
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
+    with pytest.raises(UserError, match="row 1: field 'text' is not text but int"):
+        documents(path)
+
+
+def test_bad_text_and_missing_files(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good \xff\xfe bad")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 5 "):
+        documents(tmp_path / "a.txt")
+    for source, message in (
+        (tmp_path / "none.txt", "no such file or folder"),
+        (tmp_path / "none*.txt", "no file in it ends in"),
+        (tmp_path / "a.csv", "no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            documents(source)
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"a\.csv: not one of the formats"):
+        documents(tmp_path / "a.csv")
+
+
+def parquet_bytes(**columns) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def some_texts(count) -> list[str]:
+    return [f"{i} " + "wörd " * (i * 37 % 900) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory):
+    """Each of several blocks."""
+    folder = tmp_path_factory.mktemp("long")
+    lines = "".join(json.dumps({"text": text, "n": i % 7}) + "\n" for i, text in enumerate(some_texts(1500))).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    parquet.write_table(
+        pyarrow.table({"text": some_texts(1500), "n": [i % 7 for i in range(1500)]}),
+        folder / "c.parquet",
+        row_group_size=401,
+    )
+    (folder / "d.txt.zst").write_bytes(
+        pyarrow.compress("\n\n".join(some_texts(1500)).encode(), codec="zstd", asbytes=True)
+    )
+    return folder
+
+
+def test_reading_goes_on_from_every_block(long_files):
+    """What follows a cursor is the same whether it was read before or not."""
+    corpus = Source(str(long_files)).resolve()
+    blocks = list(corpus.blocks(Cursor()))
+    assert len(blocks) > 8 and {block.start.file for block in blocks} == {0, 1, 2, 3}
+    for number, block in enumerate(blocks):
+        rest = [text for later in blocks[number:] for text in later.texts]
+        assert [text for later in corpus.blocks(block.start) for text in later.texts] == rest
+    assert sum(block.size for block in blocks) == pytest.approx(corpus.bytes, rel=0.01)
+
+
+def test_conditions_select_records(long_files):
+    def kept(*where):
+        return [int(text.split()[0]) for text in documents(long_files / "?.[jp]*", where=where)]
+
+    assert kept() == [*range(1500)] * 3
+    assert kept("n >= 3") == [i for i in range(1500) if i % 7 >= 3] * 3
+    assert kept("n>=3", "n != 5") == [i for i in range(1500) if i % 7 in (3, 4, 6)] * 3
+    assert kept("n in [0, 6]") == [i for i in range(1500) if i % 7 in (0, 6)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "comparison", "value"),
+    [
+        ("int_score >= 3", "int_score", ">=", 3),
+        ("score<0.5", "score", "<", 0.5),
+        ("language == en", "language", "==", "en"),
+        ("language=='en'", "language", "==", "en"),
+        ("meta-kind in ['a', 'b']", "meta-kind", "in", ["a", "b"]),
+        ("indent > 1", "indent", ">", 1),
+    ],
+)
+def test_conditions_are_read(text, column, comparison, value):
+    assert Condition.parse(text) == Condition(column, comparison, value)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("n", "expected COLUMN OPERATOR VALUE"),
+        ("n = 3", "expected COLUMN OPERATOR VALUE"),
+        ("n in 3", "`in` takes a list"),
+        ("n > x", "--where n > 'x': '>' not supported"),
+        ("m > 1", "no field 'm' among"),
+    ],
+)
+def test_bad_conditions(tmp_path, where, message):
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=message):
+        documents(tmp_path, where=(where,))
+
+
+def test_cut_off_files(tmp_path, long_files):
+    """A download that broke off is said, not taken for the end."""
+    for name, message in (
+        ("b.jsonl.gz", "b.jsonl.gz: "),
+        ("d.txt.zst", "d.txt.zst: "),
+        ("c.parquet", "not a whole parquet file"),
+        ("a.jsonl", "line [0-9]+: not JSON"),
+    ):
+        whole = (long_files / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(UserError, match=message):
+            documents(tmp_path / name)
+    # Cut within its pages: the footer is there, the text is not.
+    whole = (long_files / "c.parquet").read_bytes()
+    (tmp_path / "c.parquet").write_bytes(whole[:2000] + bytes(3000) + whole[5000:])
+    with pytest.raises(UserError, match=r"c\.parquet: "):
+        documents(tmp_path / "c.parquet")
+
+
+def test_other_file_systems(long_files):
+    """By any protocol that `fsspec` knows."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in long_files.iterdir():
+        memory.pipe(f"/corpus/{path.name}", path.read_bytes())
+    assert documents("memory://corpus") == documents(long_files)
+    assert documents("memory://corpus/*.parquet") == documents(long_files / "c.parquet")
+    assert not Source("memory://corpus").resolve().is_local
+    with pytest.raises(UserError, match="source 'nosuch://x'"):
+        documents("nosuch://x")
+
+
+def test_hub_data_sets_are_streamed(tmp_path):
+    """From a stand-in Hub on 127.0.0.1."""
+    files = {f"data/train-0000{i}-of-00002.parquet": parquet_bytes(text=[f"{i} {t}" for t in TEXTS]) for i in (0, 1)}
+    files["data/test-00000-of-00001.parquet"] = parquet_bytes(text=["a test"])
+    program = "import json, sys; from data_prep.reading.sources import Source; "
+    program += "print(json.dumps(list(Source(sys.argv[1], split=sys.argv[2]).resolve().documents())))"
+    with serve_dataset("user/corpus", files) as (endpoint, requests):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done, test, nosplit, missing = (
+            subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True)
+            for words in (["user/corpus", "train"], ["user/corpus", "test"], ["user/corpus", "dev"], ["user/none", "x"])
+        )
+    assert json.loads(done.stdout) == [f"{i} {text}" for i in (0, 1) for text in TEXTS], done.stderr
+    assert json.loads(test.stdout) == ["a test"]
+    assert any("resolve" in request and request.endswith(".parquet") for request in requests)
+    assert "UserError: source 'user/corpus' has no split 'dev'; it has: " in nosplit.stderr
+    assert "UserError: source 'user/none' is no local file" in missing.stderr
+
+
+def test_what_is_no_name_of_a_data_set():
+    for missing in ("user/corpus.txt", "./user/corpus", "a/b/c", "corpus"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            documents(missing)
+
+
+def test_the_file_that_is_broken_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "b.jsonl.gz")
+    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:20] + b"rubbish")
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz: "):
+        documents(tmp_path)
+
+
+def test_conditions_need_columns(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    with pytest.raises(UserError, match=r"a\.txt: plain text has no columns for --where"):
+        documents(tmp_path, where=("n > 3",))
+    with pytest.raises(UserError, match=r"'builtin' is plain text; --name, .* and --where do not apply"):
+        documents("builtin", where=("n > 3",))
+
+
+def test_an_unfinished_cleaning_is_no_source(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="its cleaning has not finished"):
+        documents(tmp_path)
+    (tmp_path / "cleaning.json").write_text("[]")
+    assert documents(tmp_path) == EXPECTED
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path):
+    program = (
+        "from data_prep.common.command_line import run; from data_prep.prepare import main\n"
+        "from data_prep.reading import sources; sources.RESOLVE_DELAYS = (0,); run(main)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    words = [sys.executable, "-c", program, "data", "--source", "user/corpus"]
+    done = subprocess.run(
+        words, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path
+    )
+    *retried, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last.startswith("error: source 'user/corpus': the network fails ("), done.stderr
+    assert len(retried) == 1 and "attempt 2 in 0 s" in retried[0] and not (tmp_path / "data").exists()

@@ -1,0 +1,50 @@
+"""One rank of many, whose collectives do nothing: shapes and divisibility at sizes that no test machine has.
+
+python many_ranks_worker.py RANK WORLD_SIZE
+"""
+
+import os
+import sys
+
+import torch
+from plants import sharded
+from tiny import batches, make_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+RANK, WORLD_SIZE = map(int, sys.argv[1:])
+os.environ |= {"RANK": str(RANK), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # where nobody is
+
+
+def main() -> None:
+    from eval.common import devices
+    from training.checkpointing.snapshot import optimizer_tensors, restore_optimizer
+    from training.engine.optimizer import make_optimizer
+    from training.engine.step import training_step
+    from training.settings.schema import OptimizerSettings
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=WORLD_SIZE)
+    sharded()
+    for kind in ("adamw", "muon"):
+        accelerator = devices.make_accelerator()
+        assert accelerator.num_processes == WORLD_SIZE and accelerator.process_index == RANK
+        model = make_model()
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optimizer=kind)))
+        for name, parameter in model.named_parameters():
+            rows = -(-shapes[name][0] // WORLD_SIZE)  # of a rank, as long as there are any
+            mine = min(max(shapes[name][0] - RANK * rows, 0), rows)
+            assert parameter.to_local().shape == (mine, *shapes[name][1:]), name
+        training_step(accelerator, model, optimizer, batches(1), max_grad_norm=1.0)
+        saved = optimizer_tensors(model, optimizer)
+        assert all(tensor.shape in ((), shapes[name.rpartition("/")[0]]) for name, tensor in saved.items())
+        restore_optimizer(model, optimizer, saved)
+        weights = accelerator.get_state_dict(model)
+        if RANK == 0:
+            assert {name: weights[name].shape for name in shapes} == shapes
+        accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

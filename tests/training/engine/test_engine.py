@@ -1,0 +1,290 @@
+"""What makes the step fast or small must not change what it computes."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import needs_compiler
+from tiny import LENGTH, VOCAB_SIZE, batches, make_model, train
+from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import modeling.loss
+from eval.common.models import compile_blocks
+from eval.loss import summed_loss
+from eval.scoring.multiple_choice import Question, score
+from modeling import GPTConfig, GPTModel
+from training.engine.memory import checkpoint_activations, largest_micro_batch
+from training.engine.muon import Muon
+from training.engine.optimizer import make_optimizer, set_learning_rate
+from training.engine.step import training_step
+from training.settings.schema import OptimizerSettings
+
+
+@pytest.fixture(scope="module")
+def expected():
+    losses = train(make_model(attn_implementation="sdpa"))
+    assert losses[-1] < losses[0] - 1
+    return losses
+
+
+def checkpointed(kind):
+    model = make_model(attn_implementation="sdpa")
+    checkpoint_activations(model, kind)
+    return model
+
+
+def compiled(kind=None):
+    model = checkpointed(kind) if kind else make_model(attn_implementation="sdpa")
+    compile_blocks(model)
+    return model
+
+
+CURVES = {
+    "accumulated": lambda: train(make_model(attn_implementation="sdpa"), micro_batches=8),
+    "eager attention": lambda: train(make_model(attn_implementation="eager")),
+    "full checkpointing": lambda: train(checkpointed("full")),
+    "selective checkpointing": lambda: train(checkpointed("selective")),
+    "compiled": lambda: train(compiled()),
+    "compiled, selective checkpointing, accumulated": lambda: train(compiled("selective"), micro_batches=8),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_compiler if "compiled" in name else []) for name in CURVES]
+)
+def test_the_loss_curve_is_the_same(expected, name):
+    difference = CURVES[name]() - expected
+    assert difference.abs().max() < 1e-4 and abs(difference.mean()) < 2e-5
+
+
+@pytest.mark.parametrize("chunk", [5, 10**6])
+def test_the_chunks_of_the_loss_do_not_show(expected, chunk, monkeypatch):
+    monkeypatch.setattr(modeling.loss, "chunk_tokens", lambda device: chunk)
+    difference = train(make_model(attn_implementation="sdpa")) - expected
+    assert difference.abs().max() < 1e-4 and abs(difference.mean()) < 2e-5
+
+
+def test_evaluations_leave_the_graphs_of_training_as_they_are(monkeypatch):
+    """A block for training, one for validation, one for HellaSwag, and the loss: each once for all layers, of one
+    shape. A graph whose shapes are symbols would be slower for all of them."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+
+    def count(graph, inputs, **options):
+        shapes = [n for tensor in inputs if isinstance(tensor, torch.Tensor) for n in tensor.shape]
+        graphs.append([n for n in (*inputs, *shapes) if isinstance(n, torch.SymInt)])
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", count)
+    torch.compiler.reset()
+    counters.clear()
+    model = compiled()
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(size):
+        ids = torch.randint(VOCAB_SIZE, (size, LENGTH), generator=generator)
+        return {"input_ids": ids, "shift_labels": ids}
+
+    def compilations():
+        train(model, micro_batches=4)
+        summed_loss(model, [batch(4), batch(4)])
+        questions = [Question([1, 2, 3], [[4, 5], [6], [7, 8, 9][:size]]) for size in (1, 2, 3)]
+        score(Accelerator(cpu=True), model, questions, batch_size=2)
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        return len(graphs)
+
+    first = compilations()
+    assert first <= 6 and not counters["graph_break"]
+    assert [compilations() for _ in range(2)] == [first, first]
+    assert not any(graphs)
+
+
+def test_a_block_is_one_graph_under_ddp(monkeypatch):
+    """Dynamo splits it by default where a bucket of gradients ends, the first after 1 MiB."""
+    graphs = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graphs.append(graph) or graph)
+    torch.compiler.reset()
+    config = GPTConfig(vocab_size=VOCAB_SIZE, n_positions=LENGTH, n_embd=256, n_layer=2, n_head=4)
+    model = GPTModel(config).train()
+    compile_blocks(model)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for batch in batches(2):
+            parallel(**batch, use_cache=False, skip_logits=True).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 2  # the block, and what the loss does with logits
+
+
+class Calls(TorchDispatchMode):
+    """How often an operation has been called."""
+
+    def __init__(self, *operations) -> None:
+        super().__init__()
+        self.counts = dict.fromkeys(operations, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.counts:
+            self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """What makes the host wait for a device: operations whose result, or its size, is a number on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_mask = function is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        of_unknown_size = (
+            torch.Tag.dynamic_output_shape in function.tags and function is not torch.ops.aten.index.Tensor
+        )
+        if torch.Tag.data_dependent_output in function.tags or of_unknown_size or by_mask:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_step_never_waits_for_the_device(optimizer, attention):
+    """Not for the mask of documents either, nor to hear whether the gradients are finite."""
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    model = make_model(attn_implementation=attention)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optimizer=optimizer)))
+    batch = batches(1)[0]
+    batch["position_ids"] = torch.arange(LENGTH).expand_as(batch["input_ids"]) % 10
+    with Waits() as waits:
+        training_step(accelerator, model, optimizer, [batch, batch], max_grad_norm=1.0, z_loss=1e-4)
+    assert waits.seen == []
+
+
+@pytest.mark.parametrize(("kind", "products", "activations"), [("none", 4, 1), ("selective", 4, 2), ("full", 7, 2)])
+def test_what_is_computed_again(kind, products, activations):
+    """Full: all of a block, up to the last that is needed. Selective: what is cheap, and no product of matrices."""
+    model = make_model(attn_implementation="sdpa") if kind == "none" else checkpointed(kind)
+    ids = torch.randint(VOCAB_SIZE, (2, LENGTH))
+    with Calls(torch.ops.aten.addmm.default, torch.ops.aten.gelu.default) as calls:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    layers = model.config.n_layer
+    assert list(calls.counts.values()) == [layers * products, layers * activations]
+
+
+def test_muon_is_torchs():
+    """Over steps of `torch.optim.Muon`, of which it is the same but for what a sharded matrix and `found_inf` need."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((24, 8), (8, 24), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    one = Muon(ours, lr=0.01, weight_decay=0.2, momentum=0.9)
+    other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    one.found_inf = torch.tensor(0.0)
+    for _ in range(5):
+        for pair in zip(ours, theirs, strict=True):
+            gradient = torch.randn(pair[0].shape, generator=generator)
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+        one.step()
+        other.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_nothing(kind):
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    model = make_model()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optimizer=kind)))
+    good, bad = batches(2)
+    training_step(accelerator, model, optimizer, [good], max_grad_norm=1.0)
+    before = [tensor.clone() for tensor in (*model.parameters(), *values(optimizer))]
+    hook = model.transformer.h[0].mlp.register_forward_hook(lambda *arguments: arguments[-1] * torch.inf)
+    assert not training_step(accelerator, model, optimizer, [bad], max_grad_norm=1.0)["grad_norm"].isfinite()
+    hook.remove()
+    assert all(map(torch.equal, before, (*model.parameters(), *values(optimizer))))
+    training_step(accelerator, model, optimizer, [good], max_grad_norm=1.0)
+    assert not any(map(torch.equal, before, (*model.parameters(), *values(optimizer))))
+
+
+def values(optimizer):
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def test_an_optimizer_that_would_take_any_gradient_is_refused(monkeypatch):
+    monkeypatch.setattr("training.engine.optimizer.AdamW", lambda *groups, fused, **options: AdamW(*groups, **options))
+    with pytest.raises(TypeError, match="AdamW does not act on found_inf"):
+        make_optimizer(make_model(), OptimizerSettings())
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = make_model()
+    optimizer = make_optimizer(model, OptimizerSettings(optimizer="muon", muon_learning_rate=0.2, learning_rate=0.1))
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert by_muon == {f"transformer.h.{i}.{name}.weight" for i in range(2) for name in matrices}
+    assert sorted(names.values()) == sorted(names[id(p)] for g in optimizer.param_groups for p in g["params"])
+    set_learning_rate(optimizer, 0.5)
+    assert {("momentum" in group, group["lr"]) for group in optimizer.param_groups} == {(True, 0.1), (False, 0.05)}
+
+
+def test_muons_update_is_of_adamws_size():
+    """Moonlight (arXiv:2502.16982), equation 4: an orthogonal matrix of A x B, scaled by 0.2 sqrt(max(A, B)), has a
+    root mean square of 0.2; torch's five iterations come within a third of orthogonal."""
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimizerSettings(optimizer="muon", learning_rate=0.01, weight_decay=0.5))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if ".h." in name and parameter.dim() == 2:
+            update = before[name] * (1 - 0.01 * 0.5) - parameter.detach()
+            assert update.square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=1 / 3), name
+            spectrum = torch.linalg.svdvals(update)
+            assert spectrum.max() < 2.5 * spectrum.median()
+
+
+@pytest.mark.parametrize(("most", "found"), [(101, 64), (64, 64), (20, 16), (1, 1)])
+def test_the_largest_micro_batch_is_what_no_process_runs_out_of_memory_with(most, found):
+    """Two processes, of which one has less memory: both try the same sizes, and neither one that the other does not."""
+    sizes, tried = [1, 2, 4, 8, 16, 32, 64], {most: [], 100: []}
+    answers, all_there = {}, threading.Barrier(2, timeout=60)
+
+    def process(most):
+        def attempt(size):
+            tried[most].append(size)
+            if size > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def all_agree(answer):
+            answers[most] = answer
+            all_there.wait()
+            agreed = all(answers.values())
+            all_there.wait()
+            return agreed
+
+        return largest_micro_batch(attempt, sizes, torch.device("cpu"), all_agree)
+
+    with ThreadPoolExecutor(2) as processes:
+        assert list(processes.map(process, tried)) == [found, found]
+    assert tried[most] == tried[100] == [size for size in sizes if size <= 2 * found]
+
+
+def test_a_model_that_memory_has_no_room_for_is_refused():
+    from data_prep.common.command_line import UserError
+
+    def attempt(size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="no room for 1 sequence; take a smaller model"):
+        largest_micro_batch(attempt, [1, 2], torch.device("cpu"), lambda answer: answer)

@@ -1,0 +1,282 @@
+"""Settings: who overrides whom, and every problem at once."""
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from data_prep.common.command_line import UserError
+from eval.common import devices
+from eval.common.devices import chosen_precision, on_cpu
+from modeling import PRESETS
+from training.engine.distributed import make_accelerator
+from training.settings.parsing import parse_config
+from training.settings.validation import check_config
+
+from conftest import ROOT  # isort: skip
+
+
+def test_flags_over_file_over_preset_over_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "preset: gpt2-124m\nlearning_rate: 6e-4\nn_layer: 6\nsample_prompts: [one two, three]\nresume: true\n"
+    )
+    config = parse_config([str(file), "--n_layer", "3", "--val-every", "7"])
+    assert config.model.n_layer == 3  # flag
+    assert config.optimizer.learning_rate == 6e-4 and config.run.resume == "newest"  # file
+    assert config.run.sample_prompts == ["one two", "three"]
+    assert config.model.n_embd == PRESETS["gpt2-124m"].n_embd  # preset
+    assert config.optimizer.weight_decay == 0.1  # default
+    assert config.run.val_every == 7
+    assert parse_config([str(file), "--preset", "gpt2-350m"]).model.n_embd == 1024
+    assert parse_config(["--preset=gpt2-350m"]).model.n_embd == 1024
+
+
+def test_written_settings_give_the_same_run_again(tmp_path):
+    config = parse_config(["--preset", "gpt3-125m", "--learning_rate", "1e-5", "--sample_prompts", "a b", "c"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    assert parse_config([str(file)]) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_we_ship(file, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    config = parse_config([str(file), "--data", str(tmp_path)])
+    for processes in (1, 2, 4, 8):
+        check_config(config, processes)
+    written = config.to_dict()
+    assert {name: written[name] for name in settings if name != "data"} == {
+        name: value for name, value in settings.items() if name != "data"
+    }
+
+
+def problems(*flags: str, processes: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        check_config(parse_config(list(flags)), processes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--n_layers", "2"], "unknown '--n_layers'; did you mean '--n_layer'?"),
+        (["--n_layer", "many"], "--n_layer: invalid int value: 'many'"),
+        (["--order", "random"], "--order: invalid choice: 'random'"),
+        (["--preset", "gpt2-123m"], "--preset: unknown 'gpt2-123m'; did you mean 'gpt2-124m'?"),
+        (["--n_embd", "30", "--n_head", "4"], "n_embd=30 is not a multiple of n_head=4"),
+        (["--sequence_length", "512", "--batch_tokens", "4096"], "sequence_length=512 is longer than n_positions=256"),
+        (["--val_tokens", "255"], "val_tokens=255 is less than one sequence of 256"),
+        (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
+        (["--max_tokens", "10240", "--warmup_steps", "9"], "warmup_steps=9 exceeds max_steps=5"),
+        (["--warmup_tokens", "9999999"], "warmup_tokens=9999999 exceeds max_tokens=1638400"),
+        (["--cooldown_steps", "5"], "cooldown_steps=5 does nothing under schedule='cosine'; use --schedule wsd"),
+        (["--schedule", "wsd", "--cooldown_steps", "790"], "cooldown_steps=790 and warmup_steps=40 exceed max_steps="),
+        (["--schedule", "wsd", "--decay_steps", "9"], "decay_steps does nothing under schedule='wsd'"),
+        (["--decay_steps", "9"], "decay_steps=9 must lie between the warmup's 40 and max_steps=800"),
+        (["--batch_ramp_tokens", "9"], "batch_ramp_tokens=9 and batch_ramp_start=None make a ramp together; give both"),
+        (
+            ["--batch_ramp_start", "2048", "--batch_ramp_tokens", "4000000"],
+            "batch_ramp_tokens=4000000 exceeds the 1638400 tokens of the run",
+        ),
+        (
+            ["--batch_tokens", "6144", "--batch_ramp_start", "4096", "--batch_ramp_tokens", "9999"],
+            "batch_tokens=6144 is not a multiple of batch_ramp_start=4096",
+        ),
+        (["--micro_batch", "many"], "--micro_batch: invalid number_or_auto value: 'many'"),
+        (["--micro_batch", "0"], "micro_batch=0 must be at least 1"),
+        (["--muon_learning_rate", "1"], "muon_learning_rate does nothing under optimizer='adamw'"),
+        (["--gradient_compression", "bf16"], "gradient_compression does nothing in a single process"),
+        (["--resume", "no/such", "--cooldown_steps", "9"], "resume='no/such' is not a checkpoint"),
+        (["--init_from", "no/such"], "init_from='no/such': "),
+        (["--z_loss", "nan"], "z_loss=nan must be at least 0"),
+        (["--max_steps", "0"], "max_steps=0 must be at least 1"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 must be a number greater than 0"),
+        (["--learning_rate", "nan"], "learning_rate=nan must be a number greater than 0"),
+        (["--dropout", "1.5"], "dropout=1.5 must be at least 0 and less than 1"),
+        (["--min_lr_ratio", "2"], "min_lr_ratio=2.0 must lie between 0 and 1"),
+        (["--data", "no/such"], "data='no/such': no such folder"),
+        (["--report_to", "nosuch"], "--report_to: invalid choice: 'nosuch'"),
+        (["--run_name", "a/b"], "run_name='a/b' must be a plain name for a folder"),
+        (["no.yaml"], "no.yaml: no such file"),
+    ],
+)
+def test_one_problem(flags, expected):
+    text = problems(*flags)
+    assert text.startswith(expected) and "\n" not in text
+
+
+def test_all_problems_at_once():
+    text = problems("--n_embd", "31", "--sequence_length", "512", "--data", "no/such", "--batch_tokens", "100")
+    assert text.startswith("4 problems") and text.count("\n  - ") == 4
+    text = problems("--max_steps", "0", "--data", "no/such", "--n_layer", "-1")
+    assert text.startswith("3 problems")
+    flags = "--cooldown_steps 9 --warmup_steps 900 --muon_learning_rate 1 --mixed_precision fp8"
+    text = problems(*flags.split())
+    assert text.startswith(("4 problems", "5 problems"))  # one more where torchao is missing
+    assert "cooldown_steps=9" in text and "needs a GPU with fp8" in text
+    text = problems("--n_layers", "2", "--n_head", "x", "--max_stepz", "3")
+    assert text.startswith("3 problems") and "--n_layer'?" in text and "invalid int" in text and "--max_steps'?" in text
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
+    flags = ["--batch_tokens", "10000", "--micro_batch", "4", "--n_positions", "256"]
+    assert "4 x 256 x 3 = 3072; the nearest sizes that are: 9216 or 12288" in problems(*flags, processes=3)
+    assert "the nearest sizes that are: 16384" in problems("--batch_tokens", "1000", "--micro_batch", "64")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("n_layers: 2\n", "unknown '--n_layers'; did you mean '--n_layer'?"),
+        ("n_layer: 2.5\n", "--n_layer: invalid int value: '2.5'"),
+        ("- a\n- b\n", "expected lines of `name: value`, found list"),
+        ("n_layer: [1\n", "not a readable YAML file"),
+    ],
+)
+def test_bad_files(tmp_path, text, expected):
+    (tmp_path / "a.yaml").write_text(text)
+    assert expected in problems(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_files_hold_topology_and_precision_only(file):
+    config = load_config_from_file(str(file))
+    assert config.compute_environment == "LOCAL_MACHINE"
+    kinds = {"cpu": "NO", "cpu_ddp": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU"}
+    kinds |= {"fp8": "NO", "fsdp2": "FSDP", "fsdp2_multi_node": "FSDP", "mps": "NO"}
+    assert config.distributed_type == kinds[file.stem]
+    assert config.use_cpu == (file.stem == "cpu")
+    assert (config.num_processes > 1) == (kinds[file.stem] != "NO")
+    if config.distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "GPTBlock"
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_each_launch_file_on_a_machine_with_gpus(file, devices, monkeypatch):
+    """Its own validation, and what it would tell the processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("accelerate.utils.launch.is_fp8_available", lambda: True)  # with torchao
+    written = load_config_from_file(str(file))
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "train.py"]))
+    several = written.num_processes > 1
+    told = prepare_multi_gpu_env(args) if several else prepare_simple_launcher_cmd_env(args)[1]
+    assert (args.num_processes, args.use_cpu) == (written.num_processes, written.use_cpu)
+    assert args.multi_gpu == (written.distributed_type == "MULTI_GPU")
+    assert told["ACCELERATE_MIXED_PRECISION"] == str(written.mixed_precision or "no")
+    if written.distributed_type == "FSDP":
+        assert (told["ACCELERATE_USE_FSDP"], told["FSDP_VERSION"]) == ("true", "2")
+        assert told["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "GPTBlock"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    with pytest.raises(UserError, match=r"8 processes on this machine, which has 2 GPUs; give .* --num_processes 2"):
+        devices.make_accelerator()
+
+
+def test_every_launch_file_is_there():
+    names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    one_machine = {"cpu", "cpu_ddp", "single_gpu", "ddp", "fp8", "fsdp2", "mps"}
+    assert names == one_machine | {"multi_node", "fsdp2_multi_node"}
+
+
+@pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM"])
+def test_another_strategy_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(UserError, match=f"the launch file asks for {name}; use .*fsdp2.yaml"):
+        make_accelerator(parse_config([]))
+
+
+def test_a_launch_file_for_the_cpu_means_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **kwargs: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert not on_cpu() and chosen_precision("auto") == "bf16"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert on_cpu() and chosen_precision("auto") == "no"
+
+
+def test_precision_of_flag_over_launch_file(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert chosen_precision("auto") == "fp16"
+    assert chosen_precision("no") == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert chosen_precision("bf16") == "bf16"
+
+
+def test_fp8_without_the_hardware_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "mixed_precision='fp8' needs a GPU with fp8 matrix products" in problems()
+
+
+def test_the_scaling_plan_is_what_its_script_says():
+    from benchmarks.scaling import document
+
+    assert (ROOT / "docs" / "scaling.md").read_text() == document() + "\n"
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("training.settings.validation.find_spec", lambda name: None)
+    assert problems("--report_to", "wandb") == "report_to='wandb' is not installed; pip install wandb"
+
+
+def test_what_is_wrong_with_a_mixture(data_folder):
+    other = str(data_folder.parent)
+    text = problems("--data", str(data_folder), other, "--data_weights", "1", "--document_mask", "true",
+                    "--attn_implementation", "flash_attention_2")  # fmt: skip
+    assert "data_weights=[1.0]: 1 for 2 data folders" in text
+    assert "document_mask does not work with attn_implementation='flash_attention_2'" in text
+    text = problems("--data", other, other, "--data_weights", "0", "nan")
+    assert "names a folder twice" in text and "must be numbers greater than 0" in text
+
+
+def test_folders_of_different_tokenizers_are_refused(data_folder, tmp_path, text_files):
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.reading.sources import Source
+    from training.engine.data import load_data
+
+    prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=300, shard_tokens=20_011), tmp_path / "other")
+    config = parse_config(["--data", str(data_folder), str(tmp_path / "other"), "--sequence_length", "32"])
+    with pytest.raises(
+        UserError, match=r"another tokenizer than .*small; prepare it again with --tokenizer .*small/tok"
+    ):
+        load_data(config)
+
+
+@pytest.mark.parametrize("weights", [["1", "1"], ["50", "1"], ["1", "50"]])
+def test_validation_reads_no_source_beyond_its_end(data_folder, tmp_path, text_files, weights):
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.reading.sources import Source
+    from training.engine.data import load_data, validation_sequences
+
+    recipe = Recipe(Source(str(text_files)), tokenizer=str(data_folder / "tokenizer"), shard_tokens=3_000)
+    prepare(recipe, tmp_path / "other")
+    flags = ["--data", str(data_folder), str(tmp_path / "other"), "--data_weights", *weights, "--sequence_length", "32"]
+    config = parse_config(flags)
+    batches = load_data(config).batches(config, "val")
+    count = validation_sequences(batches, 10**6)
+    ends = [(20_011 - 1) // 32, (3_000 - 1) // 32]
+    fits = [all(u <= e for u, e in zip(batches.mixture.consumed(n), ends, strict=True)) for n in (count, count + 1)]
+    assert fits == [True, False]
+    assert validation_sequences(batches, 640) == 20
+
+
+def test_what_is_wrong_with_the_evaluations():
+    text = problems("--hellaswag_rules", "completion", "lmeval", "--hellaswag_data", "no/such.jsonl")
+    assert "hellaswag_rules: unknown 'lmeval'; did you mean 'lm_eval'?; known: completion, lm_eval" in text
+    assert "hellaswag_data='no/such.jsonl': no such file; leave it out to download it" in text
+    assert "hellaswag_limit=0 must be at least 1" in problems("--hellaswag_limit", "0")
+    with pytest.raises(UserError, match="lm_eval_limit=1 leaves some of 2 processes without an item"):
+        check_config(parse_config(["--lm_eval_every", "5", "--lm_eval_limit", "1"]), num_processes=2)

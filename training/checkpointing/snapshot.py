@@ -1,0 +1,225 @@
+"""Checkpoints: an ordinary HF GPT-2 folder with its tokenizer, and beside it what it takes to go on.
+
+step_00000500/
+  model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
+  training_state/  state.json  optimizer.safetensors  rng_0.safetensors ...
+  COMPLETE         sha256 of each file, written last, before the folder gets its name
+"""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_prep.common.command_line import UserError, first_line, listed
+from data_prep.common.files import file_hash
+from modeling import GPTModel
+from training.checkpointing.storage import (
+    COMPLETE,
+    STATE,
+    RunState,
+    checkpoint_folder,
+    is_checkpoint,
+    partial_folder,
+    remove_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from, in memory that training does not touch.
+
+    Attributes:
+        shell: a model without weights, which knows the format on disk.
+        weights, moments: of the model and of its optimizer.
+        random: the random numbers' state of each process.
+        tokenizer: its files, read when the run began: the data folder may be gone by now.
+    """
+
+    shell: GPTModel
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    random: list[dict[str, Tensor]]
+    state: RunState
+    tokenizer: dict[str, bytes]
+
+
+def take_snapshot(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    tokenizer: dict[str, bytes],
+) -> Snapshot | None:
+    """Copy all that a checkpoint holds; called by all processes together, and None but on the main one."""
+    weights = accelerator.get_state_dict(model)
+    for tied in accelerator.unwrap_model(model).all_tied_weights_keys:  # a sharded model gives each of them a copy
+        weights.pop(tied, None)
+    main = accelerator.is_main_process
+    moments = optimizer_tensors(model, optimizer, copied=main)
+    random = gather_object([_random_state(accelerator.device)])
+    if not main:
+        return None
+    if accelerator.scaler is not None:
+        state.grad_scaler = accelerator.scaler.state_dict()
+    with torch.device("meta"):
+        shell = GPTModel(accelerator.unwrap_model(model).config)
+    return Snapshot(shell, _copied(weights), moments, random, copy.deepcopy(state), tokenizer)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; tensors that are tied stay so."""
+    copies: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if tensor.data_ptr() not in copies:
+            copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+
+
+def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
+    """Write `step_NNNNNNNN` under `checkpoints`: under another name, hashed, marked as complete and brought to the disk
+    before it is moved into place. A failed attempt leaves nothing behind.
+
+    Raises:
+        UserError: where something else of that name is in the way.
+    """
+    folder = checkpoint_folder(checkpoints, snapshot.state.step)
+    partial = partial_folder(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+    if os.path.lexists(folder) and not is_checkpoint(folder):
+        raise UserError(f"{folder} is in the way: it was not made by this program (no {COMPLETE}); move it")
+    try:
+        (partial / STATE).mkdir(parents=True)
+        for name, content in snapshot.tokenizer.items():  # first: nothing of the data replaces anything of ours
+            (partial / name).write_bytes(content)
+        snapshot.shell.save_pretrained(partial, state_dict=snapshot.weights)
+        for rank, random in enumerate(snapshot.random):
+            save_file(random, partial / STATE / f"rng_{rank}.safetensors")
+        save_file(snapshot.moments, partial / STATE / "optimizer.safetensors")
+        (partial / STATE / "state.json").write_text(
+            json.dumps(asdict(snapshot.state), allow_nan=False) + "\n", encoding="utf-8"
+        )
+        hashes = {
+            str(path.relative_to(partial)): file_hash(path) for path in sorted(partial.rglob("*")) if path.is_file()
+        }
+        (partial / COMPLETE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        for path in (*partial.rglob("*"), partial):
+            if path.suffix == ".safetensors":  # which are written for their owner's eyes alone
+                path.chmod((partial / STATE / "state.json").stat().st_mode)
+            _flush(path)
+        if is_checkpoint(folder):  # of the run before it went back
+            remove_checkpoint(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(checkpoints)
+    return folder
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, from the system's memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_training_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, folder: Path
+) -> None:
+    """Restore optimizer, loss scale and random numbers; the weights are loaded by `GPTModel.from_pretrained`."""
+    try:
+        tensors = load_file(folder / STATE / "optimizer.safetensors")
+        # Before the first update there is nothing in it; a step whose batch was skipped makes none, nor does one that
+        # fp16's loss scale, which looks for its size, has passed over.
+        if tensors or (state.step > len(state.skipped) and not state.grad_scaler):
+            restore_optimizer(model, optimizer, tensors)
+        # A process that the saved run did not have keeps the generator it was seeded with.
+        random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"
+        if random_state.exists():
+            _restore_random_state(load_file(random_state), accelerator.device)
+        if accelerator.scaler is not None and state.grad_scaler:
+            accelerator.scaler.load_state_dict(state.grad_scaler)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be resumed from ({first_line(error)})") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state as whole tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`.
+
+    Args:
+        copied: onto the CPU. Where a sharded model is gathered from all processes, those that do not keep the result
+            take part all the same.
+    """
+    tensors = {}
+    for name, parameter in _named_parameters(model):
+        for key, value in optimizer.state[parameter].items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if copied:
+                tensors[f"{name}/{key}"] = whole.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave back in place, sharded as the parameters are.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unknown, or of another shape than their parameter's.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    wanted = {
+        f"{name}/{key}": (parameter, key)
+        for name, parameter in _named_parameters(model)
+        for key in groups[id(parameter)]["state_keys"]
+    }
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        parameter, key = wanted[name]
+        shape = torch.Size() if key == "step" else parameter.shape
+        if tensors[name].shape != shape or not tensors[name].is_floating_point():
+            problems.append(
+                f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, expected {list(shape)} floats"
+            )
+    if problems:
+        raise ValueError(f"optimizer.safetensors: {listed(sorted(problems))}")
+    for name, (parameter, key) in wanted.items():
+        optimizer.state[parameter][key] = _placed_like(tensors[name], parameter)
+
+
+def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    tensor = tensor.to(parameter.device)
+    if tensor.shape == parameter.shape and hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name.removeprefix("module."), parameter) for name, parameter in model.named_parameters()]
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

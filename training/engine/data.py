@@ -1,0 +1,116 @@
+"""The data of a run: its folders, checked, and the batches of training and validation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.command_line import UserError
+from data_prep.common.hub import local_folder
+from data_prep.common.records import TokenizerRecord
+from data_prep.prepare import Recipe, prepare
+from data_prep.reading.sources import BUILTIN, Source
+from data_prep.sharding.manifest import FILE_NAME, Manifest
+from data_prep.sharding.order import shares_of, training_order
+from training.engine.batches import Batches
+from training.settings.schema import QUICKSTART_DATA, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shard folders of one tokenizer, each with its share.
+
+    Attributes:
+        names: as the settings have them; `folders`, where those are.
+        shares: of each folder in the training tokens, summing to 1.
+    """
+
+    names: list[str]
+    folders: list[Path]
+    manifests: list[Manifest]
+    shares: list[float]
+
+    @property
+    def tokenizer(self) -> TokenizerRecord:
+        """What the manifests say of the tokenizer, all of them the same."""
+        return self.manifests[0].tokenizer
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folders[0] / "tokenizer"
+
+    def tokens(self, split: str) -> int:
+        """The number of tokens in `train` or `val`, over all folders."""
+        return sum(manifest.tokens(split) for manifest in self.manifests)
+
+    def identity(self, config: TrainingConfig) -> dict[str, Any]:
+        """All that the order of training data depends on."""
+        return {
+            "tokenizer": self.tokenizer.sha256,
+            "shards": [[shard.sha256 for shard in manifest.shards] for manifest in self.manifests],
+            "shares": self.shares,
+            "order": config.data.order,
+            "document_mask": config.data.document_mask,
+            "seed": config.run.seed,
+            "sequence_length": config.sequence_length,
+        }
+
+    def batches(self, config: TrainingConfig, split: str) -> Batches:
+        """The batches of a split; those of validation always in the same order."""
+        order = config.data.order if split == "train" else "sequential"
+        mixture = training_order(
+            self.folders, self.manifests, self.shares, split, order, config.run.seed, config.sequence_length
+        )
+        document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
+        return Batches(mixture, document_start)
+
+    def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
+        """How far each folder has been read at a position: its `share`, `tokens` and `epochs`."""
+        mixture = batches.mixture
+        return {
+            name: {"share": share, "tokens": count * source.length, "epochs": count / source.per_epoch}
+            for name, share, source, count in zip(
+                self.names, self.shares, mixture.sources, mixture.consumed(position), strict=True
+            )
+        }
+
+
+def load_data(config: TrainingConfig) -> Data:
+    """Read the manifests of the data folders and check them; the quickstart's folder is made if it is not there, and
+    those on the Hub are downloaded.
+
+    Raises:
+        UserError: for a damaged or unfinished folder, folders of different tokenizers, and one smaller than a sequence.
+    """
+    folders = list(map(local_folder, config.data.data))
+    manifests = [_prepared(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
+            raise UserError(
+                f"{folder} was written with another tokenizer than {folders[0]}; prepare it again with "
+                f"--tokenizer {folders[0] / 'tokenizer'}"
+            )
+        for split in ("train", "val"):
+            if manifest.tokens(split) <= config.sequence_length:
+                raise UserError(
+                    f"{folder}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
+                    f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
+                )
+    return Data(config.data.data, folders, manifests, shares_of(manifests, config.data.data_weights))
+
+
+def _prepared(folder: Path) -> Manifest:
+    ready = (folder / FILE_NAME).exists() and Manifest.load(folder).unfinished is None
+    if folder == Path(QUICKSTART_DATA) and not ready:
+        print(f"preparing {folder} from the Python standard library's sources ...", flush=True)
+        return prepare(Recipe(Source(BUILTIN), tokenizer="bpe"), folder)
+    return Manifest.read(folder)
+
+
+def validation_sequences(batches: Batches, tokens: int) -> int:
+    """How many sequences a validation of about `tokens` has: at most so many that no source is read beyond its end."""
+    mixture = batches.mixture
+    count = tokens // mixture.sources[0].length
+    ends = [(source.stream.tokens_per_epoch - 1) // source.length for source in mixture.sources]
+    while count > 1 and (over := max(u / e for u, e in zip(mixture.consumed(count), ends, strict=True))) > 1:
+        count = min(count - 1, int(count / over) + 1)
+    return count

@@ -1,0 +1,105 @@
+"""The precision and the strategy of distribution: what the launch asked for, and what it got."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from data_prep.common.command_line import UserError
+from eval.common import devices
+from eval.common.devices import chosen_precision
+from training.settings.schema import TrainingConfig
+
+T = TypeVar("T")
+_OTHER_STRATEGIES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The Accelerator of this process.
+
+    Raises:
+        UserError: where the launch file asks for something that this machine silently does not give, or that this
+            trainer does not work with.
+    """
+    for variable, name in _OTHER_STRATEGIES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(f"the launch file asks for {name}; use accelerate_configs/fsdp2.yaml, which shards as well")
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    accelerator = devices.make_accelerator(
+        mixed_precision=chosen_precision(config.run.mixed_precision),
+        log_with=None if config.run.report_to == "none" else config.run.report_to,
+        project_dir=str(config.run_folder),
+        timeout=config.run.ddp_timeout,
+        kwargs_handlers=[_data_parallel(config)],
+    )
+    _check_strategy(accelerator)
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(accelerator.mixed_precision)
+    return accelerator
+
+
+def sharded_precision(mixed_precision: str) -> MixedPrecisionPolicy:
+    """What a sharded model computes in and adds up in.
+
+    Accelerate's own policy sums gradients, and gives the loss, in the precision of the products.
+    """
+    if mixed_precision == "no":
+        return MixedPrecisionPolicy()
+    computed = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
+
+
+def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What the main process decides, on all of them. Its `UserError` or `OSError` ends all of them, said once."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except (UserError, OSError) as error:
+            outcome[1] = UserError(str(error))
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        if not accelerator.is_main_process:
+            sys.exit(2)
+        raise error
+    return result
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error is that of a process which waits for another that has ended."""
+    return any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+    )
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's own name, as in "NVIDIA H100 80GB HBM3"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+
+
+def _data_parallel(config: TrainingConfig) -> DistributedDataParallelKwargs:
+    compression = config.run.gradient_compression
+    return DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        comm_hook=DDPCommunicationHookType(compression.replace("none", "no")),
+    )
+
+
+def _check_strategy(accelerator: Accelerator) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
+        raise UserError(
+            f"the launch file asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
+        )
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise UserError("the launch file asks for FSDP's first version; say fsdp_version: 2, as fsdp2.yaml does")

@@ -1,0 +1,88 @@
+"""How the memory of activations is kept within bounds: recomputation, and the size of a micro-batch."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from data_prep.common.command_line import UserError
+from eval.common.devices import peak_memory
+from modeling import GPTModel
+
+# What the backward pass keeps under selective checkpointing: what costs most to compute again.
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+_SPARE = 0.1  # of the memory, for what differs from one step to the next
+
+
+def checkpoint_activations(model: GPTModel, kind: Literal["selective", "full"]) -> None:
+    """Let the blocks compute again in the backward pass what they have not kept (arXiv:1604.06174)."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    # Renamed between the versions of transformers that this runs with.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def largest_micro_batch(
+    attempt: Callable[[int], None], sizes: list[int], device: torch.device, all_agree: Callable[[bool], bool]
+) -> int:
+    """The largest of `sizes` that every process has memory for: tried one after the other, as long as what the next
+    will take, foretold from the two before it, is there on all of them. Collective.
+
+    Args:
+        attempt: goes through a step of so many sequences; one that runs out of memory must not need the others, nor be
+            needed by them, or else must not return.
+        sizes: in ascending order.
+        all_agree: whether every process says so.
+
+    Raises:
+        UserError: where not even the smallest has room.
+    """
+    room = (1 - _SPARE) * memory_for_this_process(device)
+    peaks: list[int] = []
+    for size in sizes:
+        done = len(peaks)
+        fits = True
+        if done >= 2:
+            for_one = (peaks[-1] - peaks[-2]) / (sizes[done - 1] - sizes[done - 2])
+            fits = peaks[-1] + (size - sizes[done - 1]) * for_one <= room
+        if not all_agree(fits):
+            break
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:
+            fits = False
+        if not all_agree(fits):
+            break
+        peaks.append(peak_memory(device))
+    if not peaks:
+        raise UserError(
+            f"micro_batch=auto: memory has no room for {sizes[0]} sequence; take a smaller model, shorter sequences or "
+            f"--activation_checkpointing full"
+        )
+    return sizes[len(peaks) - 1]
+
+
+def memory_for_this_process(device: torch.device) -> int:
+    """Bytes that this process can have: of its GPU, or of what the machine has left beside what it has already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    import psutil
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return peak_memory(device) + psutil.virtual_memory().available // processes

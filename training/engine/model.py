@@ -1,0 +1,132 @@
+"""The model of a run: new, or from a checkpoint; its kernels, and the micro-batch that fits."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+
+from data_prep.common.command_line import UserError
+from data_prep.tokenization.tokenizer import hf_tokenizer
+from eval.common.devices import on_cpu
+from eval.common.models import check_folder, compile_blocks, from_pretrained, is_compiled, read_config
+from modeling import GPTConfig, GPTModel
+from training.engine.batches import Batches
+from training.engine.data import Data
+from training.engine.memory import checkpoint_activations, largest_micro_batch
+from training.engine.optimizer import set_learning_rate
+from training.engine.step import training_step
+from training.settings.schema import MODEL_SIZES, TrainingConfig
+
+# Up to this length a CPU is faster with whole attention matrices than with the fused kernel (docs/benchmarks.md).
+_EAGER_TOKENS = 512
+
+
+def make_model(config: TrainingConfig, data: Data, source: str | Path | None) -> GPTModel:
+    """A model with the data's vocabulary: the one in `source`, or a new one, its weights drawn from the run's seed."""
+    settings = config.model
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+    kernel = {"attn_implementation": attention_kernel(config)}
+    try:
+        if source is None:
+            eos = data.tokenizer.eos_token_id
+            sizes = {name: getattr(settings, name) for name in MODEL_SIZES}
+            model_config = GPTConfig(
+                vocab_size=data.tokenizer.vocab_size, **sizes, **dropout, bos_token_id=eos, eos_token_id=eos
+            )
+            torch.manual_seed(config.run.seed)
+            model = GPTModel._from_config(model_config, **kernel)
+        else:
+            model = from_pretrained(source, use_safetensors=True, **dropout, **kernel)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "" if source is None else f" of {source}"
+        raise UserError(f"cannot make the model{where}: {' '.join(str(error).split())}") from error
+    if settings.activation_checkpointing != "none":
+        checkpoint_activations(model, settings.activation_checkpointing)
+    if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available() and not on_cpu()):
+        compile_blocks(model)
+    return model.train()
+
+
+def attention_kernel(config: TrainingConfig) -> str:
+    """The attention kernel that the settings name, or the faster one."""
+    if config.model.attn_implementation != "auto":
+        return config.model.attn_implementation
+    return "eager" if on_cpu() and config.sequence_length <= _EAGER_TOKENS else "sdpa"
+
+
+def check_initial_model(config: TrainingConfig, data: Data, tokenizer: Any) -> None:
+    """Refuse an `init_from` of other sizes, or whose tokenizer is not the one that the data was written with."""
+    name = config.model.init_from
+    check_folder(name)
+    saved = read_config(name)
+    if different := different_sizes(config, saved.to_dict()):
+        raise UserError(f"init_from={name!r} is another model ({'; '.join(different)}); leave those settings out")
+    if hf_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"init_from={name!r} has another tokenizer than {data.folders[0]}; prepare the data with --tokenizer {name}"
+        )
+
+
+def different_sizes(config: TrainingConfig, saved: dict[str, Any]) -> list[str]:
+    """What of the model's sizes is not as `saved`."""
+    asked = {name: getattr(config.model, name) for name in MODEL_SIZES}
+    return [f"{name}={saved[name]}, not {size}" for name, size in asked.items() if saved[name] != size]
+
+
+def find_micro_batch(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_data: Batches,
+) -> int:
+    """The largest micro-batch that every process has memory for, found by steps that change nothing. Collective.
+
+    Raises:
+        UserError: where not even one sequence has room, and where a sharded model has none for the next size: its
+            processes cannot do without each other in the midst of a step.
+    """
+    settings = config.optimizer
+    sharded = accelerator.distributed_type == "FSDP"
+    batch = math.gcd(settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens)
+    sequences = batch // (config.sequence_length * accelerator.num_processes)
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    set_learning_rate(optimizer, 0.0)
+
+    def attempt(size: int) -> None:
+        batch = train_data.sequences(0, size)
+        try:
+            # A process that runs out of memory must not leave the others in an exchange of gradients.
+            with contextlib.nullcontext() if sharded else accelerator.no_sync(model):
+                training_step(accelerator, model, optimizer, [batch], settings.max_grad_norm)
+        except torch.OutOfMemoryError as error:
+            if not sharded:
+                raise
+            raise UserError(f"micro_batch=auto: no memory for {size} sequences; give --micro_batch a number") from error
+
+    def all_agree(answer: bool) -> bool:
+        return bool(accelerator.gather(torch.tensor([answer], device=accelerator.device)).all())
+
+    bare = accelerator.unwrap_model(model)
+    compiled = is_compiled(bare)
+    if compiled:
+        compile_blocks(bare, dynamic=None)
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+    largest = largest_micro_batch(attempt, sizes, accelerator.device, all_agree)
+
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    if scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    if compiled:
+        torch.compiler.reset()  # what is compiled for any size is slower than for one
+        compile_blocks(bare)
+    return largest
