@@ -16,7 +16,7 @@ NOT_LOWERED = {"torch"}
 
 
 def requirements(extras: list[str]) -> list[Requirement]:
-    """What setup.cfg requires itself and in `extras`, those that other extras name included."""
+    """The requirements of setup.cfg and of its `extras`, with those of extras that they name."""
     parser = configparser.ConfigParser()
     parser.read(Path(__file__).parents[1] / "setup.cfg")
     lines = parser["options"]["install_requires"].splitlines()

@@ -1,1 +1,1 @@
-"""Contenders in turns; not part of the product."""
+"""Benchmarks beside other projects. Not part of the product."""

@@ -1,4 +1,4 @@
-"""How fast the loader is, beside what the quickstart's model consumes.
+"""Speed of the data loader, beside the tokens that the quickstart's model consumes.
 
 python -m benchmarks.data_loader
 """
@@ -18,11 +18,10 @@ _SEQUENCES = 64
 
 
 def loader_rate(config: TrainingConfig, seconds: float) -> Callable[[], float]:
-    """A measurement of the loader's tokens a second: each call reads batches for so many seconds, from where the last
-    one ended."""
+    """Returns a function that reads consecutive batches for a number of seconds and returns tokens per second."""
     batches = load_data(config).batches(config, "train")
     positions = itertools.count(step=_SEQUENCES)
-    batches.sequences(next(positions), _SEQUENCES)  # the index of the first window
+    batches.sequences(next(positions), _SEQUENCES)  # warm-up: builds the index of the first window
 
     def measure() -> float:
         started, tokens = time.perf_counter(), 0
@@ -34,18 +33,18 @@ def loader_rate(config: TrainingConfig, seconds: float) -> Callable[[], float]:
 
 
 def model_rate(steps: int) -> float:
-    """Tokens a second of the quickstart's own steps, the first few not counted."""
+    """Returns the tokens per second of the quickstart's steps, without the first five."""
     from training.loop.stopping import stop_requests
     from training.setup import setup
-    from training.train import train
+    from training.train import start_step
 
     with tempfile.TemporaryDirectory() as folder, stop_requests(max_minutes=None) as stop:
-        quickstart = setup(parse_config(["--runs_dir", folder]), stop)
+        quickstart = setup(parse_config(["--output_dir", f"{folder}/quickstart"]), stop)
         for _ in range(5):
-            train(quickstart)
+            start_step(quickstart)
         started = time.perf_counter()
         for _ in range(steps):
-            train(quickstart)
+            start_step(quickstart)
         rate = steps * quickstart.config.optimizer.batch_tokens / (time.perf_counter() - started)
         quickstart.close()
     return rate
@@ -53,10 +52,10 @@ def model_rate(steps: int) -> float:
 
 def main() -> None:
     parser = ArgumentParser("python -m benchmarks.data_loader", __doc__)
-    parser.add_option("data", nargs="+", default=["data/quickstart"], help="data folders, a mixture if several")
-    parser.add_option("repeats", type=int, default=5, help="rounds, in each of which every length is measured once")
-    parser.add_option("seconds", type=float, default=2.0, help="of a measurement")
-    parser.add_option("steps", type=int, default=50, help="of the quickstart's model")
+    parser.add_option("data", nargs="+", default=["data/quickstart"], help="data folders, mixed if several")
+    parser.add_option("repeats", type=int, default=5, help="rounds of measurements")
+    parser.add_option("seconds", type=float, default=2.0, help="seconds of a measurement")
+    parser.add_option("steps", type=int, default=50, help="steps of the quickstart's model")
     args = parser.parse_args()
     settings = {
         "256 tokens": ["--sequence_length", "256"],

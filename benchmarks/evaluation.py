@@ -1,9 +1,9 @@
-"""How fast HellaSwag and generation are, beside the peer's loop over items and stock `generate()`.
+"""Speed of HellaSwag and generation, beside build-nanogpt's loop over items and stock `generate()`.
 
 python -m benchmarks.evaluation runs/quickstart/checkpoints/step_00000800 --data hellaswag_val.jsonl
 
-The contenders take turns, each in a process of its own, on the same weights and items; ratios are medians of those
-within a round.
+Implementations run interleaved, each in its own process, with the same weights and items. Ratios are medians of the
+ratios within a round.
 """
 
 import random
@@ -16,14 +16,14 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from benchmarks.interleaved import Turn, contest, spread
+from benchmarks.interleaved import Setup, Workload, run_interleaved, spread
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks, load_model
 from eval.generate import Sampling, generate
 from eval.hellaswag import HellaSwag, read_items
 
-_STOCK, _OURS_IN_A_LOOP = "one item at a time, stock GPT-2", "one item at a time, GPTModel"
+_STOCK, _OURS_ONE_BY_ONE = "one item at a time, stock GPT-2", "one item at a time, GPTModel"
 _OURS, _COMPILED = "this project", "this project, compiled"
 
 
@@ -31,10 +31,10 @@ _OURS, _COMPILED = "this project", "this project, compiled"
 def one_item_at_a_time(
     model: Any, tokenize: Callable[[str], list[int]], items: list[dict[str, Any]]
 ) -> Iterator[tuple[list[float], list[float]]]:
-    """Summed and mean loss of each item's endings, found as in build-nanogpt: four padded rows in a forward pass.
+    """Yields summed and mean loss of the endings of each item as build-nanogpt does: four padded rows per item.
 
     Args:
-        model: stock GPT-2, or any that gives logits.
+        model: returns logits, as stock GPT-2.
     """
     for item in items:
         context = tokenize(item["ctx"])
@@ -51,7 +51,7 @@ def one_item_at_a_time(
 
 
 def fitting(items: list[dict[str, Any]], tokenizer: Any, context: int) -> list[dict[str, Any]]:
-    """The items that the peer's loop can score: it does not cut what is longer than the model's context."""
+    """Returns the items that fit into the model's context; `one_item_at_a_time` does not truncate."""
     task = HellaSwag.prepare(items, "completion", tokenizer)
     return [
         item
@@ -60,9 +60,9 @@ def fitting(items: list[dict[str, Any]], tokenizer: Any, context: int) -> list[d
     ]
 
 
-def hellaswag_turn(name: str, source: str, data: Path | None, count: int, precision: str) -> Turn:
-    """What scores `count` items under the completion rule, tokenization and all."""
-    if name in (_STOCK, _OURS_IN_A_LOOP):
+def hellaswag_workload(name: str, source: str, data: Path | None, count: int, precision: str) -> Workload:
+    """Returns a workload that tokenizes and scores `count` items by the completion rule."""
+    if name in (_STOCK, _OURS_ONE_BY_ONE):
         model, tokenizer = load_model(source)
         if name == _STOCK:
             model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).eval().to(device())
@@ -71,35 +71,35 @@ def hellaswag_turn(name: str, source: str, data: Path | None, count: int, precis
         model, tokenizer = load_model(source)
         if name == _COMPILED:
             compile_blocks(model)
-    known = fitting(read_items(data), tokenizer, model.config.n_positions)
-    items = random.Random(0).sample(known, min(count, len(known)))
+    usable = fitting(read_items(data), tokenizer, model.config.n_positions)
+    items = random.Random(0).sample(usable, min(count, len(usable)))
 
-    def turn() -> None:
+    def workload() -> None:
         with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bfloat16"):
-            if name in (_STOCK, _OURS_IN_A_LOOP):
+            if name in (_STOCK, _OURS_ONE_BY_ONE):
                 list(one_item_at_a_time(model, lambda text: tokenizer(text)["input_ids"], items))
             else:
                 HellaSwag.prepare(items, "completion", tokenizer).evaluate(accelerator, model)
 
-    return turn
+    return workload
 
 
-def generation_turn(name: str, source: str, new_tokens: int) -> Turn:
-    """What continues the empty document by `new_tokens` of the likeliest tokens."""
-    make_accelerator()  # the memory and the threads of both as this project has them
+def generation_workload(name: str, source: str, new_tokens: int) -> Workload:
+    """Returns a workload that generates `new_tokens` greedily from an empty prompt."""
+    make_accelerator()  # the same settings of memory and threads for both
     model, tokenizer = load_model(source)
     start = torch.tensor([[tokenizer.eos_token_id]], device=device())
     if name == _STOCK:
         stock = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).eval().to(device())
         options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
 
-    def turn() -> None:
+    def workload() -> None:
         if name == _STOCK:
             stock.generate(start, attention_mask=torch.ones_like(start), **options)
         else:
             generate(model, tokenizer, "", Sampling(max_new_tokens=new_tokens, temperature=0))
 
-    return turn
+    return workload
 
 
 def device() -> torch.device:
@@ -107,7 +107,7 @@ def device() -> torch.device:
 
 
 def table(title: str, results: dict[str, tuple[list[float], int]], amount: int, unit: str) -> str:
-    """Speeds, and their ratios to the first contender's within rounds."""
+    """Returns speeds, and their ratios to the first implementation within rounds."""
     first, _ = next(iter(results.values()))
     lines = [f"| {title} | {unit} a second (spread) | ratio (spread) | peak memory |", "| --- | --- | --- | --- |"]
     for name, (seconds, memory) in results.items():
@@ -121,23 +121,25 @@ def main() -> None:
     parser = ArgumentParser("python -m benchmarks.evaluation", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=Path, metavar="FILE", help="hellaswag_val.jsonl; downloaded if not given")
-    parser.add_option("items", type=int, default=500, help="of HellaSwag, drawn at random")
-    parser.add_option("new_tokens", type=int, default=200, help="to generate")
-    parser.add_option("repeats", type=int, default=5, help="rounds")
-    parser.add_option("compile", action="store_true", help="let a compiled model take part")
+    parser.add_option("items", type=int, default=500, help="random items of HellaSwag")
+    parser.add_option("new_tokens", type=int, default=200, help="tokens to generate")
+    parser.add_option("repeats", type=int, default=5, help="rounds of measurements")
+    parser.add_option("compile", action="store_true", help="measure a compiled model too")
     args = parser.parse_args()
     if min(args.items, args.new_tokens, args.repeats) < 1:
         raise UserError("items, new_tokens and repeats must be at least 1")
     model, tokenizer = load_model(args.model)
     count = min(args.items, len(fitting(read_items(args.data), tokenizer, model.config.n_positions)))
-    names = [_STOCK, _OURS_IN_A_LOOP, _OURS, *([_COMPILED] if args.compile else [])]
+    names = [_STOCK, _OURS_ONE_BY_ONE, _OURS, *([_COMPILED] if args.compile else [])]
+    setups: dict[str, Setup]
     for precision in ("float32", "bfloat16"):
-        contenders = {name: partial(hellaswag_turn, name, args.model, args.data, count, precision) for name in names}
-        results = contest(contenders, args.repeats)
+        setups = {name: partial(hellaswag_workload, name, args.model, args.data, count, precision) for name in names}
+        results = run_interleaved(setups, args.repeats)
         print("\n" + table(f"{count} items of HellaSwag, {precision}", results, count, "items"), flush=True)
     tokens = min(args.new_tokens, model.config.n_positions - 1)
-    contenders = {name: partial(generation_turn, name, args.model, tokens) for name in (_STOCK, _OURS)}
-    print("\n" + table(f"generation of {tokens} tokens, float32", contest(contenders, args.repeats), tokens, "tokens"))
+    setups = {name: partial(generation_workload, name, args.model, tokens) for name in (_STOCK, _OURS)}
+    results = run_interleaved(setups, args.repeats)
+    print("\n" + table(f"generation of {tokens} tokens, float32", results, tokens, "tokens"))
 
 
 if __name__ == "__main__":

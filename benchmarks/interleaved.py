@@ -1,4 +1,4 @@
-"""Contenders that take turns, each in a process of its own, so that what disturbs the machine disturbs all of them."""
+"""Interleaved measurement of several implementations, each in its own process, so that noise affects all of them."""
 
 import statistics
 import time
@@ -11,29 +11,30 @@ import torch
 from data_prep.common.command_line import UserError
 from eval.common.devices import peak_memory
 
-Turn = Callable[[], float | None]  # does its work, and may say itself how many seconds of it count
+Workload = Callable[[], float | None]  # runs once; may return its seconds, which are otherwise measured
+Setup = Callable[[], Workload]  # loads and compiles what a workload needs
 
 
-def contest(contenders: dict[str, Callable[[], Turn]], rounds: int) -> dict[str, tuple[list[float], int]]:
-    """The seconds of each contender's turns, one a round, and its peak memory in bytes.
+def run_interleaved(setups: dict[str, Setup], rounds: int) -> dict[str, tuple[list[float], int]]:
+    """Measures workloads in turn, each once per round, and returns the seconds and the peak memory in bytes of each.
 
     Args:
-        contenders: what makes a contender, to be called in its own process (and so picklable). A first turn, in which
-            things are compiled and allocated, is not counted.
+        setups: by name of the implementation; picklable, as each is called in a process of its own. The first run of
+            each workload is a warm-up and is not measured.
 
     Raises:
-        UserError: where one has failed; its own error is on the screen.
+        UserError: if one fails; its process has printed the error.
     """
     context = get_context("spawn")
     connections: dict[str, Connection] = {}
     processes = []
-    results: dict[str, tuple[list[float], int]] = {name: ([], 0) for name in contenders}
+    results: dict[str, tuple[list[float], int]] = {name: ([], 0) for name in setups}
     try:
-        for name, make in contenders.items():
-            connections[name], other = context.Pipe()
-            processes.append(context.Process(target=_contend, args=(other, make)))
+        for name, setup in setups.items():
+            connections[name], remote = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(remote, setup)))
             processes[-1].start()
-            other.close()
+            remote.close()
             connections[name].send(True)
             connections[name].recv()
         for _ in range(rounds):
@@ -51,19 +52,19 @@ def contest(contenders: dict[str, Callable[[], Turn]], rounds: int) -> dict[str,
     return results
 
 
-def _contend(connection: Connection, make: Callable[[], Turn]) -> None:
-    turn, cuda = make(), torch.cuda.is_available()
+def _serve(connection: Connection, setup: Setup) -> None:
+    workload, cuda = setup(), torch.cuda.is_available()
     while connection.recv():
         started = time.perf_counter()
-        seconds = turn()
+        seconds = workload()
         if cuda:
             torch.cuda.synchronize()
         seconds = seconds or time.perf_counter() - started
         connection.send((seconds, peak_memory(torch.device("cuda" if cuda else "cpu"))))
         if cuda:
-            torch.cuda.empty_cache()  # for the others' turns
+            torch.cuda.empty_cache()  # frees memory for the other processes
 
 
 def spread(values: list[float], form: str) -> str:
-    """`MEDIAN (LEAST to MOST)`."""
+    """Formats `MEDIAN (MIN to MAX)`."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"

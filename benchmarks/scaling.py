@@ -1,8 +1,8 @@
-"""What it takes to train each GPT-3 preset: memory, launch file and days; written to docs/scaling.md.
+"""Memory, Accelerate config and days of training for each GPT-3 preset, written to docs/scaling.md.
 
 python -m benchmarks.scaling > docs/scaling.md
 
-A plan on paper. Throughput is what an assumed share of the GPU's peak gives; measure yours, and set it here.
+An estimate, not a measurement: throughput is an assumed share of the GPU's peak (`_MFU`).
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _RESERVED = 4 * 2**30  # CUDA's context, communication, fragmentation
 
 @dataclass(frozen=True)
 class GPU:
-    """A kind of GPU: its memory in bytes and its dense peak at bf16 in FLOP/s."""
+    """A GPU with its memory in bytes and its dense peak in bf16 in FLOP/s."""
 
     name: str
     memory: int
@@ -31,11 +31,11 @@ H100 = GPU("H100 (80 GB)", 80 * 10**9, 989e12)
 
 
 def activation_bytes(config: GPTConfig, checkpointing: str) -> int:
-    """Bytes that the backward pass needs of one sequence, in bf16.
+    """Returns the bytes that the backward pass needs for one sequence in bf16.
 
-    Without recomputation 34 T C a layer, dropout's masks left out and attention fused (Korthikanti et al. 2022,
-    arXiv:2205.05198, section 4.1: 34 T C + 5 H T^2, of which dropout is 2 T C and attention's matrices all of the
-    latter); under full checkpointing the input of each layer, and one layer in full.
+    Without recomputation 32 T C per layer: Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) count
+    34 T C + 5 H T^2, less 2 T C for the masks of dropout and all of H T^2, as attention is fused. With full
+    checkpointing the input of each layer, and one layer in full.
     """
     channels = config.n_positions * config.n_embd
     layer = 32 * channels
@@ -43,13 +43,13 @@ def activation_bytes(config: GPTConfig, checkpointing: str) -> int:
 
 
 def state_bytes(parameters: int, shards: int) -> int:
-    """Bytes a GPU holds of float32 weights, their gradients and AdamW's two moments, over `shards` GPUs."""
+    """Returns the bytes per GPU of float32 weights, gradients and AdamW's two moments on `shards` GPUs."""
     return 16 * parameters // shards
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one preset is trained: `state` and `activations` in bytes per GPU."""
+    """A way to train a preset; `state` and `activations` are bytes per GPU."""
 
     gpus: int
     sharded: bool
@@ -60,18 +60,16 @@ class Plan:
     days: float
 
     @property
-    def launch_file(self) -> str:
+    def accelerate_config(self) -> str:
         names = {(False, 1): "ddp", (True, 1): "fsdp2", (False, 2): "multi_node", (True, 2): "fsdp2_multi_node"}
         return names[self.sharded, 1 if self.gpus <= 8 else 2] + ".yaml"
 
 
 def make_plan(preset: Preset, gpu: GPU = H100) -> Plan:
-    """The plan with the fewest GPUs, machines of 8, that have room for it and see 300B tokens in at most 35 days.
+    """Returns the plan with the fewest GPUs, in machines of 8, that fits and takes at most 35 days for 300B tokens.
 
-    Data parallel before sharded, and all activations kept before recomputing them.
-
-    Raises:
-        ValueError: if no plan is found.
+    Prefers data parallelism to sharding, and keeping activations to recomputing them. Raises `ValueError` if no plan
+    fits.
     """
     config = config_of(preset)
     parameters = parameter_count(config)
@@ -81,7 +79,7 @@ def make_plan(preset: Preset, gpu: GPU = H100) -> Plan:
         if left_over or seconds / gpus > 35 * 86400:
             continue
         for sharded, checkpointing in product((False, True), ("none", "full")):
-            # In bf16 a GPU has all weights at once, or those of a layer and the one that is fetched ahead.
+            # bf16 weights on a GPU: all of them, or if sharded those of a layer and of the prefetched next one.
             in_use = 2 * parameters // (config.n_layer // 2 if sharded else 1)
             state = state_bytes(parameters, gpus if sharded else 1) + in_use
             one = activation_bytes(config, checkpointing)
@@ -94,13 +92,13 @@ def make_plan(preset: Preset, gpu: GPU = H100) -> Plan:
 
 
 def config_of(preset: Preset) -> GPTConfig:
-    """The preset's model with GPT-2's vocabulary."""
+    """Returns the configuration of a preset with GPT-2's vocabulary."""
     sizes = {name: getattr(preset, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
     return GPTConfig(vocab_size=_VOCAB_SIZE, **sizes)
 
 
 def document() -> str:
-    """docs/scaling.md."""
+    """Returns the text of docs/scaling.md."""
     lines = [
         "# What each GPT-3 preset takes",
         "",
@@ -109,8 +107,8 @@ def document() -> str:
         "124M). State: float32 weights and gradients, AdamW's moments and the bf16 weights in use. Activations: those "
         "of a micro-batch and a chunk of logits. None of it has been run on GPUs by this project yet.",
         "",
-        "| preset | parameters | GPUs | launch file | activation checkpointing | tokens a step = GPUs x accumulated x "
-        "micro-batch x 2,048 | state per GPU | activations per GPU | days |",
+        "| preset | parameters | GPUs | Accelerate config | gradient checkpointing | tokens a step = GPUs x "
+        "accumulated x micro-batch x 2,048 | state per GPU | activations per GPU | days |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, preset in PRESETS.items():
@@ -119,7 +117,7 @@ def document() -> str:
         plan = make_plan(preset)
         accumulated = preset.batch_tokens // (plan.gpus * plan.micro_batch * preset.n_positions)
         lines.append(
-            f"| {name} | {parameter_count(config_of(preset)) / 1e9:.2f}B | {plan.gpus} | {plan.launch_file} | "
+            f"| {name} | {parameter_count(config_of(preset)) / 1e9:.2f}B | {plan.gpus} | {plan.accelerate_config} | "
             f"{plan.checkpointing} | {preset.batch_tokens:,} = {plan.gpus} x {accumulated} x {plan.micro_batch} x "
             f"{preset.n_positions:,} | {plan.state / 2**30:.1f} GiB | {plan.activations / 2**30:.1f} GiB | "
             f"{plan.days:.1f} |"

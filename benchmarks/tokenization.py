@@ -1,9 +1,9 @@
-"""How fast preparation is, beside tiktoken alone and beside a re-statement of build-nanogpt's script.
+"""Speed of data preparation, beside tiktoken alone and beside build-nanogpt's script, rewritten.
 
 python -m benchmarks.tokenization
 
-The text is the Python sources and documentation on this machine, in one parquet file. Every measurement is a process of
-its own; the contenders take turns, and memory is that of the whole process tree (its share of what it shares).
+The text is the Python sources and documentation on this machine, in one parquet file. Each measurement is a new
+process; implementations run interleaved. Memory is that of the process tree (proportional set size on Linux).
 """
 
 import json
@@ -29,8 +29,8 @@ _CORES = os.cpu_count() or 1
 
 
 def make_corpus(path: Path, megabytes: int) -> int:
-    """Write files of Python source and documentation to one parquet file, more than once where this machine has less
-    than `megabytes` of them; return the bytes of text."""
+    """Writes Python sources and documentation to one parquet file, repeated if this machine has less than `megabytes`
+    of them, and returns the bytes of text."""
     import pyarrow
     from pyarrow import parquet
 
@@ -52,8 +52,8 @@ def make_corpus(path: Path, megabytes: int) -> int:
 
 
 def ours(corpus: Path, scratch: Path, workers: int = _CORES) -> float:
-    """This preparation, end to end."""
-    import fsspec  # noqa: F401  as of the others, imports are not counted
+    """Measures this project's preparation, end to end."""
+    import fsspec  # noqa: F401  imports are not measured
     import pyarrow.parquet  # noqa: F401
 
     from data_prep.prepare import Recipe, prepare
@@ -66,7 +66,7 @@ def ours(corpus: Path, scratch: Path, workers: int = _CORES) -> float:
 
 
 def pool_based(corpus: Path, scratch: Path, workers: int = max(1, _CORES // 2)) -> float:
-    """build-nanogpt's way: the data set on disk first, then a process pool that returns an array a document."""
+    """Measures build-nanogpt's method: the data set on disk, then a process pool that returns an array per document."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -91,14 +91,14 @@ def pool_based(corpus: Path, scratch: Path, workers: int = max(1, _CORES // 2)) 
 def _tokens_of_document(document: dict[str, str]) -> np.ndarray:
     import tiktoken
 
-    encoding = tiktoken.get_encoding("gpt2")  # kept by tiktoken after the first call
+    encoding = tiktoken.get_encoding("gpt2")  # cached by tiktoken after the first call
     tokens = np.array([encoding._special_tokens["<|endoftext|>"], *encoding.encode_ordinary(document["text"])])
     assert (tokens >= 0).all() and (tokens < 2**16).all(), "token ids do not fit into uint16"
     return tokens.astype(np.uint16)
 
 
 def tiktoken_batch(corpus: Path, scratch: Path) -> float:
-    """tiktoken alone, its own batch function on all cores; the texts are in memory, the tokens are thrown away."""
+    """Measures tiktoken's own batch function on all cores; texts are in memory, tokens are discarded."""
     import tiktoken
 
     encoding, texts = tiktoken.get_encoding("gpt2"), _texts(corpus)
@@ -109,7 +109,7 @@ def tiktoken_batch(corpus: Path, scratch: Path) -> float:
 
 
 def tiktoken_threads(corpus: Path, scratch: Path) -> float:
-    """tiktoken alone, a thread and an encoding for each core, ids as arrays rather than lists."""
+    """Measures tiktoken with a thread per core, ids as arrays instead of lists."""
     from data_prep.tokenization.tokenizer import gpt2_tokenizer
 
     tokenizer, texts = gpt2_tokenizer(), _texts(corpus)
@@ -126,7 +126,7 @@ def tiktoken_threads(corpus: Path, scratch: Path) -> float:
 
 
 def tiktoken_processes(corpus: Path, scratch: Path) -> float:
-    """tiktoken alone, a process for each core, which inherits the texts and sends nothing back."""
+    """Measures tiktoken with a process per core, which inherits the texts and returns nothing."""
     import tiktoken
 
     encoding, texts = tiktoken.get_encoding("gpt2"), _texts(corpus)
@@ -151,7 +151,7 @@ def _texts(corpus: Path) -> list[str]:
     return parquet.read_table(corpus, columns=["text"]).column("text").to_pylist()
 
 
-CONTENDERS: dict[str, Callable[[Path, Path], float]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Path, Path], float]] = {
     "this preparation, all cores": ours,
     "this preparation, one worker": lambda corpus, scratch: ours(corpus, scratch, 1),
     "pool-based, its default of half the cores": pool_based,
@@ -163,11 +163,11 @@ CONTENDERS: dict[str, Callable[[Path, Path], float]] = {
 
 
 def measure(name: str, corpus: Path) -> tuple[float, float]:
-    """Seconds, and peak memory in bytes of the process tree, of one contender in a process of its own."""
+    """Runs one implementation in a new process, and returns its seconds and the peak memory of its tree in bytes."""
     import psutil
 
     with tempfile.TemporaryDirectory(dir=corpus.parent) as scratch:
-        words = [sys.executable, "-m", "benchmarks.tokenization", "--contender", name, str(corpus), scratch]
+        words = [sys.executable, "-m", "benchmarks.tokenization", "--implementation", name, str(corpus), scratch]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         peak = 0
         while process.poll() is None:
@@ -179,7 +179,7 @@ def measure(name: str, corpus: Path) -> tuple[float, float]:
 
 
 def _tree_memory(root: "psutil.Process") -> int:  # noqa: F821
-    """Proportional set size on Linux, where processes share pages; resident size elsewhere."""
+    """Returns the proportional set size on Linux, where processes share pages, and the resident size elsewhere."""
     import psutil
 
     total = 0
@@ -187,14 +187,13 @@ def _tree_memory(root: "psutil.Process") -> int:  # noqa: F821
         for process in (root, *root.children(recursive=True)):
             memory = process.memory_full_info()
             total += getattr(memory, "pss", memory.rss)
-    except psutil.Error:  # a process ended while it was looked at
+    except psutil.Error:  # a process has ended in the meantime
         return 0
     return total
 
 
 def table(rows: dict[str, list[tuple[float, float]]], text_bytes: int, tokens: int) -> str:
-    """The measurements as Markdown; the ratios are medians over those within a round, in which the machine is the
-    same."""
+    """Returns a Markdown table. Ratios are medians of the ratios within a round."""
     seconds = {name: [s for s, _ in runs] for name, runs in rows.items()}
     fastest = min((name for name in rows if name.startswith("tiktoken")), key=lambda n: statistics.median(seconds[n]))
     default = next(name for name in rows if "default" in name)
@@ -216,13 +215,13 @@ def table(rows: dict[str, list[tuple[float, float]]], text_bytes: int, tokens: i
 
 def main() -> None:
     parser = ArgumentParser("python -m benchmarks.tokenization", __doc__)
-    parser.add_option("megabytes", type=int, default=300, help="of text")
-    parser.add_option("repeats", type=int, default=5, help="rounds, in each of which every contender runs once")
-    parser.add_option("contender", nargs=3, metavar=("NAME", "CORPUS", "SCRATCH"), help="run one of them, once")
+    parser.add_option("megabytes", type=int, default=300, help="size of the text")
+    parser.add_option("repeats", type=int, default=5, help="rounds of measurements")
+    parser.add_option("implementation", nargs=3, metavar=("NAME", "CORPUS", "SCRATCH"), help="run one, once")
     args = parser.parse_args()
-    if args.contender:
-        name, corpus, scratch = args.contender
-        print(json.dumps(CONTENDERS[name](Path(corpus), Path(scratch))))
+    if args.implementation:
+        name, corpus, scratch = args.implementation
+        print(json.dumps(IMPLEMENTATIONS[name](Path(corpus), Path(scratch))))
         return
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.parquet"
@@ -233,11 +232,11 @@ def main() -> None:
 
         tokenizer = gpt2_tokenizer()
         tokens = sum(len(tokenizer.encode([text])) for text in texts)
-        rows: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
-        for turn in range(args.repeats):
-            for name in CONTENDERS:
+        rows: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
+        for number in range(args.repeats):
+            for name in IMPLEMENTATIONS:
                 rows[name].append(measure(name, corpus))
-                print(f"round {turn + 1}: {name}: {rows[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
+                print(f"round {number + 1}: {name}: {rows[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
         print(table(rows, text_bytes, tokens))
 
 

@@ -1,9 +1,9 @@
-"""How fast a training step is, and how much memory it takes, beside build-nanogpt's and transformers' `Trainer`.
+"""Speed and memory of a training step, beside build-nanogpt's and transformers' `Trainer`.
 
-    python -m benchmarks.training_step [--sizes quickstart small gpt2-124m] [--contenders ...]
+    python -m benchmarks.training_step [--sizes quickstart small gpt2-124m] [--implementations ...]
 
-All have the same model, batch, precision and optimizer, and take turns of a few steps; ratios are medians of those
-within a round.
+All have the same model, batch, precision and optimizer, and run a few steps at a time, interleaved. Ratios are medians
+of the ratios within a round.
 """
 
 import statistics
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.interleaved import Turn, contest, spread
+from benchmarks.interleaved import Setup, Workload, run_interleaved, spread
 from data_prep.common.command_line import ArgumentParser, run
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks
@@ -34,7 +34,7 @@ _LEARNING_RATE = 6e-4
 
 @dataclass(frozen=True)
 class Size:
-    """A model, and its batch: `accumulation` micro-batches of `micro_batch` sequences of `length` tokens."""
+    """Sizes of a model and of its batch: `accumulation` micro-batches of `micro_batch` sequences of `length` tokens."""
 
     n_layer: int
     n_embd: int
@@ -51,7 +51,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Tokens in a step."""
+        """Tokens per step."""
         return self.micro_batch * self.length * self.accumulation
 
 
@@ -61,20 +61,20 @@ SIZES = {
     "gpt2-124m": Size(12, 768, 12, 50257, 1024, 2, 1),
 }
 
-Steps = Callable[[int], float | None]  # runs so many optimizer steps
+Steps = Callable[[int], float | None]  # runs N optimizer steps; may return their seconds
 
 
-def batches(size: Size, place: torch.device) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Endless batches of random tokens: inputs and labels `[micro_batch, length]` for each micro-batch."""
+def batches(size: Size, device: torch.device) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields random batches without end: inputs and labels `[micro_batch, length]` of each micro-batch."""
     generator = torch.Generator().manual_seed(0)
     while True:
         shape = (size.accumulation, size.micro_batch, size.length + 1)
         tokens = torch.randint(size.vocab_size, shape, generator=generator)
-        yield [(ids[:, :-1].to(place), ids[:, 1:].to(place)) for ids in tokens]
+        yield [(ids[:, :-1].to(device), ids[:, 1:].to(device)) for ids in tokens]
 
 
 def engine(size: Size, precision: str, compiled: bool) -> Steps:
-    """This project's step."""
+    """Returns steps of this project."""
     accelerator = make_accelerator(mixed_precision=precision)
     torch.manual_seed(0)
     model = GPTModel(size.config).train()
@@ -100,7 +100,7 @@ def device() -> torch.device:
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 as "Let's reproduce GPT-2 (124M)" has it: all logits at once, a vocabulary padded to a multiple of 128."""
+    """GPT-2 as in "Let's reproduce GPT-2 (124M)": all logits at once, vocabulary padded to a multiple of 128."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class PlainGPT(nn.Module):
 
 
 def build_nanogpt(size: Size, precision: str, compiled: bool) -> Steps:
-    """A re-statement of build-nanogpt's step: autocast around the forward pass, a loss that is waited for each step."""
+    """Returns steps as build-nanogpt runs them: autocast in the forward pass, a synchronization after each step."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     model = PlainGPT(size).to(device())
@@ -148,7 +148,7 @@ def build_nanogpt(size: Size, precision: str, compiled: bool) -> Steps:
         {"params": decayed, "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # It asks for the fused optimizer on CUDA only; here all contenders have the same.
+    # build-nanogpt uses the fused optimizer on CUDA only; here all implementations use it.
     optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
     forward = torch.compile(model) if compiled else model
     source = batches(size, device())
@@ -173,7 +173,7 @@ def build_nanogpt(size: Size, precision: str, compiled: bool) -> Steps:
 
 
 def trainer(size: Size, precision: str, compiled: bool) -> Steps:
-    """Stock `GPT2LMHeadModel` in transformers' `Trainer`, from its first step's end to its last's."""
+    """Returns steps of stock `GPT2LMHeadModel` in transformers' `Trainer`, timed without its preparations."""
     from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
@@ -202,31 +202,31 @@ def trainer(size: Size, precision: str, compiled: bool) -> Steps:
         use_cpu=not torch.accelerator.is_available(),
     )
 
-    class Watch(TrainerCallback):
+    class Timer(TrainerCallback):
         started = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
-                Watch.started = time.perf_counter()
+                Timer.started = time.perf_counter()
 
     data = [{"input_ids": row, "labels": row} for row in rows]
-    trained = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Watch()])
+    trained = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Timer()])
     trained.remove_callback(PrinterCallback)
 
     def steps(count: int) -> float:
         trained.args.max_steps = count
         trained.train()
-        return time.perf_counter() - Watch.started
+        return time.perf_counter() - Timer.started
 
     return steps
 
 
-def contender(name: str, size: Size, precision: str, count: int) -> Turn:
-    """A turn of `count` steps."""
-    return partial(CONTENDERS[name](size, precision), count)
+def step_workload(name: str, size: Size, precision: str, count: int) -> Workload:
+    """Returns a workload of `count` steps."""
+    return partial(IMPLEMENTATIONS[name](size, precision), count)
 
 
-CONTENDERS: dict[str, Callable[[Size, str], Steps]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Size, str], Steps]] = {
     "gpt-accelerate": partial(engine, compiled=False),
     "gpt-accelerate, compiled": partial(engine, compiled=True),
     "build-nanogpt": partial(build_nanogpt, compiled=False),
@@ -237,11 +237,11 @@ CONTENDERS: dict[str, Callable[[Size, str], Steps]] = {
 
 
 def table(size: Size, precision: str, speeds: dict[str, list[float]], memory: dict[str, int]) -> str:
-    """Tokens per second, ratios of the first contender to each within rounds, MFU where the peak is known, memory."""
+    """Returns tokens per second, ratios of the first implementation to each within rounds, MFU if known, memory."""
     first = next(iter(speeds.values()))
     peak = peak_flops(describe_device(device()), precision)
     lines = [
-        "| | tokens/s (spread) | the first is so many times as fast (spread) | MFU | peak memory |",
+        "| | tokens/s (spread) | speed of the first / its own (spread) | MFU | peak memory |",
         "|---|---|---|---|---|",
     ]
     for name, own in speeds.items():
@@ -256,14 +256,13 @@ def table(size: Size, precision: str, speeds: dict[str, list[float]], memory: di
 def main() -> None:
     parser = ArgumentParser("python -m benchmarks.training_step", __doc__)
     parser.add_option("sizes", nargs="+", default=["quickstart", "small"], choices=list(SIZES), help="models")
-    parser.add_option(
-        "contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="who takes part"
-    )
+    known = list(IMPLEMENTATIONS)
+    parser.add_option("implementations", nargs="+", default=known, choices=known, help="those to measure")
     parser.add_option("precision", default="bf16", choices=["bf16", "no"], help="of the arithmetic")
-    parser.add_option("micro_batch", type=int, help="sequences in a forward pass, in place of the size's own")
-    parser.add_option("accumulation", type=int, help="micro-batches in a step, in place of the size's own")
-    parser.add_option("steps", type=int, default=5, help="steps in a turn")
-    parser.add_option("rounds", type=int, default=5, help="turns of each")
+    parser.add_option("micro_batch", type=int, help="sequences in a forward pass, instead of those of the size")
+    parser.add_option("accumulation", type=int, help="micro-batches in a step, instead of those of the size")
+    parser.add_option("steps", type=int, default=5, help="steps in a round")
+    parser.add_option("rounds", type=int, default=5, help="rounds of measurements")
     args = parser.parse_args()
     for name in args.sizes:
         size = SIZES[name]
@@ -278,8 +277,10 @@ def main() -> None:
             f"{describe_device(device())}, torch {torch.__version__}\n",
             flush=True,
         )
-        contenders = {name: partial(contender, name, size, args.precision, args.steps) for name in args.contenders}
-        results = contest(contenders, args.rounds)
+        setups: dict[str, Setup] = {
+            name: partial(step_workload, name, size, args.precision, args.steps) for name in args.implementations
+        }
+        results = run_interleaved(setups, args.rounds)
         speeds = {name: [args.steps * size.tokens / one for one in seconds] for name, (seconds, _) in results.items()}
         print(table(size, args.precision, speeds, {name: memory for name, (_, memory) in results.items()}), flush=True)
 

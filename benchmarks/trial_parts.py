@@ -18,7 +18,7 @@ _GOAL_OVER_BUILD_NANOGPT = 1.3
 
 
 def versions(trial: Trial) -> None:
-    """What is installed, and which attention kernel torch takes."""
+    """Reports installed versions, and which attention kernels work and how fast."""
     from importlib.metadata import version
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,26 +27,26 @@ def versions(trial: Trial) -> None:
     from training.engine.distributed import describe_device
 
     names = ("torch", "transformers", "accelerate", "numpy")
-    trial.say("versions", ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]))
-    trial.say("device", describe_device(trial.device))
+    trial.report("versions", ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]))
+    trial.report("device", describe_device(trial.device))
     if trial.on_gpu:
         properties = torch.cuda.get_device_properties(0)
-        trial.say("memory, CUDA", f"{properties.total_memory / 2**30:.1f} GiB, {torch.version.cuda}")
+        trial.report("memory, CUDA", f"{properties.total_memory / 2**30:.1f} GiB, {torch.version.cuda}")
     shape, dtype = ((64, 12, 1024, 64), torch.bfloat16) if trial.on_gpu else ((2, 2, 64, 16), torch.float32)
     q, k, v = (torch.randn(shape, device=trial.device, dtype=dtype, requires_grad=True) for _ in range(3))
     chosen = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True))
-    trial.say(f"attention of {list(shape)}", chosen.name)
+    trial.report(f"attention of {list(shape)}", chosen.name)
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             with sdpa_kernel(backend):
                 seconds = timed(trial, lambda: scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
-            trial.say(f"{backend.name}, there and back", f"{seconds * 1e3:.2f} ms")
+            trial.report(f"{backend.name}, forward and backward", f"{seconds * 1e3:.2f} ms")
         except RuntimeError as error:
-            trial.say(f"{backend.name}", f"not here: {str(error).splitlines()[0][:80]}")
+            trial.report(f"{backend.name}", f"not available: {str(error).splitlines()[0][:80]}")
 
 
 def timed(trial: Trial, work: Callable[[], Any], repeats: int = 10) -> float:
-    """Seconds that `work` takes, the median of some."""
+    """Returns the median of the seconds that `work` takes, after two warm-up runs."""
     seconds = []
     for _ in range(repeats + 2):
         started = time.perf_counter()
@@ -58,9 +58,9 @@ def timed(trial: Trial, work: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def speed(trial: Trial) -> None:
-    """Tokens a second of a step, beside build-nanogpt's and transformers' `Trainer`."""
-    from benchmarks.interleaved import contest, spread
-    from benchmarks.training_step import SIZES, contender
+    """Reports tokens per second of training, beside build-nanogpt's and transformers' `Trainer`."""
+    from benchmarks.interleaved import run_interleaved, spread
+    from benchmarks.training_step import SIZES, step_workload
     from modeling import flops_per_token
     from training.engine.distributed import describe_device
     from training.records.flops import peak_flops
@@ -71,27 +71,27 @@ def speed(trial: Trial) -> None:
         size, rounds, steps, suffix = replace(SIZES["quickstart"], micro_batch=2), 1, 1, ""
     names = [f"gpt-accelerate{suffix}", f"build-nanogpt{suffix}", f"Trainer{suffix}"]
     precision = "bf16" if trial.on_gpu else "no"
-    makers = {name: partial(contender, name, size, precision, steps) for name in names}
+    setups = {name: partial(step_workload, name, size, precision, steps) for name in names}
     halves = replace(size, micro_batch=size.micro_batch // 2, accumulation=2)  # Trainer needs more memory
-    makers[names[2]] = partial(contender, names[2], halves, precision, steps)
+    setups[names[2]] = partial(step_workload, names[2], halves, precision, steps)
     peak = peak_flops(describe_device(trial.device), precision)
-    for other, goal in ((names[1], _GOAL_OVER_BUILD_NANOGPT), (names[2], 1.0)):  # one at a time: either may fail
-        results = contest({name: makers[name] for name in (names[0], other)}, rounds)
+    for other, goal in ((names[1], _GOAL_OVER_BUILD_NANOGPT), (names[2], 1.0)):  # separately, as either may fail
+        results = run_interleaved({name: setups[name] for name in (names[0], other)}, rounds)
         speeds = {name: [steps * size.tokens / one for one in seconds] for name, (seconds, _) in results.items()}
         for name, own in speeds.items():
             flops = flops_per_token(size.config, size.length) * statistics.median(own)
             mfu = "" if peak is None else f", MFU {flops / peak:.1%}"
-            trial.say(name, f"{spread(own, ',.0f')} tokens/s{mfu}, {results[name][1] / 2**30:.1f} GiB")
+            trial.report(name, f"{spread(own, ',.0f')} tokens/s{mfu}, {results[name][1] / 2**30:.1f} GiB")
         ratios = [a / b for a, b in zip(speeds[names[0]], speeds[other], strict=True)]
-        reached = "" if statistics.median(ratios) >= goal else f", NOT {goal}"
-        trial.say(f"ours to {other}", f"{spread(ratios, '.2f')} times as fast{reached}")
+        missed = "" if statistics.median(ratios) >= goal else f", below the goal of {goal}"
+        trial.report(f"speed / {other}", f"{spread(ratios, '.2f')}{missed}")
     if trial.on_gpu:
         own = statistics.median(speeds[names[0]])
-        trial.say(f"llm.c's {_LLMC_TOKENS_PER_SECOND:,}", f"{own / _LLMC_TOKENS_PER_SECOND:.2f} of it")
+        trial.report(f"speed / llm.c's {_LLMC_TOKENS_PER_SECOND:,}", f"{own / _LLMC_TOKENS_PER_SECOND:.2f}")
 
 
 _KINDS = {
-    "fused by inductor": ("triton", "cpp_fused"),  # first: their names say what was fused
+    "fused by inductor": ("triton", "cpp_fused"),  # first, as their names contain those of the fused operations
     "attention": ("flash", "attention", "fmha", "cudnn"),
     "matrix products": ("gemm", "cutlass", "nvjet", "addmm", "aten::mm", "bmm", "sm90_xmma", "cublas"),
     "optimizer": ("adam", "multi_tensor", "foreach", "lpnorm"),
@@ -100,7 +100,7 @@ _KINDS = {
 
 
 def profile(trial: Trial) -> None:
-    """Where the time of a step goes, and what was compiled."""
+    """Reports the share of each kind of kernel in the time of a step, and the compiled graphs."""
     from torch._dynamo.utils import counters
     from torch.profiler import ProfilerActivity
 
@@ -112,23 +112,25 @@ def profile(trial: Trial) -> None:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * trial.on_gpu
     with torch.profiler.profile(activities=activities) as recorded:
         steps(3)
-    spent = dict.fromkeys([*_KINDS, "the rest"], 0.0)
+    spent = dict.fromkeys([*_KINDS, "other"], 0.0)
     for one in recorded.key_averages():
         if one.is_user_annotation or (one.device_type == torch.autograd.DeviceType.CUDA) != trial.on_gpu:
-            continue  # which have the time of kernels once more
+            continue  # annotations count the time of kernels again
         name = one.key.lower()
-        kind = next((kind for kind, signs in _KINDS.items() if any(sign in name for sign in signs)), "the rest")
+        kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), "other")
         spent[kind] += one.self_device_time_total if trial.on_gpu else one.self_cpu_time_total
     table = recorded.key_averages().table(sort_by=f"self_{trial.device.type}_time_total", row_limit=60)
     (trial.out / "profile.txt").write_text(table + "\n", encoding="utf-8")
-    trial.say("graphs, graph breaks", f"{counters['stats']['unique_graphs']}, {sum(counters['graph_break'].values())}")
+    trial.report(
+        "graphs, graph breaks", f"{counters['stats']['unique_graphs']}, {sum(counters['graph_break'].values())}"
+    )
     total = sum(spent.values())
     for kind, microseconds in spent.items():
-        trial.say(kind, f"{microseconds / total:.1%}" if total else "no time recorded")
+        trial.report(kind, f"{microseconds / total:.1%}" if total else "no time recorded")
 
 
 def _scattering(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss as it was until 0.2: the gradient's ones are scattered into a float32 buffer."""
+    """Computes the loss as version 0.2 did, with a scatter into a float32 buffer."""
     probs = logits.softmax(dim=-1, dtype=torch.float32)
     log_normalizer = logits.amax(dim=-1, keepdim=True).float() - probs.amax(dim=-1, keepdim=True).log()
     nats = ((log_normalizer - logits.gather(1, targets).float()) * valid).sum()
@@ -137,7 +139,7 @@ def _scattering(logits: Tensor, targets: Tensor, valid: Tensor, z_loss: float) -
 
 
 def loss(trial: Trial) -> None:
-    """The loss of a step, forward and backward: by size of chunk, and as it was before."""
+    """Reports time and memory of the loss, forward and backward, by size of chunk and kernel."""
     import modeling.loss as module
 
     n, c, v = (65536, 768, 50257) if trial.on_gpu else (256, 32, 500)
@@ -146,9 +148,9 @@ def loss(trial: Trial) -> None:
     labels = torch.randint(v, (n,), device=trial.device)
     kernels = {"": module.nats_and_gradient, ", scattered": _scattering}
 
-    def there_and_back(kernel: module.OfLogits) -> None:
+    def forward_backward(kernel: module.LossKernel) -> None:
         with torch.autocast(trial.device.type, torch.bfloat16, enabled=trial.on_gpu):
-            module.linear_cross_entropy(hidden, weight, labels, of_logits=kernel)[0].backward()
+            module.linear_cross_entropy(hidden, weight, labels, loss_kernel=kernel)[0].backward()
         hidden.grad = weight.grad = None
 
     for title, kernel in kernels.items():
@@ -157,13 +159,13 @@ def loss(trial: Trial) -> None:
             module.chunk_tokens = lambda device, chunk=chunk: chunk
             if trial.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            seconds = timed(trial, lambda kernel=kernel: there_and_back(kernel))
+            seconds = timed(trial, lambda kernel=kernel: forward_backward(kernel))
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if trial.on_gpu else ""
-            trial.say(f"loss of {n:,} tokens, chunks of {chunk:,}{title}", f"{seconds * 1e3:.2f} ms{memory}")
+            trial.report(f"loss of {n:,} tokens, chunks of {chunk:,}{title}", f"{seconds * 1e3:.2f} ms{memory}")
 
 
 def evaluation(trial: Trial) -> None:
-    """HellaSwag's items and generated tokens a second, of a model whose weights are random."""
+    """Reports the speed of HellaSwag and of generation with random weights."""
     from data_prep.tokenization.tokenizer import hf_tokenizer
     from eval.common.devices import make_accelerator
     from eval.common.models import compile_blocks
@@ -178,13 +180,13 @@ def evaluation(trial: Trial) -> None:
     sizes = {} if trial.on_gpu else {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 512}
     model = GPTModel(GPTConfig(vocab_size=257, **sizes)).eval().to(accelerator.device)
     task = HellaSwag.prepare(items, "completion", tokenizer)
-    made: list[int] = []
+    counts: list[int] = []
     sampling = Sampling(max_new_tokens=100 if trial.on_gpu else 10)
-    seconds = timed(trial, lambda: made.append(generate(model, tokenizer, "import", sampling).new_tokens), repeats=2)
-    trial.say("generation, one text", f"{made[-1] / seconds:,.0f} tokens/s")
+    seconds = timed(trial, lambda: counts.append(generate(model, tokenizer, "import", sampling).new_tokens), repeats=2)
+    trial.report("generation, one text", f"{counts[-1] / seconds:,.0f} tokens/s")
     for compiled in (False, True)[: 1 + trial.on_gpu]:
         if compiled:
             compile_blocks(model)
         with accelerator.autocast():
             seconds = timed(trial, lambda: task.evaluate(accelerator, model), repeats=2)
-        trial.say(f"HellaSwag{', compiled' if compiled else ''}", f"{len(items) / seconds:,.0f} items/s")
+        trial.report(f"HellaSwag{', compiled' if compiled else ''}", f"{len(items) / seconds:,.0f} items/s")

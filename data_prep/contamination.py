@@ -2,7 +2,7 @@
 
 python -m data_prep.contamination data/fineweb-edu --against hellaswag_val.jsonl
 
-The folder's `contamination.json` keeps it, for the report of a run on this data.
+The folder's `contamination.json` keeps the result, for the report of a run on this data.
 """
 
 import itertools
@@ -20,26 +20,26 @@ from data_prep.common.files import write_text
 from data_prep.common.hub import local_folder
 from data_prep.common.schema import STRICT, Count, Positive, Sha256, read_json
 from data_prep.sharding.manifest import Manifest
-from data_prep.sharding.shards import open_shard
+from data_prep.sharding.shards import token_documents
 
 FILE_NAME = "contamination.json"
 EXAMPLES = 5
-_CHUNK_TOKENS, _BATCH_DOCUMENTS = 2**20, 256
+_BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
 class Contamination:
-    """What of one evaluation set is in the data.
+    """Items of one evaluation set in the data.
 
     Attributes:
         file: the evaluation set.
-        ngram: the words of its n-grams; a shorter item is looked for as a whole.
-        items, short_items: how many it has, and how many are too short to tell.
-        found_items: those with at least one n-gram in the data.
-        ngrams, found_ngrams, common_ngrams: how many it has, how many are in the data, and how many in so many
-            documents (more than `COMMON_DOCUMENTS`) that they are taken for common phrases and not for found.
-        documents: those of the data with at least one found n-gram.
-        examples: of the items found, those in the most documents: number, text of an n-gram, documents.
+        ngram: number of words of its n-grams; shorter items are searched as a whole.
+        items, short_items: number of items, and of those too short to tell.
+        found_items: number of items with at least one n-gram in the data.
+        ngrams, found_ngrams, common_ngrams: number of n-grams, of those in the data, and of common phrases: those in
+            more than `COMMON_DOCUMENTS` documents, which do not count as found.
+        documents: number of documents of the data with at least one found n-gram.
+        examples: of the found items in the most documents: number, text of an n-gram, documents.
     """
 
     __pydantic_config__ = STRICT
@@ -70,7 +70,7 @@ class Contamination:
 
 @dataclass(frozen=True)
 class _Record:
-    """The contents of `contamination.json`; `shards_sha256` is that of the shards that were searched."""
+    """The contents of `contamination.json`; `shards_sha256` is that of the searched shards."""
 
     __pydantic_config__ = STRICT
 
@@ -78,38 +78,30 @@ class _Record:
     sets: list[Contamination]
 
 
-@dataclass
 class _Search:
-    """One evaluation set, and what has been seen of it; memory is bounded by the size of the set.
+    """Search for one evaluation set; memory is bounded by its size.
 
-    `counts`, `[n-grams]`, is in how many documents each n-gram is. `seen` has the places in it of each document's
-    n-grams, but for those that are common by then.
+    Attributes:
+        counts: number of documents with each n-gram, `[n-grams]`.
+        seen: for each document, the indices of its n-grams, except for those that are common by then.
     """
 
-    path: Path
-    items: list[list[str]]
-    short_items: int
-    ngram: int
-    index: Index
-    counts: np.ndarray
-    seen: list[np.ndarray]
-
-    @classmethod
-    def of(cls, path: Path, fields: list[str] | None) -> "_Search":
-        items = list(read_items(path, fields))
-        if not items:
+    def __init__(self, path: Path, fields: list[str] | None) -> None:
+        self.path, self.items = path, list(read_items(path, fields))
+        if not self.items:
             raise UserError(f"evaluation set {path}: there is nothing in it")
-        words = [_words(item) for item in items]
-        ngram = item_ngram(words)
-        index = Index.build((text for item in items for text in item), ngram)
-        short = sum(ngram_length(count, ngram) is None for count in words)
-        return cls(path, items, short, ngram, index, np.zeros(len(index.hashes), dtype=np.int64), [])
+        words = [len(split_words(max(item, key=len, default="")).hashes) for item in self.items]
+        self.ngram = item_ngram(words)
+        self.short_items = sum(ngram_length(count, self.ngram) is None for count in words)
+        self.index = Index.build(itertools.chain.from_iterable(self.items), self.ngram)
+        self.counts = np.zeros(len(self.index.hashes), dtype=np.int64)
+        self.seen: list[np.ndarray] = []
 
-    def look_into(self, document: str) -> None:
-        places = np.unique(self.index.find(document)[0])
-        self.counts[places] += 1
-        if len(places := places[self.counts[places] <= COMMON_DOCUMENTS]):
-            self.seen.append(places)
+    def add(self, document: str) -> None:
+        indices = np.unique(self.index.find(document)[0])
+        self.counts[indices] += 1
+        if len(indices := indices[self.counts[indices] <= COMMON_DOCUMENTS]):
+            self.seen.append(indices)
 
     def result(self) -> Contamination:
         found = (self.counts > 0) & (self.counts <= COMMON_DOCUMENTS)
@@ -127,60 +119,48 @@ class _Search:
             ngrams=len(found),
             found_ngrams=int(found.sum()),
             common_ngrams=int((self.counts > COMMON_DOCUMENTS).sum()),
-            documents=sum(bool(found[places].any()) for places in self.seen),
+            documents=sum(bool(found[indices].any()) for indices in self.seen),
             examples=sorted(examples, key=lambda example: -example[2])[:EXAMPLES],
         )
 
     def _hits(self, text: str, found: np.ndarray) -> list[tuple[int, str]]:
-        """The found n-grams of an item's text, and in how many documents each is."""
-        places, spans = self.index.find(text)
-        chosen = found[places]
-        counts = self.counts[places[chosen]].tolist()
-        return [(count, text[first:last]) for count, (first, last) in zip(counts, spans[chosen].tolist(), strict=True)]
-
-
-def _words(item: list[str]) -> int:
-    return len(split_words(max(item, key=len, default="")).hashes)
+        """Found n-grams of an item's text, each with its number of documents."""
+        indices, spans = self.index.find(text)
+        pairs = zip(indices.tolist(), spans.tolist(), strict=True)
+        return [(int(self.counts[index]), text[first:last]) for index, (first, last) in pairs if found[index]]
 
 
 def item_ngram(words: list[int]) -> int:
-    """The n-gram that a set is searched by, from the `words` of its items: their 5th percentile, within 8 and 13.
+    """Length of the n-grams for a set whose items have these numbers of words: their 5th percentile, from 8 to 13.
 
-    Appendix C of GPT-3's paper (arXiv:2005.14165), "N". The training data itself is cleaned by 13-grams always.
+    Appendix C of GPT-3's paper (arXiv:2005.14165), "N". The training data itself is always cleaned by 13-grams.
     """
     return int(np.clip(np.percentile(words, 5), SHORTEST_NGRAM, NGRAM))
 
 
 def contamination(folder: Path, against: list[Path], fields: list[str] | None = None) -> list[Contamination]:
-    """Look for each of the evaluation sets in all documents of a data folder, those of validation too.
-
-    Raises:
-        UserError: for a folder or an evaluation set that cannot be read.
-    """
+    """Searches all documents of a data folder, including validation, for evaluation sets (`UserError` if either cannot
+    be read)."""
     manifest = Manifest.read(folder)
-    searches = [_Search.of(path, fields) for path in against]
+    searches = [_Search(path, fields) for path in against]
     for document in documents(folder, manifest):
         for search in searches:
-            search.look_into(document)
+            search.add(document)
     return [search.result() for search in searches]
 
 
 def record(folder: Path, found: list[Contamination]) -> None:
-    """Write what was found to `contamination.json` of the data folder, beside what was found of other sets before."""
-    kept = [
-        one
-        for one in recorded(folder) or []
-        if Path(one.file).resolve() not in {Path(new.file).resolve() for new in found}
-    ]
+    """Writes results to `contamination.json` of the data folder; keeps those of other sets."""
+    new = {Path(one.file).resolve() for one in found}
+    kept = [one for one in recorded(folder) or [] if Path(one.file).resolve() not in new]
     content = _Record(Manifest.read(folder).shards_sha256, [*kept, *found])
     write_text(folder / FILE_NAME, json.dumps(asdict(content), indent=2) + "\n")
 
 
 def recorded(folder: Path) -> list[Contamination] | None:
-    """What was found in the shards that `folder` has now, by evaluation set; None if they were not searched."""
-    path = folder / FILE_NAME
+    """Recorded results for the present shards of `folder`, one an evaluation set; None if they were not searched."""
     try:
-        content = read_json(path, _Record)
+        content = read_json(folder / FILE_NAME, _Record)
     except FileNotFoundError:
         return None
     except UserError as error:
@@ -189,33 +169,13 @@ def recorded(folder: Path) -> list[Contamination] | None:
 
 
 def documents(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """The text of each document of a data folder, in order, whether or not it lies in one shard."""
+    """Texts of the documents of a data folder, in order; a document may cross shards."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    for batch in _batches(_token_documents(folder, manifest)):
+    found = token_documents([folder / shard.file for shard in manifest.shards], manifest.tokenizer.eos_token_id)
+    while batch := list(itertools.islice(found, _BATCH_DOCUMENTS)):
         yield from tokenizer.decode_batch([tokens.tolist() for tokens in batch])
-
-
-def _batches(documents: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
-        yield batch
-
-
-def _token_documents(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
-    parts: list[np.ndarray] = []
-    for shard in manifest.shards:
-        tokens = open_shard(folder / shard.file)
-        for start in range(0, len(tokens), _CHUNK_TOKENS):
-            chunk = tokens[start : start + _CHUNK_TOKENS]
-            first, *others = np.split(chunk, np.flatnonzero(chunk == manifest.tokenizer.eos_token_id))
-            parts.append(first)
-            for part in others:
-                # Before the first document there is nothing.
-                if any(map(len, parts)):
-                    yield np.concatenate(parts)
-                parts = [part]
-    yield np.concatenate(parts)
 
 
 def main() -> None:
@@ -224,7 +184,7 @@ def main() -> None:
     parser.add_option("against", type=Path, nargs="+", required=True, metavar="FILE", help="sets: .jsonl, .txt")
     parser.add_option("fields", nargs="+", help="of a record that make up an item; HellaSwag's, or every string")
     args = parser.parse_args()
-    recorded(args.folder)  # before the search, which takes its time, what is there is known to be readable
+    recorded(args.folder)  # an unreadable record is reported before the long search
     found = contamination(args.folder, args.against, args.fields)
     print("\n".join(map(str, found)))
     record(args.folder, found)

@@ -18,17 +18,17 @@ from data_prep.common.hub import local_folder
 from data_prep.common.schema import STRICT, Count, Positive, read_yaml, validate
 from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.order import shares_of, training_order
-from data_prep.sharding.shards import open_shard
+from data_prep.sharding.shards import open_shard, token_documents
 from data_prep.tokenization.byte_level import bytes_of_tokens
 from data_prep.tokenization.tokenizer import hf_tokenizer
 
 _BAR, _EXCERPT = 40, 400
-_TOKENS_AT_A_TIME = 1 << 22
+_CHUNK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
 class _OrderSettings:
-    """Those settings of a run that the order of its data depends on; the others are not read here."""
+    """Settings of a run that determine the order of its data."""
 
     __pydantic_config__ = STRICT | {"extra": "ignore"}
 
@@ -45,8 +45,8 @@ class Statistics:
     """Counts over all shards of a folder.
 
     Attributes:
-        text_bytes: of the documents, once decoded.
-        lengths: documents by the number of bits of their length in tokens: element k has those from 2^k to 2^(k+1) - 1.
+        text_bytes: of the decoded documents.
+        lengths: number of documents by length in tokens: element k has those from 2^k to 2^(k+1) - 1.
     """
 
     tokens: int
@@ -56,44 +56,26 @@ class Statistics:
 
 
 def statistics(folder: Path, manifest: Manifest) -> Statistics:
-    """Count tokens, documents and bytes, with one shard in memory at a time."""
+    """Counts tokens, documents and bytes, with one shard in memory at a time."""
     sizes = bytes_of_tokens(hf_tokenizer(folder / "tokenizer"))
     counts = np.zeros(len(sizes), dtype=np.int64)
     lengths = np.zeros(33, dtype=np.int64)
-    documents = 0
     for split in ("val", "train"):
-        for length in _lengths(folder, manifest, split):
-            documents += len(length)
-            lengths += np.bincount(np.log2(length).astype(int), minlength=len(lengths))
+        paths = [folder / shard.file for shard in manifest.shards if shard.split == split]
+        for document in token_documents(paths, manifest.tokenizer.eos_token_id):
+            lengths[len(document).bit_length() - 1] += 1
     for shard in manifest.shards:
         tokens = open_shard(folder / shard.file)
-        for start in range(0, len(tokens), _TOKENS_AT_A_TIME):  # counted as int64
-            found = np.bincount(tokens[start : start + _TOKENS_AT_A_TIME], minlength=len(counts))
+        for start in range(0, len(tokens), _CHUNK_TOKENS):  # bincount converts to int64
+            found = np.bincount(tokens[start : start + _CHUNK_TOKENS], minlength=len(counts))
             if len(found) > len(counts):
                 raise UserError(f"{folder / shard.file}: ids beyond the vocabulary; run python -m data_prep.verify")
             counts += found
-    return Statistics(int(counts.sum()), documents, int(counts @ sizes), lengths)
-
-
-def _lengths(folder: Path, manifest: Manifest, split: str) -> Iterator[np.ndarray]:
-    """The lengths of all documents of a split, in tokens, some at a time; a document may lie in several shards."""
-    carried = 0
-    for shard in manifest.shards:
-        if shard.split != split:
-            continue
-        tokens = open_shard(folder / shard.file)
-        starts = np.flatnonzero(tokens == manifest.tokenizer.eos_token_id)
-        if not len(starts):
-            carried += len(tokens)
-            continue
-        yield np.concatenate([[carried + starts[0]] if carried + starts[0] else [], np.diff(starts)]).astype(np.int64)
-        carried = len(tokens) - int(starts[-1])
-    if carried:
-        yield np.array([carried])
+    return Statistics(int(counts.sum()), int(lengths.sum()), int(counts @ sizes), lengths)
 
 
 def histogram(lengths: np.ndarray) -> str:
-    """A line for each power of two, with a bar."""
+    """Formats `Statistics.lengths`, one line with a bar for each power of two."""
     used = np.flatnonzero(lengths)
     lines = []
     for k in range(used[0], used[-1] + 1):
@@ -103,12 +85,12 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) -> Iterator[str]:
-    """`count` documents of a split as text, drawn by `seed`, long ones cut; of each, what lies in one shard."""
+    """Decodes `count` random documents of a split, each up to the end of its shard; cuts long texts."""
     tokenizer = hf_tokenizer(folder / "tokenizer")
     shards = [shard for shard in manifest.shards if shard.split == split and shard.documents]
     rng = np.random.default_rng(seed)
     for number in rng.integers(sum(shard.documents for shard in shards), size=count):
-        for shard in shards:  # the one that document `number` begins in
+        for shard in shards:  # the shard in which document `number` begins
             if number < shard.documents:
                 break
             number -= shard.documents
@@ -121,24 +103,19 @@ def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) 
 
 
 def sequences(names: list[str], run_folder: Path, first: int, stop: int) -> Iterator[str]:
-    """The training sequences at positions `first` to before `stop` of a run on these folders, as text.
-
-    Raises:
-        UserError: for a folder that is no run's, or that of a run on others.
-    """
+    """Decodes the training sequences at positions `first` to before `stop` of a run on these folders (`UserError` for a
+    folder that is not a run's, and for a run on other data)."""
     config = run_folder / "config.yaml"
     try:
         settings = validate(read_yaml(config), _OrderSettings, str(config))
     except (FileNotFoundError, UserError) as error:
         raise UserError(f"{run_folder}: not the folder of a run ({first_line(error)})") from error
-    length = settings.sequence_length or settings.n_positions
     if [Path(name).name for name in settings.data] != [Path(name).name for name in names]:
         raise UserError(f"{run_folder} is a run on {' '.join(settings.data)}; name the same folders, in that order")
     folders = list(map(local_folder, names))
     manifests = [Manifest.read(folder) for folder in folders]
-    mixture = training_order(
-        folders, manifests, shares_of(manifests, settings.data_weights), "train", settings.order, settings.seed, length
-    )
+    shares, length = shares_of(manifests, settings.data_weights), settings.sequence_length or settings.n_positions
+    mixture = training_order(folders, manifests, shares, "train", settings.order, settings.seed, length)
     tokenizer = hf_tokenizer(folders[0] / "tokenizer")
     for position in range(first, stop):
         yield f"--- sequence {position}\n{tokenizer.decode(mixture.read(position)[:-1].tolist())}"

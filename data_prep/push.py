@@ -1,4 +1,4 @@
-"""Put a data folder on the Hub, where `hf://datasets/USER/NAME` stands for it.
+"""Upload a data folder to the Hub, to be used as `hf://datasets/USER/NAME`.
 
 python -m data_prep.push data/mine USER/mine
 """
@@ -16,14 +16,8 @@ from data_prep.verify import verify
 
 
 def push(folder: Path, repository: str, private: bool = False, licence: str | None = None) -> str:
-    """Upload a data folder, once all of its hashes and counts have been found to be right.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        UserError: for a folder that is not whole, and for what the Hub refuses.
-    """
+    """Verifies and uploads a data folder; returns the URL of the commit (`UserError` for a damaged folder, and if the
+    Hub refuses)."""
     manifest = Manifest.read(folder)
     if problems := list(verify(folder)):
         raise UserError(f"{problems[0]}; {manifest.remedy}")
@@ -38,43 +32,42 @@ def push(folder: Path, repository: str, private: bool = False, licence: str | No
 
 
 def dataset_card(manifest: Manifest, folder: Path, repository: str, licence: str | None) -> str:
-    """The `README.md` of a data folder on the Hub."""
+    """Returns the `README.md` of a data folder on the Hub."""
     source = manifest.source
     revision = f" at `{source.commit}`" if source.commit else ""
     steps = [f"{step.step} kept {step.documents_out:,} documents" for step in manifest.cleaning]
     words = preparing_command(str(folder), manifest)
-    return "\n".join(
-        [
-            "---",
-            *([f"license: {licence}"] if licence else []),
-            "tags:\n- gpt-accelerate\n- pre-tokenized",
-            "task_categories:\n- text-generation",
-            "viewer: false",
-            "---",
-            "",
-            f"# {repository.rpartition('/')[2]}",
-            "",
-            f"`{source.source}` {source.name or ''}{revision}, as tokens of `{manifest.tokenizer.name}`: "
-            f"{manifest.tokens('train'):,} for training and {manifest.tokens('val'):,} for validation, in "
-            f"{len(manifest.shards)} shards of {manifest.dtype}. Every document begins with token "
-            f"{manifest.tokenizer.eos_token_id}; `{FILE_NAME}` has the hash of each shard.",
-            "",
-            f"Cleaning: {'; '.join(steps) or 'none by this program'}.",
-            "",
-            "```bash",
-            f"accelerate launch training/train.py --data {PREFIX}{repository}",
-            *([f"python -m {shlex.join(words)}  # which made it"] if words else []),
-            "```",
-            "",
-        ]
-    )
+    licence_lines = f"license: {licence}\n" if licence else ""
+    made_by = f"python -m {shlex.join(words)}  # which made it\n" if words else ""
+    return f"""---
+{licence_lines}tags:
+- gpt-accelerate
+- pre-tokenized
+task_categories:
+- text-generation
+viewer: false
+---
+
+# {repository.rpartition("/")[2]}
+
+`{source.source}` {source.name or ""}{revision}, as tokens of `{manifest.tokenizer.name}`: \
+{manifest.tokens("train"):,} for training and {manifest.tokens("val"):,} for validation, in \
+{len(manifest.shards)} shards of {manifest.dtype}. Every document begins with token \
+{manifest.tokenizer.eos_token_id}; `{FILE_NAME}` has the hash of each shard.
+
+Cleaning: {"; ".join(steps) or "none by this program"}.
+
+```bash
+accelerate launch training/train.py --data {PREFIX}{repository}
+{made_by}```
+"""
 
 
 def main() -> None:
     parser = ArgumentParser("python -m data_prep.push", __doc__)
     parser.add_argument("folder", type=Path, help="data folder")
-    parser.add_argument("repository", metavar="USER/NAME", help="data set on the Hub, which is made if it is not there")
-    parser.add_option("private", action="store_true", help="make it a private one")
+    parser.add_argument("repository", metavar="USER/NAME", help="data set on the Hub, created if missing")
+    parser.add_option("private", action="store_true", help="create a private one")
     parser.add_option("license", help="licence that its card names, as the Hub spells it")
     args = parser.parse_args()
     if problem := repository_problem("repository", args.repository):

@@ -9,82 +9,72 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.command_line import ArgumentParser, UserError, listed, run
 from data_prep.common.files import file_hash
-from data_prep.common.records import Shard, SourceRecord
-from data_prep.sharding.manifest import ADOPTED, FILE_NAME, Manifest, split_of_name
+from data_prep.common.records import Dtype, Format, Shard, SourceRecord, Split
+from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, split_of_name
 from data_prep.sharding.shards import FORMATS, open_shard
-from data_prep.tokenization.tokenizer import (
-    Tokenizer,
-    describe_tokenizer,
-    gpt2_tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from data_prep.tokenization.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer, tokenizer_hash
 
 
-def adopt(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
-    """Describe the shards of `folder`; they are read and left as they are, and so is a `tokenizer/` that is there.
+def register(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
+    """Writes a manifest for the shards of `folder`, and a tokenizer unless there is one. Changes no other file.
 
     Args:
-        tokenizer_name: of the tokenizer that wrote them, where there is none beside them: `gpt2`, or what
-            `AutoTokenizer` loads.
+        tokenizer_name: tokenizer of the shards, if there is none beside them: `gpt2`, or what `AutoTokenizer` loads.
 
     Raises:
-        UserError: for a folder that has a manifest, lacks a split, mixes formats or types, or holds ids that are not
-            the tokenizer's.
+        UserError: for a folder that has a manifest, lacks a split, mixes formats or types, or has ids that the
+            tokenizer does not have.
     """
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder} has a {FILE_NAME} already")
-    paths = _paths_by_split(folder)
+    paths = _shard_paths(folder)
     own = folder / "tokenizer"
-    if own.exists():
-        tokenizer = load_tokenizer(own)
-    else:
-        tokenizer = gpt2_tokenizer() if tokenizer_name == "gpt2" else load_tokenizer(tokenizer_name)
-    shards, kinds = [], set()
-    for split in ("val", "train"):
-        for path in paths[split]:
-            tokens = open_shard(path)
-            kinds.add((path.suffix.lstrip("."), str(tokens.dtype)))
-            shards.append(_describe(path, split, tokens, tokenizer))
+    tokenizer = load_tokenizer(own if own.exists() else tokenizer_name)
+    shards = []
+    kinds: set[tuple[Format, Dtype]] = set()
+    for path, split in paths:
+        tokens = open_shard(path)
+        kinds.add(("npy" if path.suffix == ".npy" else "bin", "uint16" if tokens.dtype == np.uint16 else "uint32"))
+        shards.append(_describe(path, split, tokens, tokenizer))
     if not any(shard.documents for shard in shards):
         raise UserError(
             f"{folder}: none of the shards has id {tokenizer.eos_token_id} in it, with which tokenizer "
             f"{tokenizer.name!r} begins documents; name the one that wrote them with --tokenizer"
         )
     if len(kinds) != 1:
-        listed = ", ".join(sorted(" ".join(kind) for kind in kinds))
-        raise UserError(f"{folder}: shards of several kinds ({listed}); use one folder each")
+        names = ", ".join(sorted(" ".join(kind) for kind in kinds))
+        raise UserError(f"{folder}: shards of several kinds ({names}); use one folder each")
     form, dtype = kinds.pop()
     manifest = Manifest(
-        source=SourceRecord(ADOPTED),
+        source=SourceRecord(REGISTERED),
         tokenizer=describe_tokenizer(tokenizer, tokenizer_hash(own) if own.exists() else tokenizer.save(own)),
         format=form,
         dtype=dtype,
         shard_tokens=max(shard.tokens for shard in shards),
-        val_shards=len(paths["val"]),
+        val_shards=sum(shard.split == "val" for shard in shards),
         shards=shards,
     )
     if contradictions := list(manifest.contradictions()):
-        raise UserError(f"{folder}: {'; '.join(contradictions)}")
+        raise UserError(f"{folder}: {listed(contradictions)}")
     manifest.write(folder)
     return manifest
 
 
-def _paths_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The shards of each split, by their names."""
-    paths: dict[str, list[Path]] = {"val": [], "train": []}
+def _shard_paths(folder: Path) -> list[tuple[Path, Split]]:
+    """Shards and their splits, validation first, sorted by name."""
+    paths: dict[Split, list[Path]] = {"val": [], "train": []}
     for path in sorted(path for path in folder.glob("*") if path.suffix.lstrip(".") in FORMATS):
         if (split := split_of_name(path.name)) is None:
             raise UserError(f"{path}: the name of a shard says either 'val' or 'train', as in name_train_000001")
         paths[split].append(path)
     if not all(paths.values()):
         raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
-    return paths
+    return [(path, split) for split, found in paths.items() for path in found]
 
 
-def _describe(path: Path, split: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Shard:
+def _describe(path: Path, split: Split, tokens: np.ndarray, tokenizer: Tokenizer) -> Shard:
     if not len(tokens):
         raise UserError(f"{path}: there are no tokens in it; remove it")
     if (largest := int(tokens.max())) >= tokenizer.vocab_size:
@@ -101,7 +91,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of shards")
     parser.add_option("tokenizer", default="gpt2", help="that wrote them, if there is no tokenizer/ beside them")
     args = parser.parse_args()
-    manifest = adopt(args.folder, args.tokenizer)
+    manifest = register(args.folder, args.tokenizer)
     print(f"{args.folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")
 
 

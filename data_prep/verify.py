@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import file_hash
 from data_prep.common.hub import local_folder
 from data_prep.common.records import Shard
@@ -18,15 +18,12 @@ from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.shards import open_shard
 from data_prep.tokenization.tokenizer import hf_tokenizer, tokenizer_problem
 
-_TOKENS_AT_A_TIME = 1 << 24
+_CHUNK_TOKENS = 1 << 24
 
 
 def verify(folder: Path) -> Iterator[str]:
-    """Every difference between the files of `folder` and its manifest, one line each; none for a folder that is whole.
-
-    Raises:
-        UserError: for a folder without a manifest, or one whose preparation has not finished.
-    """
+    """Differences between the files of `folder` and its manifest, one line each (`UserError` if it is unfinished or has
+    no manifest)."""
     manifest = Manifest.load(folder)
     if manifest.unfinished is not None:
         raise UserError(f"{folder}: its preparation has not finished; the same prepare command goes on with it")
@@ -36,19 +33,19 @@ def verify(folder: Path) -> Iterator[str]:
     yield from problems
     shards = [s for s in manifest.shards if not any(p.startswith(f"{folder / s.file}:") for p in problems)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda shard: list(_of_shard(folder, manifest, shard)), shards):
+        for found in pool.map(lambda shard: list(_shard_problems(folder, manifest, shard)), shards):
             yield from found
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin")):
-        if path.name not in {shard.file for shard in manifest.shards}:
-            yield f"{path}: not in the manifest"
+    listed = {shard.file for shard in manifest.shards}
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin") and p.name not in listed):
+        yield f"{path}: not in the manifest"
 
 
-def _of_shard(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
+def _shard_problems(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
     path = folder / shard.file
     tokens, eos, vocab_size = open_shard(path), manifest.tokenizer.eos_token_id, manifest.tokenizer.vocab_size
     documents = largest = 0
-    for start in range(0, len(tokens), _TOKENS_AT_A_TIME):
-        part = tokens[start : start + _TOKENS_AT_A_TIME]
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        part = tokens[start : start + _CHUNK_TOKENS]
         documents += int(np.count_nonzero(part == eos))
         largest = max(largest, int(part.max()))
     if file_hash(path) != shard.sha256:
@@ -64,10 +61,8 @@ def main() -> None:
     parser.add_argument("folder", type=local_folder, help="data folder, or hf://datasets/USER/NAME")
     folder = parser.parse_args().folder
     problems = list(verify(folder))
-    if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(f"{folder} is damaged; {Manifest.load(folder).remedy}:{listed}")
     manifest = Manifest.load(folder)
+    raise_all(problems, "problems", f"{folder} is damaged; {manifest.remedy}: ")
     documents = sum(shard.documents for shard in manifest.shards)
     tokens = manifest.tokens("train") + manifest.tokens("val")
     print(f"{folder} is whole: {len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents")

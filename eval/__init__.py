@@ -1,1 +1,1 @@
-"""What a model is worth: validation loss, samples, plots."""
+"""Evaluation of a model: loss, benchmarks, samples and reports."""

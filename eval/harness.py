@@ -3,14 +3,12 @@
 python -m eval.harness runs/quickstart/checkpoints/step_00000800 --tasks lambada_openai,wikitext
 python -m eval.harness gpt2 --tasks gpt2_zero_shot --limit 100 --batch_size 16
 
-Whatever other options there are go to the harness (`lm_eval run --help`). The plain `lm_eval --model hf --model_args
-pretrained=CHECKPOINT` works as well; add `--include_path eval/tasks` for the tasks over local files.
+Other options go to the harness (`lm_eval run --help`). The plain `lm_eval --model hf --model_args
+pretrained=CHECKPOINT` works too; add `--include_path eval/tasks` for the tasks over local files.
 """
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,17 @@ from eval.reporting.run_records import harness_scores
 from modeling import GPTModel
 
 TASKS = Path(__file__).with_name("tasks")
-_NOT_INSTALLED = 'the harness is not installed; pip install "lm-eval[hf]"'
+
+
+def check_installed() -> None:
+    """Raises `UserError` if the harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError('the harness is not installed; pip install "lm-eval[hf]"')
 
 
 def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
-    """The harness's `TaskManager`, which knows all of `tasks`.
-
-    Raises:
-        UserError: where the harness is not installed or does not know one of them, with the nearest that it knows.
-    """
-    if find_spec("lm_eval") is None:
-        raise UserError(_NOT_INSTALLED)
+    """Returns the harness's `TaskManager`. Raises `UserError` for unknown tasks, with the nearest known name."""
+    check_installed()
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path)
@@ -50,11 +48,8 @@ def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
 
 
 def load_tasks(tasks: list[str], n_positions: int) -> Any:
-    """The harness's `TaskManager`, the data of all of `tasks` having been loaded once.
-
-    Raises:
-        UserError: for what `check_tasks` finds, data that cannot be had, and a task that generates more than a context.
-    """
+    """Returns the harness's `TaskManager` after it has loaded the data of `tasks` once. Raises `UserError` as
+    `check_tasks`, for data that cannot be loaded, and for tasks that generate more tokens than the context has."""
     from datasets.exceptions import DatasetsError
 
     manager = check_tasks(tasks)
@@ -80,74 +75,41 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Run tasks of the harness on a model in memory; called by all processes together, which share the work.
+    """Runs tasks of the harness on a model in memory, and writes its results to `output`. Collective. Returns scores by
+    `lm_eval/TASK/METRIC`, an empty dict on other ranks. `task_manager` is from `load_tasks`.
 
-    It seeds the random numbers of Python, numpy and torch.
-
-    Args:
-        task_manager: as `load_tasks` gives it.
-
-    Returns:
-        The scores as `lm_eval/TASK/METRIC`, on the main process, which writes the harness's results to `output`.
+    The harness seeds the random numbers of Python, numpy and torch.
     """
     import lm_eval
     from lm_eval.utils import handle_non_serializable
 
     from eval.scoring.harness_model import GPTModelLM
 
-    with evaluating(model), _without_warnings():
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about a model in memory, and about `limit`
+    with evaluating(model):
         evaluated = GPTModelLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         evaluated.accelerator = accelerator
         evaluated._rank, evaluated._world_size = accelerator.process_index, accelerator.num_processes
-        results = lm_eval.simple_evaluate(
-            evaluated,
-            tasks=tasks,
-            task_manager=task_manager,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=0,
-        )
+        options: dict[str, Any] = {"task_manager": task_manager, "limit": limit}
+        results = lm_eval.simple_evaluate(evaluated, tasks=tasks, **options, log_samples=False, bootstrap_iters=0)
     if results is None:
         return {}
     write_text(output, json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
-    return {
-        f"lm_eval/{task}/{metric}": value
-        for task, scores in harness_scores(results).items()
-        for metric, value in scores.items()
-    }
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """The harness warns of being given a model in memory, and of a limit."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def results_path(model: str) -> Path:
-    """Where the results of a model are kept: beside a checkpoint's folder, here for a model of the Hub."""
-    if (folder := Path(model).absolute()).is_dir():
-        return folder.with_name(f"{folder.name}.lm_eval.json")
-    return Path(f"{model.replace('/', '__')}.lm_eval.json")
+    by_task = harness_scores(results).items()
+    return {f"lm_eval/{task}/{metric}": value for task, scores in by_task for metric, value in scores.items()}
 
 
 def main() -> None:
     parser = ArgumentParser("python -m eval.harness", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("tasks", required=True, metavar="A,B,...", help="tasks and groups; gpt2_zero_shot: GPT-2's paper")
-    parser.add_option("stock", action="store_true", help="run it as transformers' own GPT-2, not as GPTModel")
+    parser.add_option("stock", action="store_true", help="use transformers' GPT-2 instead of GPTModel")
     parser.add_option("model_args", default="", metavar="A=B,...", help="of the harness's model, as dtype=bfloat16")
     parser.add_option("include_path", default=str(TASKS), help="folder of task files")
-    parser.add_option("output_path", help="results; beside the checkpoint if not given")
+    parser.add_option("output_path", help="results; by default beside the checkpoint")
     args, others = parser.parse_known_args()
     check_folder(args.model)
-    if find_spec("lm_eval") is None:
-        raise UserError(_NOT_INSTALLED)
+    check_installed()
     from lm_eval._cli.harness import HarnessCLI
 
     import eval.scoring.harness_model  # noqa: F401  registers "gpt-accelerate"
@@ -155,13 +117,16 @@ def main() -> None:
     command = HarnessCLI()
     words = ["run", "--model", "hf" if args.stock else "gpt-accelerate", "--tasks", args.tasks]
     words += ["--model_args", ",".join(filter(None, [f"pretrained={args.model}", args.model_args]))]
-    words += ["--include_path", args.include_path, "--output_path", args.output_path or str(results_path(args.model))]
+    folder = Path(args.model).absolute()
+    beside = folder if folder.is_dir() else Path(args.model.replace("/", "__"))  # here for a model on the Hub
+    output = args.output_path or str(beside.with_name(f"{beside.name}.lm_eval.json"))
+    words += ["--include_path", args.include_path, "--output_path", output]
     try:
         command.execute(command._parser.parse_args([*words, *others]))
     except ValueError as error:
         if not str(error).startswith("Tasks not found"):
             raise
-        check_tasks(args.tasks.split(","), args.include_path)  # says it in our words
+        check_tasks(args.tasks.split(","), args.include_path)  # raises with the nearest known name
         raise
 
 

@@ -11,58 +11,84 @@ lm_eval     the activity, the cleaned context and ending; acc by the summed loss
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from accelerate import Accelerator
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, run
 from data_prep.common.files import read_text, write_text
+from data_prep.common.schema import STRICT, parse_json
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks, load_model
+from eval.common.scores import load_metric
 from eval.scoring.multiple_choice import Question, accuracy, count_truncated, score
 from modeling import GPTModel
 
 RULES = ("completion", "lm_eval")
 BATCH_SIZE = 16
 _DATASET = "Rowan/hellaswag"
-_ADDRESS = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-_TEXTS = ("activity_label", "ctx", "ctx_a", "ctx_b")  # of which ctx_b may be empty
+_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+
+
+def _clean(text: str) -> str:
+    """Removes the tags of WikiHow's layout, as `[header]` and `[title]`."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _check_ending(text: str) -> str:
+    if not _clean(text):
+        raise ValueError("is empty")
+    return text
+
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class Item(TypedDict):
+    """A line of `hellaswag_val.jsonl`. `label` is the index of the right ending, on the Hub as text."""
+
+    __pydantic_config__ = STRICT | {"extra": "ignore"}  # type: ignore[misc]
+
+    activity_label: _Text
+    ctx: _Text
+    ctx_a: _Text
+    ctx_b: str
+    endings: Annotated[list[Annotated[str, AfterValidator(_check_ending)]], Field(min_length=2)]
+    label: int | str
 
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of a model under one rule.
-
-    Attributes:
-        truncated: items whose context was cut from its left to fit the model's.
-        nats: the summed cross entropy of each ending of each item.
-    """
+    """Scores of a model by one rule; `nats` is the summed cross entropy of each ending of each item."""
 
     rule: str
     acc: float
     acc_norm: float
     items: int
-    truncated: int
+    truncated: int  # items whose context was truncated from the left
     nats: list[list[float]]
 
     def metrics(self) -> dict[str, float]:
-        """The scores under names that say which rule they follow."""
+        """Returns the scores by `hellaswag/RULE/SCORE`."""
         return {f"hellaswag/{self.rule}/acc": self.acc, f"hellaswag/{self.rule}/acc_norm": self.acc_norm}
 
     def __str__(self) -> str:
-        def shown(share: float) -> str:
+        def with_error(share: float) -> str:
             return f"{share:.4f} ± {math.sqrt(share * (1 - share) / max(self.items - 1, 1)):.4f}"
 
         cut = f", {self.truncated:,} contexts cut from the left to fit the model's" if self.truncated else ""
-        return f"acc_norm {shown(self.acc_norm)}, acc {shown(self.acc)} ({self.items:,} items{cut})"
+        return f"acc_norm {with_error(self.acc_norm)}, acc {with_error(self.acc)} ({self.items:,} items{cut})"
 
 
 @dataclass(frozen=True)
 class HellaSwag:
-    """The items under one rule, tokenized; `lengths` of the endings are what acc_norm divides by."""
+    """Tokenized items for one rule; acc_norm divides by the `lengths` of the endings."""
 
     rule: str
     questions: list[Question]
@@ -70,130 +96,87 @@ class HellaSwag:
     labels: list[int]
 
     @classmethod
-    def prepare(cls, items: Sequence[dict[str, Any]], rule: str, tokenizer: Any) -> "HellaSwag":
-        """Tokenize `items`, as `read_items` gives them, by `rule`."""
-        render = _render_completion if rule == "completion" else _render_lm_eval
-        texts = [render(item) for item in items]
-        contexts = _tokenize(tokenizer, [context.rstrip() if rule == "lm_eval" else context for context, _ in texts])
-        if rule == "completion":
-            endings = iter(_tokenize(tokenizer, [f" {ending}" for _, choices in texts for ending in choices]))
-            questions = [Question(ids, [next(endings) for _ in texts[n][1]]) for n, ids in enumerate(contexts)]
-            lengths = [[len(ending) for ending in question.endings] for question in questions]
-        else:
-            # The harness tokenizes context and ending together, and takes what is beyond the context's own length; to
-            # the ending belong the spaces before it.
-            whole = iter(_tokenize(tokenizer, [f"{text} {ending}" for text, choices in texts for ending in choices]))
-            questions = [
-                Question(ids, [next(whole)[len(ids) :] for _ in texts[n][1]]) for n, ids in enumerate(contexts)
-            ]
-            lengths = [[len(ending) for ending in choices] for _, choices in texts]
+    def prepare(cls, items: Sequence[Mapping[str, Any]], rule: str, tokenizer: Any) -> "HellaSwag":
+        """Tokenizes items of `read_items` by `rule`."""
+        separate = rule == "completion"
+        texts = [(item["ctx"], item["endings"]) if separate else _lm_eval_texts(item) for item in items]
+        contexts = _tokenize(tokenizer, [context if separate else context.rstrip() for context, _ in texts])
+        # The harness tokenizes context and ending together. Spaces at the end of the context belong to the ending.
+        prefixed = [f"{'' if separate else context} {ending}" for context, endings in texts for ending in endings]
+        tokens = iter(_tokenize(tokenizer, prefixed))
+        questions = [
+            Question(ids, [next(tokens)[0 if separate else len(ids) :] for _ in endings])
+            for ids, (_, endings) in zip(contexts, texts, strict=True)
+        ]
+        measured = [question.endings for question in questions] if separate else [endings for _, endings in texts]
+        lengths = [[len(ending) for ending in endings] for endings in measured]
         return cls(rule, questions, lengths, [int(item["label"]) for item in items])
 
     def evaluate(self, accelerator: Accelerator, model: GPTModel, batch_size: int = BATCH_SIZE) -> Result:
-        """Score a model; called by all processes together, with the same result on each."""
+        """Scores a model. Collective. Returns the same result on all ranks."""
         nats = score(accelerator, model, self.questions, batch_size)
-        return Result(
-            rule=self.rule,
-            acc=accuracy(nats, self.labels, None),
-            acc_norm=accuracy(nats, self.labels, self.lengths),
-            items=len(self.questions),
-            truncated=count_truncated(self.questions, model.config.n_positions),
-            nats=nats,
-        )
+        acc, acc_norm = (accuracy(nats, self.labels, lengths) for lengths in (None, self.lengths))
+        truncated = count_truncated(self.questions, model.config.n_positions)
+        return Result(self.rule, acc, acc_norm, len(self.questions), truncated, nats)
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def _render_completion(item: dict[str, Any]) -> tuple[str, list[str]]:
-    return item["ctx"], item["endings"]
-
-
-def _render_lm_eval(item: dict[str, Any]) -> tuple[str, list[str]]:
+def _lm_eval_texts(item: Mapping[str, Any]) -> tuple[str, list[str]]:
     context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
     return _clean(context), [_clean(ending) for ending in item["endings"]]
 
 
-def _clean(text: str) -> str:
-    """Without the marks of WikiHow's layout, as `[header]` and `[title]`, which are no part of the text."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
-
-
-def read_items(path: Path | None = None, dataset: str = _DATASET, address: str = _ADDRESS) -> list[dict[str, Any]]:
-    """The items of the validation set: of a file in the original's format, else from the Hub, else from its address.
-
-    Raises:
-        UserError: for a file that cannot be read or an item with missing fields or a label out of range, with the
-            number of its line; and where there is neither a file nor a network.
-    """
-    if path is None:
-        records, where = _download(dataset, address), dataset
-    else:
-        records, where = _read_lines(path), str(path)
-    for number, record in enumerate(records, start=1):
-        if record is not None:
-            _check(record, f"{where}, line {number}")
-    if not (items := [record for record in records if record is not None]):
+def read_items(path: Path | None = None, dataset: str = _DATASET, url: str = _URL) -> list[Item]:
+    """Reads the validation set from a file in the original format, else from the Hub, else from its original address.
+    Raises `UserError` if that fails, and for a wrong item, with its line."""
+    # Not splitlines, which would split at characters that JSON strings may contain.
+    lines = [json.dumps(item) for item in _download(dataset, url)] if path is None else read_text(path).split("\n")
+    where = path or dataset
+    items = [_parse_item(line, f"{where}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not items:
         raise UserError(f"{where}: there is nothing in it")
     return items
 
 
-def _read_lines(path: Path) -> list[Any]:
-    """The value of each line, None for an empty one."""
-    records = []
-    # Not splitlines: it would also split at separators that JSON leaves unescaped within strings.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        try:
-            records.append(json.loads(line) if line.strip() else None)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-    return records
+def _parse_item(line: str, where: str) -> Item:
+    item = parse_json(line, Item, where)
+    if str(item["label"]) not in map(str, range(len(item["endings"]))):
+        raise UserError(f"{where}: label {item['label']!r} is not one of 0 to {len(item['endings']) - 1}")
+    return item
 
 
-def _check(item: Any, where: str) -> None:
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(item).__name__}")
-    missing = [name for name in _TEXTS if not isinstance(item.get(name), str) or not (item[name] or name == "ctx_b")]
-    endings = item.get("endings")
-    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and _clean(e) for e in endings):
-        missing.append("endings")
-    if missing:
-        raise UserError(f"{where}: no usable {', '.join(missing)} among the fields {', '.join(item)}")
-    if str(item.get("label")) not in map(str, range(len(endings))):
-        raise UserError(f"{where}: label {item.get('label')!r} is not one of 0 to {len(endings) - 1}")
-
-
-def _download(dataset: str, address: str) -> list[dict[str, Any]]:
+def _download(dataset: str, url: str) -> list[dict[str, Any]]:
     try:
         from datasets import disable_progress_bars, load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise UserError("HellaSwag: to download it, pip install datasets; or name a file that you have") from error
+        raise UserError("HellaSwag: to download it, pip install datasets; or give a file with --data") from error
 
     disable_progress_bars()
-    try:
-        return load_dataset(dataset, split="validation").to_list()
-    except (OSError, ValueError, DatasetsError) as from_hub:
+    failures = []
+    for source, options in ((dataset, {"split": "validation"}), ("json", {"data_files": url, "split": "train"})):
         try:
-            return load_dataset("json", data_files=address, split="train").to_list()
+            return load_dataset(source, **options).to_list()
         except (OSError, ValueError, DatasetsError) as error:
-            raise UserError(
-                f"HellaSwag: neither the data set {dataset} ({first_line(from_hub)}) nor {address} "
-                f"({first_line(error)}) can be had; name a file that you have"
-            ) from error
+            failures.append(first_line(error))
+    raise UserError(
+        f"HellaSwag: neither the data set {dataset} ({failures[0]}) nor {url} ({failures[1]}) can be downloaded; give "
+        f"a file with --data"
+    )
 
 
 def main() -> None:
     parser = ArgumentParser("accelerate launch -m eval.hellaswag", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=Path, metavar="FILE", help="hellaswag_val.jsonl; downloaded if not given")
-    parser.add_option("limit", type=int, help="only the first so many items")
-    parser.add_option("rules", nargs="+", choices=RULES, default=list(RULES), help="which rules to score by")
-    parser.add_option("batch_size", type=int, default=BATCH_SIZE, help="rows in a forward pass of one process")
+    parser.add_option("limit", type=int, help="only the first N items")
+    parser.add_option("rules", nargs="+", choices=RULES, default=list(RULES), help="rules to score by")
+    parser.add_option("batch_size", type=int, default=BATCH_SIZE, help="rows in a forward pass of a process")
     parser.add_option("compile", action="store_true", help="compile the model's blocks first")
-    parser.add_option("output", type=Path, metavar="FILE", help="write scores, and those of each item, there as JSON")
+    parser.add_option("output", type=Path, metavar="FILE", help="write all scores, also of each item, as JSON")
     args = parser.parse_args()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise UserError(f"batch_size={args.batch_size} and limit={args.limit} must be at least 1")
@@ -201,6 +184,7 @@ def main() -> None:
         raise UserError(f"output={args.output}: no such folder {args.output.parent}")
     accelerator = make_accelerator()
     with accelerator.main_process_first():
+        metric = load_metric("multiple_choice")
         items = read_items(args.data)[: args.limit]
     model, tokenizer = load_model(args.model, accelerator.device)
     if args.compile:
@@ -208,7 +192,10 @@ def main() -> None:
     model = accelerator.prepare_model(model, evaluation_mode=True)
     results = []
     for rule in args.rules:
-        results.append(HellaSwag.prepare(items, rule, tokenizer).evaluate(accelerator, model, args.batch_size))
+        task = HellaSwag.prepare(items, rule, tokenizer)
+        result = task.evaluate(accelerator, model, args.batch_size)
+        metric.add_batch(nats=result.nats, lengths=task.lengths, references=task.labels)
+        results.append(replace(result, **metric.compute()))
         accelerator.print(f"{rule:10}  {results[-1]}")
     if args.output and accelerator.is_main_process:
         write_text(args.output, json.dumps([asdict(one) for one in results]) + "\n")

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model, on a data folder or a text file.
+"""Loss, perplexity and bits per byte of a model on a data folder or a text file.
 
 python -m eval.loss runs/quickstart/checkpoints/step_00000800 --data data/quickstart
 python -m eval.loss gpt2 --data some.txt --stride 512
@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import read_text
 from data_prep.common.hub import local_folder
 from data_prep.tokenization.byte_level import bytes_of_tokens
 from eval.common.models import evaluating, load_model
-from eval.common.scores import language_modeling_scores
+from eval.common.scores import load_metric
 from modeling.loss import IGNORE_INDEX
 
 
-def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
-    """The summed cross entropy in nats, and the number of labels, over `batches` of `input_ids`, `shift_labels` and
-    whatever else the model takes, `[B, T]` each.
+def summed_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
+    """Returns the summed cross entropy in nats and the number of labels that are not -100.
 
-    Labels of -100 are not counted. The model is evaluated without dropout and left in the mode it was in.
+    Args:
+        batches: arguments of the model, `[B, T]` each, among them `shift_labels`.
     """
     nats, count = [], 0
     with evaluating(model):
@@ -37,37 +37,32 @@ def summed_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple
 
 
 def read_tokens(data: Path, tokenizer: Any) -> Tensor:
-    """The validation tokens of a data folder, or those of a text file, `[N]` int64; the end of text comes first.
-
-    Raises:
-        UserError: for data that cannot be read, or was written with another tokenizer than the model's.
-    """
+    """Reads the validation tokens of a data folder, or tokenizes a text file: `[N]` int64, end of text first. Raises
+    `UserError` for unreadable data and for data of another tokenizer."""
     import numpy as np
 
     from data_prep.sharding.manifest import Manifest
     from data_prep.sharding.shards import open_shard
     from data_prep.tokenization.tokenizer import hf_tokenizer
 
-    if data.is_dir():
-        manifest = Manifest.read(data)
-        if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")
-        shards = [open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"]
-        tokens = np.concatenate(shards)
-        if int(tokens.max()) >= manifest.tokenizer.vocab_size:
-            raise UserError(f"{data}: id {int(tokens.max())} is beyond the vocabulary; run python -m data_prep.verify")
-        return torch.from_numpy(tokens.astype(np.int64))
-    text = read_text(data)
-    ids = tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
-    return torch.tensor([tokenizer.eos_token_id, *ids])
+    if not data.is_dir():
+        ids = tokenizer(read_text(data), split_special_tokens=True, verbose=False)["input_ids"]
+        return torch.tensor([tokenizer.eos_token_id, *ids])
+    manifest: Any = Manifest.read(data)
+    if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")
+    tokens = np.concatenate([open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"])
+    if int(tokens.max()) >= manifest.tokenizer.vocab_size:
+        raise UserError(f"{data}: id {int(tokens.max())} is beyond the vocabulary; run python -m data_prep.verify")
+    return torch.from_numpy(tokens.astype(np.int64))
 
 
 def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """All of `tokens` `[N]` but the first as labels once, in windows of `length` that move on by `stride`.
+    """Yields batches of sliding windows, in which each of `tokens` `[N]` except the first is a label once.
 
-    A window predicts what the one before did not, from all that it has room for: with `stride` equal to `length` these
-    are the windows of the rolling log-likelihood of EleutherAI's harness, with a smaller one each token but the first
-    `length` is predicted from at least `length - stride` before it.
+    Windows have `length` tokens and start `stride` tokens apart. With `stride` equal to `length` they are those of the
+    rolling log-likelihood of EleutherAI's harness. With a smaller stride each label after the first window has at least
+    `length - stride` tokens of context.
     """
     last = len(tokens) - 1
     ends = [min(length, last)]
@@ -75,20 +70,21 @@ def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterat
         ends.append(min(ends[-1] + stride, last))
     for first in range(0, len(ends), batch_size):
         stops = torch.tensor(ends[first : first + batch_size])[:, None]
-        places = stops - ends[0] + torch.arange(ends[0])
+        indices = stops - ends[0] + torch.arange(ends[0])
         predicted = torch.tensor([0, *ends])[first : first + len(stops), None]
-        labels = tokens[places + 1].where(places >= predicted, IGNORE_INDEX)
-        yield {"input_ids": tokens[places], "shift_labels": labels}
+        labels = tokens[indices + 1].where(indices >= predicted, IGNORE_INDEX)
+        yield {"input_ids": tokens[indices], "shift_labels": labels}
 
 
 def main() -> None:
     parser = ArgumentParser("python -m eval.loss", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option("data", type=local_folder, required=True, help="data folder (its validation split) or text file")
-    parser.add_option("length", type=int, help="tokens in a window; the model's n_positions by default")
-    parser.add_option("stride", type=int, help="tokens from one window to the next; the length by default")
+    parser.add_option("length", type=int, help="tokens in a window; by default n_positions of the model")
+    parser.add_option("stride", type=int, help="tokens between the starts of windows; by default their length")
     parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")
     args = parser.parse_args()
+    metric = load_metric("language_modeling")
     model, tokenizer = load_model(args.model)
     length = model.config.n_positions if args.length is None else args.length
     stride = length if args.stride is None else args.stride
@@ -103,7 +99,8 @@ def main() -> None:
         raise UserError(f"{args.data}: no text in it")
     nats, count = summed_loss(model, windows(tokens, length, stride, args.batch_size))
     text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum())
-    scores = language_modeling_scores(nats, count, text_bytes)
+    metric.add_batch(nats=[nats], tokens=[count], bytes=[text_bytes])
+    scores = metric.compute()
     print(
         f"loss {scores['loss']:.4f} nats per token, perplexity {scores['perplexity']:.2f}, "
         f"{scores['bits_per_byte']:.4f} bits per byte ({count:,} tokens, windows of {length}"

@@ -1,4 +1,4 @@
-"""The model: configuration, network, loss and presets. Needs torch and transformers, nothing else of this project."""
+"""The model: configuration, network, loss and presets. Needs only torch and transformers."""
 
 from modeling.arguments import CACHE_NAME
 from modeling.configuration import GPTConfig

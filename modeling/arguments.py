@@ -1,4 +1,4 @@
-"""The arguments of `forward`: the two names of the cache, and the refusal of what the model does not act on."""
+"""Arguments of `forward`: the two names of the cache, and the refusal of unknown arguments."""
 
 import difflib
 import inspect
@@ -14,33 +14,21 @@ from transformers.utils.generic import is_flash_attention_requested
 # transformers 5.24 renamed `past_key_values` in its arguments, its outputs and its mask functions.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# Acted on by the decorators of transformers that wrap `forward`.
-_BY_DECORATORS = {
-    "return_dict",  # can_return_tuple, capture_outputs
-    "output_attentions",  # capture_outputs
-    "output_hidden_states",  # capture_outputs
-    "is_causal",  # merge_with_config_defaults, for the mask and the kernel
-    "debug_io",  # merge_with_config_defaults
-    "debug_io_dir",  # merge_with_config_defaults
-    "prune_layers",  # merge_with_config_defaults
-}
-# transformers.modeling_flash_attention_utils.FlashAttentionKwargs: where packed sequences begin and end.
+# transformers' decorators can_return_tuple, capture_outputs and merge_with_config_defaults act on these.
+_BY_DECORATORS = {"return_dict", "output_attentions", "output_hidden_states", "is_causal", "debug_io", "debug_io_dir",
+                  "prune_layers"}  # fmt: skip
+# transformers.modeling_flash_attention_utils.FlashAttentionKwargs: the limits of packed sequences.
 _BY_FLASH_KERNELS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-# transformers.integrations.flex_attention.flex_attention_forward.
-_BY_FLEX_KERNEL = {"kernel_options"}
-# transformers.generation.continuous_batching.input_outputs.PagedAttentionArgs: `generate_batch` always gives all of
-# them, and every kernel takes those that it needs. `max_seqlen_*` are the names before 5.22.
+_BY_FLEX_KERNEL = {"kernel_options"}  # transformers.integrations.flex_attention.flex_attention_forward
+# transformers.generation.continuous_batching.input_outputs.PagedAttentionArgs: `generate_batch` always passes all of
+# them, and each kernel uses some. `max_seqlen_*` are the names before 5.22.
 _BY_PAGED_KERNELS = _BY_FLASH_KERNELS | {"max_seqlen_q", "max_seqlen_k", "read_index", "write_index", "block_table",
                                          "logits_indices", "logits_processor_args"}  # fmt: skip
 
 
 def accepts_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `forward` take its `cache` as `past_key_values` too: with transformers' deprecation warning where it has one,
-    in silence before 5.24, whose `generate` knows no other name.
-
-    Raises:
-        ValueError: when called with both names.
-    """
+    """Decorates `forward` to accept `cache` as `past_key_values` too, which warns from transformers 5.24 on. Calls with
+    both names raise `ValueError`."""
     if CACHE_NAME == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)(forward)
 
@@ -56,20 +44,17 @@ def accepts_past_key_values(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def argument_names(forward: Callable[..., Any]) -> frozenset[str]:
-    """The names that `forward` declares."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds) - {"self"}
+    """Returns the names of the arguments that `forward` declares."""
+    parameters = inspect.signature(forward).parameters
+    return frozenset(name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD) - {"self"}
 
 
 def refuse_unknown_arguments(model: Any, declared: frozenset[str], cache: Any, given: dict[str, Any]) -> None:
-    """Check that something acts on each of the `given` arguments that `forward` does not declare.
+    """Raises `TypeError` for `given` arguments that neither the model nor the attention kernel acts on.
 
     Args:
-        declared: the names that it does declare.
-        cache: that it was called with, which decides with the configuration which kernel runs.
-
-    Raises:
-        TypeError: for an argument that the model or the kernel in use does not act on, with the nearest known name.
+        declared: names of the arguments that `forward` declares.
+        cache: argument of the call. It and the configuration decide which kernel runs.
     """
     known = _BY_DECORATORS
     if is_paged(cache):
@@ -80,10 +65,10 @@ def refuse_unknown_arguments(model: Any, declared: frozenset[str], cache: Any, g
         known = known | _BY_FLEX_KERNEL
     for name in given:
         if name not in known:
-            raise TypeError(_unknown(model, name, declared | known))
+            raise TypeError(_unknown_argument(model, name, declared | known))
 
 
-def _unknown(model: Any, name: str, known: frozenset[str]) -> str:
+def _unknown_argument(model: Any, name: str, known: frozenset[str]) -> str:
     if name in _BY_PAGED_KERNELS | _BY_FLEX_KERNEL:
         return (
             f"{type(model).__name__}.forward() got {name!r}, which the attention kernel in use "
@@ -95,11 +80,7 @@ def _unknown(model: Any, name: str, known: frozenset[str]) -> str:
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether a cache is the one of `generate_batch`, which its own attention kernels read.
-
-    Raises:
-        TypeError: for something that is no cache.
-    """
+    """Whether a cache belongs to `generate_batch`, which has attention kernels of its own. `TypeError` for no cache."""
     if cache is None or isinstance(cache, Cache):
         return False
     from transformers.generation.continuous_batching.cache import PagedAttentionCache

@@ -1,24 +1,23 @@
-"""GPT-2's configuration, with pre-training's defaults and no field that is read and ignored."""
+"""GPT-2's configuration with defaults for pre-training; unsupported fields are refused."""
 
+import os
 from typing import Any
 
 from transformers import GPT2Config
 
-# Fields of GPT2Config that would change the arithmetic of the network in a way that it does not implement.
+# Fields of GPT2Config that GPTModel does not implement.
 _UNSUPPORTED = {
     "add_cross_attention": "cross-attention belongs to encoder-decoder models",
-    "reorder_and_upcast_attn": "attention runs in fused kernels, which accumulate in float32 by themselves",
+    "reorder_and_upcast_attn": "attention kernels accumulate in float32 already",
 }
 
 
 class GPTConfig(GPT2Config):
-    """Configuration of `GPTModel`: `transformers.GPT2Config` with dropout off, as in pre-training.
-
-    Field names are GPT-2's (`n_layer`, `n_head`, `n_embd`, `n_positions`, `vocab_size`, ...). Saved, it is an ordinary
-    `gpt2` configuration that names `GPT2LMHeadModel`; any `gpt2` configuration loads.
+    """Configuration of `GPTModel`: `transformers.GPT2Config` without dropout. It loads any `gpt2` configuration, and is
+    saved as one that names `GPT2LMHeadModel`.
 
     Raises:
-        ValueError: for a size below 1, a width that the heads do not divide, and a field that is not implemented.
+        ValueError: for a size below 1, an `n_embd` that is not a multiple of `n_head`, and an unsupported field.
     """
 
     resid_pdrop: float | int = 0.0
@@ -33,26 +32,24 @@ class GPTConfig(GPT2Config):
                 raise ValueError(f"{field}={value!r} must be a whole number of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: every head needs the same width. "
-                f"Choose n_head among the divisors of n_embd."
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; choose an n_head that divides it"
             )
         for field, reason in _UNSUPPORTED.items():
             if getattr(self, field):
                 raise ValueError(
-                    f"{field}=True is not supported by GPTModel ({reason}). "
-                    f"Use transformers' GPT2LMHeadModel for this checkpoint."
+                    f"{field}=True is not supported by GPTModel ({reason}); use transformers' GPT2LMHeadModel"
                 )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in `GPT2Config`, but a configuration of another architecture is refused (`ValueError`)."""
+        """As in `GPT2Config`; raises `ValueError` for a configuration of another architecture."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"model_type={model_type!r}: GPTModel loads checkpoints of model_type 'gpt2' only.")
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `config.json` as GPT-2's own, so that every client of GPT-2 can load what lies beside it."""
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes `config.json` as GPT-2's, so that every program that reads GPT-2 loads the model."""
         self.architectures = ["GPT2LMHeadModel"]
-        self.n_ctx = self.n_positions  # a second name of it, which llama.cpp's converter goes by
-        super().save_pretrained(save_directory, **kwargs)
+        self.n_ctx = self.n_positions  # llama.cpp's converter reads this name
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)

@@ -1,4 +1,4 @@
-"""GPT-2, written out. Radford et al. 2019, section 2.3; Brown et al. 2020, section 2.1, without sparse attention.
+"""GPT-2 (Radford et al. 2019, section 2.3) and GPT-3 (Brown et al. 2020, section 2.1) without sparse attention.
 
 Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / H channels, V = vocab_size.
 """
@@ -23,16 +23,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from modeling.arguments import (
-    CACHE_NAME,
-    accepts_past_key_values,
-    argument_names,
-    is_paged,
-    refuse_unknown_arguments,
-)
+from modeling.arguments import CACHE_NAME, accepts_past_key_values, argument_names, is_paged, refuse_unknown_arguments
 from modeling.configuration import GPTConfig
 from modeling.conversion import to_disk_layout
-from modeling.loss import IGNORE_INDEX, OfLogits, linear_cross_entropy, token_cross_entropy
+from modeling.loss import IGNORE_INDEX, LossKernel, linear_cross_entropy, token_cross_entropy
 
 
 def eager_attention(
@@ -45,11 +39,11 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that keeps its weights: `[B, H, T, D]` in, `[B, T, H, D]` and weights `[B, H, T, S]` out."""
+    """Attention that returns its weights: `[B, H, T, D]` in, `[B, T, H, D]` and weights `[B, H, T, S]` out."""
     if attention_mask is None:
         scores = query @ key.transpose(-1, -2) * scaling
     else:
-        # In one operation: on the CPU this takes half the time of `scaled_dot_product_attention` for short sequences.
+        # One fused operation: half the time of `scaled_dot_product_attention` on a CPU for short sequences.
         mask = attention_mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         mask = mask.expand(*query.shape[:-1], -1).flatten(0, 1)
         scores = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), alpha=scaling)
@@ -60,7 +54,7 @@ def eager_attention(
 
 
 class GPTAttention(nn.Module):
-    """Causal multi-head self-attention, by whichever kernel `attn_implementation` names."""
+    """Causal multi-head self-attention with the kernel that `attn_implementation` names."""
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -73,7 +67,7 @@ class GPTAttention(nn.Module):
             self.scaling /= layer_idx + 1
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.c_proj.adds_to_residual = True
+        self.c_proj.adds_to_residual = True  # type: ignore[assignment]  # `_init_weights` reads it
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -103,7 +97,7 @@ class GPTMLP(nn.Module):
         # GPT-2 calls the tanh approximation gelu_new; torch has the same function in one kernel.
         self.act = ACT2FN[config.activation_function.replace("gelu_new", "gelu_pytorch_tanh")]
         self.c_proj = nn.Linear(inner, config.n_embd)
-        self.c_proj.adds_to_residual = True
+        self.c_proj.adds_to_residual = True  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +105,7 @@ class GPTMLP(nn.Module):
 
 
 class GPTBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block; under activation checkpointing only its input is kept."""
+    """Pre-norm transformer block; gradient checkpointing keeps only its input."""
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -126,6 +120,7 @@ class GPTBlock(GradientCheckpointingLayer):
 
 
 class GPTPreTrainedModel(PreTrainedModel):
+    config: GPTConfig
     config_class = GPTConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -140,21 +135,21 @@ class GPTPreTrainedModel(PreTrainedModel):
         "hidden_states": GPTBlock,
         "attentions": OutputRecorder(GPTAttention, layer_name=".attn", index=1),
     }
-    # Causal masks that old GPT-2 checkpoints carry as buffers.
+    # The first GPT-2 checkpoints have causal masks as buffers.
     _keys_to_ignore_on_load_unexpected = ["attn.bias", "attn.masked_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 0.02); projections onto the residual stream scaled by 1/sqrt(2 n_layer), the number of its
-        additions (GPT-2, section 2.3)."""
+        """Draws from Normal(0, 0.02), divided by sqrt(2 n_layer) for projections that add to the residual stream, of
+        which there are 2 n_layer (GPT-2, section 2.3)."""
         super()._init_weights(module)
-        if getattr(module, "adds_to_residual", False):
+        if isinstance(module, nn.Linear) and getattr(module, "adds_to_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
 
 
 class GPTBackbone(GPTPreTrainedModel):
-    """Embeddings, blocks and the final norm: everything but the head."""
+    """Embeddings, blocks and the final norm, without the head."""
 
     _input_embed_layer = "wte"
 
@@ -182,9 +177,9 @@ class GPTBackbone(GPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As `GPTModel.forward`; the last hidden states are `[B, T, C]`, after the final norm."""
+        """Returns the hidden states `[B, T, C]` after the final norm. Arguments as in `GPTModel.forward`."""
         refuse_unknown_arguments(self, _BACKBONE_ARGUMENTS, cache, kwargs)
-        for name in ("output_attentions", "output_hidden_states"):  # acted upon by `capture_outputs`
+        for name in ("output_attentions", "output_hidden_states"):  # `capture_outputs` acts on them
             kwargs.pop(name, None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -214,13 +209,14 @@ class GPTBackbone(GPTPreTrainedModel):
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, **past)
         for block in self.h:
             x = block(x, attention_mask=mask, cache=cache, position_ids=positions, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **{CACHE_NAME: cache if use_cache else None})
+        returned: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **returned)
 
 
 def _within_sequences(position_ids: Tensor) -> Callable[..., Tensor]:
-    """The mask of sequences that are packed into rows `[B, T]`, and begin where positions do not go on by 1.
+    """Returns the mask of sequences packed into rows `[B, T]`; a sequence starts where positions do not increase by 1.
 
-    transformers finds them as well, but asks the device whether there are any, and the host waits for the answer.
+    transformers would detect them too, but with a synchronization of host and device.
     """
     sequence = F.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(dim=-1)
     return lambda batch, head, query, key: sequence[batch, query] == sequence[batch, key]
@@ -231,16 +227,30 @@ _BACKBONE_ARGUMENTS = argument_names(GPTBackbone.forward)
 
 @dataclass
 class GPTOutput(CausalLMOutputWithPast):
-    """As `CausalLMOutputWithPast`; `z_loss` is the part of `loss` that is no cross entropy."""
+    """`CausalLMOutputWithPast` with the z-loss, which `loss` includes."""
 
     z_loss: Tensor | None = None
 
 
 class GPTModel(GPTPreTrainedModel, GenerationMixin):
-    """GPT-2/GPT-3 with its language-modelling head: in memory plain `nn.Linear`, on disk exactly HF GPT-2."""
+    """GPT-2/GPT-3 with its language-modelling head: plain `nn.Linear` in memory, HF GPT-2's format on disk.
+
+    `forward` has the arguments of transformers' `GPT2LMHeadModel.forward`, with T at most `n_positions`, and:
+        cache: keys and values of the preceding tokens; those of this call are added. transformers before 5.24 calls it
+            `past_key_values`, which is accepted too.
+        shift_labels: `[B, T]`, already shifted: position t holds the token after `input_ids[:, t]`. They take
+            precedence over `labels`, as in transformers' losses.
+        num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
+        loss_reduction: "none" for the loss of each token, `[B, T]`, 0 where ignored. For evaluation: its backward pass
+            would keep all logits.
+        skip_logits: computes the loss only; by default when training with labels.
+        z_loss: weight of the squared log-normalizer of the softmax in a reduced loss, which keeps logits from drifting
+            (PaLM, arXiv:2204.02311, section 5: 1e-4).
+        kwargs: arguments of transformers' decorators and of the attention kernel (`modeling.arguments`).
+    """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    of_logits: OfLogits | None = None  # compiled, where the blocks are too
+    loss_kernel: LossKernel | None = None  # the compiled `nats_and_gradient`, if blocks are compiled
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -250,16 +260,16 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        """As in `PreTrainedModel`; a `state_dict` given here is one of `GPTModel.state_dict()`, not a file's."""
+        """As in `PreTrainedModel`; `state_dict` has the layout of `GPTModel.state_dict()`, not that of a file."""
         if state_dict is not None:
             state_dict = to_disk_layout(state_dict)
         return super().from_pretrained(*args, state_dict=state_dict, **kwargs)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = True, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`: an ordinary HF GPT-2 folder.
+        """Writes an HF GPT-2 folder, as in `PreTrainedModel`.
 
         Raises:
-            ValueError: for `save_original_format=False`, whose transposed matrices would be read back as GPT-2's.
+            ValueError: for `save_original_format=False`; its matrices would be read as GPT-2's, which are transposed.
         """
         if not save_original_format:
             raise ValueError("save_original_format=False is refused: GPTModel has one format on disk, HF GPT-2's.")
@@ -285,29 +295,8 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         z_loss: float = 0.0,
         **kwargs: Any,
     ) -> GPTOutput:
-        """Logits of the next token and, given labels, the mean cross entropy.
-
-        Args:
-            input_ids: `[B, T]`, or `inputs_embeds` `[B, T, C]` in its place; T at most `n_positions`.
-            cache: keys and values of the tokens before these, which are added to it. Until transformers 5.24 it was
-                called `past_key_values`, and may still be.
-            attention_mask: `[B, S]`, 0 on padding (left padding for generation), S counting cached tokens.
-            position_ids: `[B, T]`; 0, 1, 2, ... if None.
-            labels: `[B, T]`, usually `input_ids` itself: shifted here. -100 is ignored.
-            shift_labels: `[B, T]`, already shifted: position t holds the token that follows `input_ids[:, t]`. As in
-                transformers' losses, they go before `labels`.
-            num_items_in_batch: divides the summed loss in place of the number of labels (gradient accumulation).
-            loss_reduction: "none" for the loss of each token, `[B, T]`, 0 where ignored: for evaluation, as all logits
-                would be kept for a backward pass.
-            logits_to_keep: compute only the last so many logits (0: all), or those at the given indices.
-            skip_logits: leave the logits out where the loss is what is wanted; by default, when training with labels.
-            z_loss: weight of the squared logarithm of the softmax's normalizer in a loss that is reduced, which keeps
-                the logits from drifting (PaLM, arXiv:2204.02311, section 5: 1e-4).
-            kwargs: what transformers' decorators and the attention kernel in use act on (`modeling.arguments`).
-
-        Returns:
-            `loss`, float32 in nats per token, a scalar if reduced, and `logits` `[B, T, V]`, each None if not
-            computed; `z_loss`, the part of a reduced loss that is no cross entropy.
+        """Returns the logits `[B, T, V]` of the next tokens and, given labels, the loss, float32 in nats per token.
+        The docstring of the class describes the arguments.
 
         Raises:
             TypeError: for an argument that nothing acts on, with the nearest known name.
@@ -318,32 +307,19 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             raise ValueError(f"loss_reduction={loss_reduction!r} must be 'mean' or 'none'")
         if loss_reduction == "none" and (z_loss or num_items_in_batch is not None):
             raise ValueError("loss_reduction='none' gives the loss of each token: no z_loss, no num_items_in_batch")
-        outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids,
-            cache=cache,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids, "use_cache": use_cache}
+        outputs: Any = self.transformer(input_ids, **inputs, **kwargs)
         hidden = outputs.last_hidden_state
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         loss = z_part = None
         if shift_labels is not None:
-            targets = shift_labels.reshape(-1).to(hidden.device)
-            if loss_reduction == "none":
-                loss = token_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets).view_as(shift_labels)
-            else:
-                loss, z_part = linear_cross_entropy(
-                    hidden.flatten(0, 1), self.lm_head.weight, targets, num_items_in_batch, z_loss, self.of_logits
-                )
+            loss, z_part = self._loss(hidden, shift_labels, num_items_in_batch, loss_reduction, z_loss)
         if skip_logits is None:
             skip_logits = self.training and loss is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # The head is called in any case: by that FSDP2 knows that the unit that it is in has been gone through.
+        # Called in any case: FSDP2 counts on a forward pass of every module of its units.
         logits = self.lm_head(hidden[:, slice(0, 0) if skip_logits else kept])
         return GPTOutput(
             loss=loss,
@@ -353,6 +329,15 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, reduction: str, z_loss: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the loss and, if it is reduced, the z-loss in it. Shapes: `[B, T, C]`, shifted labels `[B, T]`."""
+        rows, targets = hidden.flatten(0, 1), labels.reshape(-1).to(hidden.device)
+        if reduction == "none":
+            return token_cross_entropy(rows, self.lm_head.weight, targets).view_as(labels), None
+        return linear_cross_entropy(rows, self.lm_head.weight, targets, num_items, z_loss, self.loss_kernel)
 
 
 _MODEL_ARGUMENTS = argument_names(GPTModel.forward)

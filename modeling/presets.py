@@ -1,4 +1,4 @@
-"""The sizes that GPT-2 and GPT-3 were published in, and what they cost."""
+"""Published sizes of GPT-2 and GPT-3, their parameters and FLOPs."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from modeling.configuration import GPTConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A published size with the batch and learning rate to train it by."""
+    """A published size with its batch and learning rate."""
 
     n_layer: int
     n_embd: int
@@ -17,9 +17,8 @@ class Preset:
     learning_rate: float
 
 
-# GPT-3: Brown et al. 2020, table 2.1, whose 1.3B row prints 24 heads of 128, which is not its width of 2048: 16 here.
-# Batch sizes are rounded there; here they are multiples of a power of two nearby. GPT-2's paper gives neither batch nor
-# learning rate, so each GPT-2 size takes those of the GPT-3 size next to it.
+# GPT-3: Brown et al. 2020, table 2.1, with batches rounded to multiples of powers of two, and for 1.3B 16 heads, as its
+# 24 do not divide its width. GPT-2's paper has neither batch nor learning rate: those of the nearest GPT-3 size.
 PRESETS = {
     "gpt2-124m": Preset(12, 768, 12, 1024, 2**19, 6.0e-4),
     "gpt2-350m": Preset(24, 1024, 16, 1024, 2**19, 3.0e-4),
@@ -37,21 +36,18 @@ PRESETS = {
 
 
 def parameter_count(config: GPTConfig) -> int:
-    """The exact number of parameters; a head tied to the embedding is counted once."""
+    """Returns the exact number of parameters; a head tied to the embedding counts once."""
     c, inner = config.n_embd, config.n_inner or 4 * config.n_embd
-    attention = (c + 1) * 3 * c + (c + 1) * c
-    mlp = (c + 1) * inner + (inner + 1) * c
-    norms = 2 * 2 * c
-    head = 0 if config.tie_word_embeddings else config.vocab_size * c
-    embeddings = (config.vocab_size + config.n_positions) * c
-    return embeddings + config.n_layer * (attention + mlp + norms) + 2 * c + head
+    attention, mlp, norm = (c + 1) * 3 * c + (c + 1) * c, (c + 1) * inner + (inner + 1) * c, 2 * c
+    tables = config.vocab_size * (1 if config.tie_word_embeddings else 2) + config.n_positions
+    return tables * c + config.n_layer * (attention + mlp + 2 * norm) + norm
 
 
 def flops_per_token(config: GPTConfig, sequence_length: int) -> int:
-    """Floating-point operations to train on one token, forward and backward.
+    """Returns the floating-point operations of training on one token, forward and backward, without recomputation.
 
-    6 for each weight of a matrix product, and 12 `n_layer` `n_embd` `sequence_length` for attention, taken as full
-    rather than causal (PaLM, arXiv:2204.02311, appendix B). Recomputation does not count: this is the model's work.
+    6 for each weight of a matrix product, and 12 `n_layer` `n_embd` `sequence_length` for attention, counted as full
+    rather than causal (PaLM, arXiv:2204.02311, appendix B).
     """
     c, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     weights = config.n_layer * (4 * c * c + 2 * c * inner) + config.vocab_size * c

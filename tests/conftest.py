@@ -131,7 +131,7 @@ def launch(
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, data_folder):
     """Train the tiny model on the small data in real processes: float32, sequential, 512 tokens a step; started by
-    Accelerate where a launch file is named."""
+    Accelerate where an Accelerate config is named."""
     from forks import begin
 
     folder = tmp_path_factory.mktemp("runs")
@@ -150,16 +150,15 @@ def train(tmp_path_factory, data_folder):
 @pytest.fixture(scope="session")
 def short_steps(data_folder) -> list[str]:
     """The flags of a run of the tiny model on the small data: float32, 512 tokens a step, no samples."""
-    words = (
-        "--mixed_precision no --batch_tokens 512 --micro_batch 8 --val_tokens 2048 --warmup_steps 1 --sample_every 0"
-    )
+    words = "--mixed_precision no --batch_tokens 512 --per_device_train_batch_size 8 --val_tokens 2048 "
+    words += "--warmup_steps 1 --sample_every 0"
     return ["--data", str(data_folder), *TINY_MODEL, *words.split()]
 
 
 @pytest.fixture(scope="session")
 def tiny_run(train) -> Finished:
     """20 steps, two micro-batches each, validated every 5 steps."""
-    flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5"]
+    flags = ["--max_steps", "20", "--per_device_train_batch_size", "8", "--eval_steps", "5", "--save_steps", "5"]
     return train("tiny", *flags, launch_file="cpu")
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a training process, and when; put in place in that process before it trains."""
+"""Failures that are planted in a training process before it starts."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ _FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.chmod", "os.scandir")
 
 def on_event(kind: str, folder: Path, act: Callable[[], None]) -> None:
     """Call `act` whenever something is done to a file or folder under `folder`, or anything removed (`file`), or a
-    module of the model has been gone through, in training or in evaluation (`forward`)."""
+    module of the model has been traversed, in training or in evaluation (`forward`)."""
     import torch
 
     if kind == "forward":
@@ -77,7 +77,7 @@ def bad_batch(sequence: list[int], factor: float, kind: str = "GPTMLP", number: 
 
 
 def saves_that_fail(times: int) -> None:
-    """The first so many attempts to write a checkpoint throw; nobody waits for the next one."""
+    """The first N attempts to write a checkpoint throw; nobody waits for the next one."""
     from training.checkpointing import writer
 
     write, left = writer.write_checkpoint, times

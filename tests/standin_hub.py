@@ -66,7 +66,7 @@ class StandIn:
     answering: threading.Event = field(default_factory=threading.Event)
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to take it for the Hub."""
+        """The environment of a process that takes it for the Hub."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": TOKEN,
@@ -329,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def git_hash(content: bytes) -> str:
-    """What git names a file of this content."""
+    """The name that git gives to a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What is installed, beside what was tested: setup.cfg's windows, constraints.txt, the line at the start of a run."""
+"""Installed versions against tested ones: setup.cfg's ranges, constraints.txt, the line at the start of a run."""
 
 import configparser
 import functools

@@ -52,7 +52,9 @@ def write_gguf(model: GPTModel, tokenizer: Any, file: Path, dtype: torch.dtype =
             tensor = parameter.detach().cpu()
             if tensor.ndim == 2 and name != "transformer.wpe.weight":
                 tensor = tensor.to(dtype)
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert gguf_name is not None, name
+            writer.add_tensor(gguf_name, tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -6,6 +6,7 @@ python -m training.export_llmc log124M/model_00019560.bin my_model --tokenizer g
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def read_llmc(file: Path) -> GPTModel:
             f"{file}: not a checkpoint of llm.c (magic {magic} and version {version}; those are {_MAGIC} and "
             f"{' or '.join(map(str, _VERSIONS))})"
         )
-    sizes = {"n_positions": n_positions, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head}
+    sizes: dict[str, Any] = {"n_positions": n_positions, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head}
     try:
         config = GPTConfig(**sizes, n_embd=n_embd)
     except ValueError as error:

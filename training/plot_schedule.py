@@ -15,21 +15,21 @@ from training.settings.validation import schedule_problems
 
 def corners(plan: BatchPlan, schedule: Schedule, max_steps: int) -> list[int]:
     """The steps at which batch or learning rate begin or end to change, the first, the middle and the last."""
-    places = [schedule.warmup]
+    steps = [schedule.warmup]
     if schedule.name == "wsd":
-        places.append(schedule.total - schedule.cooldown)
+        steps.append(schedule.total - schedule.cooldown)
     elif schedule.name != "constant":
-        places.append(schedule.decay)
+        steps.append(schedule.decay)
     if schedule.unit == "tokens":
-        places = [plan.steps(place) for place in places]
-    places += [0, plan.steps(plan.ramp_tokens), max_steps // 2]
-    return sorted({min(place, max_steps - 1) for place in [*places, max_steps]})
+        steps = [plan.steps(place) for place in steps]
+    steps += [0, plan.steps(plan.ramp_tokens), max_steps // 2]
+    return sorted({min(place, max_steps - 1) for place in [*steps, max_steps]})
 
 
 def main() -> None:
-    parser = ArgumentParser("python -m training.plot_schedule", __doc__)
+    note = "The settings are those of training/train.py, whose --help lists them."
+    parser = ArgumentParser("python -m training.plot_schedule", f"{__doc__}\n{note}")
     parser.usage = f"{parser.prog} [CONFIG.yaml] [--name value ...] [--plot FILE]"
-    parser.epilog += "\nThe settings are those of training/train.py, whose --help lists them."
     parser.add_option("plot", type=Path, metavar="FILE", help="picture to draw it into")
     args, words = parser.parse_known_args()
     config = parse_config(words)

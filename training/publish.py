@@ -1,14 +1,16 @@
-"""Upload checkpoints of a run to the Hub, each with its model card: those that wait to be, or else the last.
+"""Upload checkpoints of a run to the Hub, each with its model card: the queued ones, or else the last.
 
 python -m training.publish runs/mine
-python -m training.publish runs/mine --push_to_hub USER/NAME --step 500
+python -m training.publish runs/mine --hub_model_id USER/NAME --step 500
 
-With --push_to_hub, training runs it by itself. What has failed is tried again by the same command.
+Training with --push_to_hub runs this command by itself. After a failure, the same command tries again.
 """
 
+import argparse
 import contextlib
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,25 +24,32 @@ from data_prep.common.files import write_text
 from data_prep.common.hub import Hub, repository_problem
 from data_prep.common.locks import locked
 from data_prep.common.schema import STRICT, read_yaml, validate
-from eval.reporting.card import model_card, until
+from eval.reporting.card import model_card, truncate_to_step
 from eval.reporting.plots import plot_all
 from eval.reporting.run_records import Curve, read_run
-from training.checkpointing.storage import checkpoint_folder, complete_checkpoints, damage, is_checkpoint, step_of
-from training.publishing.queue import FOLDER, MARK, put, recover, taken, waiting
+from training.checkpointing.storage import (
+    checkpoint_folder,
+    complete_checkpoints,
+    find_corruption,
+    is_checkpoint,
+    step_of,
+)
+from training.publishing.queue import FOLDER, SENTINEL, claim, enqueue, pending, release_claims
+from training.settings.old_names import translate
 
 _LOCK_ATTEMPTS = 600  # a second each
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where checkpoints go, and how.
+    """The repository that checkpoints are uploaded to.
 
     Attributes:
         repository: `USER/NAME`.
-        strategy: as `hub_strategy` of the settings.
-        revisions: tag each with its step.
-        private: make the repository a private one, if it has to be made.
-        licence: that the model card names.
+        strategy: `hub_strategy` of the settings.
+        revisions: tag each checkpoint with its step.
+        private: make a new repository private.
+        licence: in the model card.
     """
 
     repository: str
@@ -51,42 +60,44 @@ class Destination:
 
 
 def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
-    """Upload the checkpoints of `steps`, or if there are none named, those that wait, or else the last one (under the
-    strategy `best`: the best one) of the run.
+    """Uploads the checkpoints of `steps`; without steps the queue; with an empty queue the last checkpoint of the run
+    (with the strategy `best`: the best one).
 
     Raises:
-        UserError: for whatever the user can mend. What has not been uploaded waits.
+        UserError: for everything that the user can correct. Checkpoints that are not uploaded stay in the queue.
     """
     hub = Hub(to.repository, "model")
-    with _outbox(run_folder):
-        recover(run_folder)
-        if not steps and not waiting(run_folder):
-            _put_whole(_released_checkpoint(run_folder, to.strategy), run_folder)
+    with _locked_queue(run_folder):
+        release_claims(run_folder)
+        if not steps and not pending(run_folder):
+            _enqueue_intact(_released_checkpoint(run_folder, to.strategy), run_folder)
         for step in steps:
             checkpoint = checkpoint_folder(run_folder / "checkpoints", step)
             if not is_checkpoint(checkpoint):
                 raise UserError(f"step={step}: {checkpoint} is not there, or not complete")
-            _put_whole(checkpoint, run_folder)
+            _enqueue_intact(checkpoint, run_folder)
         chosen = _to_upload(run_folder, to.strategy, steps)
         hub.create(to.private)
         for checkpoint in chosen:
             step = step_of(checkpoint)
-            with taken(checkpoint) as folder:
+            with claim(checkpoint) as folder:
                 _add_card(folder, step, run_folder, to)
-                files = {path.name: path for path in sorted(folder.iterdir()) if path.name != MARK}
+                files: dict[str, Path | bytes] = {
+                    path.name: path for path in sorted(folder.iterdir()) if path.name != SENTINEL
+                }
                 url = hub.upload(files, f"Step {step}", tag=checkpoint.name if to.revisions else None)
             print(f"step {step:>6}  published {url}", flush=True)
 
 
-def _put_whole(checkpoint: Path, run_folder: Path) -> None:
-    if wrong := damage(checkpoint):
-        raise UserError(f"{checkpoint} is damaged ({wrong}); it is not published")
-    put(checkpoint, run_folder)
+def _enqueue_intact(checkpoint: Path, run_folder: Path) -> None:
+    if problem := find_corruption(checkpoint):
+        raise UserError(f"{checkpoint} is damaged ({problem}); it is not published")
+    enqueue(checkpoint, run_folder)
 
 
 @contextlib.contextmanager
-def _outbox(run_folder: Path) -> Iterator[None]:
-    """Hold the outbox, once another process has let go of it: one that outlives its run is soon done."""
+def _locked_queue(run_folder: Path) -> Iterator[None]:
+    """Locks the queue, after another process has released it: one that outlives its run ends soon."""
     for attempt in range(_LOCK_ATTEMPTS):
         with contextlib.ExitStack() as stack:
             try:
@@ -101,19 +112,19 @@ def _outbox(run_folder: Path) -> Iterator[None]:
 
 
 def _to_upload(run_folder: Path, strategy: str, steps: list[int]) -> list[Path]:
-    """What waits to be uploaded, less what has been overtaken, which is removed."""
-    found = waiting(run_folder)
+    """The queued checkpoints to upload; older ones that the strategy does not want are removed."""
+    found = pending(run_folder)
     if steps:
         return [checkpoint for checkpoint in found if step_of(checkpoint) in steps]
     if strategy == "all":
         return found
-    for overtaken in found[:-1]:
-        shutil.rmtree(overtaken)
+    for outdated in found[:-1]:
+        shutil.rmtree(outdated)
     return found[-1:]
 
 
 def _released_checkpoint(run_folder: Path, strategy: str) -> Path:
-    """The checkpoint that a finished run is known by: its last, or under the strategy `best` its best."""
+    """The last checkpoint of a run, or with the strategy `best` its best."""
     complete = complete_checkpoints(run_folder / "checkpoints")
     if not complete:
         raise UserError(f"{run_folder} has no complete checkpoint to publish")
@@ -125,13 +136,13 @@ def _released_checkpoint(run_folder: Path, strategy: str) -> Path:
 
 
 def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination) -> None:
-    """Write the model card, its pictures and the settings of the run beside a checkpoint that is to be uploaded."""
+    """Writes the model card, its pictures and the settings of the run into the folder to upload."""
     record = read_run(run_folder)
-    pictures = plot_all([until(record, step)], checkpoint)
+    pictures = plot_all([truncate_to_step(record, step)], checkpoint)
     card = model_card(record, step, checkpoint, to.repository, to.licence, pictures)
-    # Never through the links that the folder is made of.
+    # write_text replaces a link; it never writes through it.
     write_text(checkpoint / "README.md", card)
-    # Whoever runs them has another place to publish to, or none.
+    # Not the repository: others who run these settings have their own.
     settings = {name: value for name, value in record.settings.items() if not name.startswith(("push_to_hub", "hub_"))}
     write_text(checkpoint / "training_config.yaml", redact(yaml.safe_dump(settings, sort_keys=False)))
 
@@ -139,18 +150,21 @@ def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination) ->
 def main() -> None:
     parser = ArgumentParser("python -m training.publish", __doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_option("push_to_hub", metavar="USER/NAME", help="repository; the run's if not given")
+    parser.add_option("hub_model_id", metavar="USER/NAME", help="repository; the run's if not given")
+    parser.add_option("push_to_hub", metavar="USER/NAME", help=argparse.SUPPRESS)  # the name until version 0.2
     parser.add_option("step", type=int, nargs="+", default=[], help="checkpoints to upload, by their steps")
     parser.add_option("hub_revisions", action="store_true", help="tag each with its step")
     parser.add_option("hub_private_repo", action="store_true", help="make the repository a private one")
     parser.add_option("hub_license", help="licence that the model card names; the run's, which is mit, if not given")
-    parser.add_option("check", action="store_true", help="only see whether the Hub would take it")
+    parser.add_option("check", action="store_true", help="only check whether the Hub would accept an upload")
     args = parser.parse_args()
     settings = _settings(args.run)
-    repository = args.push_to_hub or settings.push_to_hub
+    if args.push_to_hub is not None:
+        print("push_to_hub is now hub_model_id", file=sys.stderr)
+    repository = args.hub_model_id or args.push_to_hub or settings.hub_model_id
     if repository is None:
-        raise UserError(f"{args.run} has no push_to_hub; say where to: --push_to_hub USER/NAME")
-    if problem := repository_problem("push_to_hub", repository):
+        raise UserError(f"{args.run} has no hub_model_id; name the repository: --hub_model_id USER/NAME")
+    if problem := repository_problem("hub_model_id", repository):
         raise UserError(problem)
     if args.check:
         Hub(repository, "model").check_access()
@@ -168,11 +182,11 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class _HubSettings:
-    """Those settings of a run that say where its checkpoints go; the others are not read here."""
+    """The settings of a run about its repository; the others are not read here."""
 
     __pydantic_config__ = STRICT | {"extra": "ignore"}
 
-    push_to_hub: str | None = None
+    hub_model_id: str | None = None
     hub_strategy: Literal["end", "checkpoint", "best", "all"] = "checkpoint"
     hub_revisions: bool = False
     hub_private_repo: bool = False
@@ -182,7 +196,7 @@ class _HubSettings:
 def _settings(run_folder: Path) -> _HubSettings:
     file = run_folder / "config.yaml"
     try:
-        return validate(read_yaml(file), _HubSettings, str(file))
+        return validate(translate(read_yaml(file)), _HubSettings, str(file))
     except FileNotFoundError as error:
         raise UserError(f"{run_folder} is not the folder of a run (no config.yaml)") from error
 

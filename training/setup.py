@@ -1,103 +1,77 @@
-"""Bring up a run: data, model, optimizer, what it resumes from, and the header that says so."""
+"""Builds a run: data, model, optimizer, the state to resume from, and the header on screen."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from data_prep.common.command_line import UserError
-from data_prep.tokenization.byte_level import bytes_of_tokens
 from data_prep.tokenization.tokenizer import hf_tokenizer, tokenizer_files, tokenizer_problem
-from eval.harness import load_tasks
-from eval.hellaswag import HellaSwag, read_items
 from eval.report import remove_report
-from modeling import flops_per_token
+from modeling import GPTModel, flops_per_token
 from training.checkpointing.snapshot import load_training_state
 from training.checkpointing.storage import RunState
 from training.checkpointing.writer import Saver
 from training.engine.batches import Batch, Batches, Prefetcher
-from training.engine.data import Data, load_data, validation_sequences
-from training.engine.distributed import agreed, describe_device, make_accelerator
+from training.engine.data import Data, load_data
+from training.engine.distributed import decide_on_main, describe_device, make_accelerator
 from training.engine.model import check_initial_model, find_micro_batch, make_model
 from training.engine.optimizer import make_optimizer
-from training.loop.run import Run
+from training.evaluations.harness import HarnessEvaluation
+from training.evaluations.hellaswag import HellaSwagEvaluation
+from training.evaluations.samples import Samples
+from training.evaluations.validation import Validation
+from training.loop.run import Evaluation, Run
 from training.loop.stopping import StopRequest
 from training.publishing.uploader import Uploads
 from training.records.environment import write_environment
 from training.records.run_log import RunLog
-from training.records.step_metrics import Meter
+from training.records.step_metrics import StepTimer
 from training.records.versions import untested_versions
 from training.resilience.disk_space import room_for_checkpoints
 from training.resilience.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
 from training.settings.schedule import BatchPlan
 from training.settings.schema import TrainingConfig
 
+_STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments, in float32
+
 
 def setup(config: TrainingConfig, stop: StopRequest) -> Run:
-    """Bring up all that the loop needs, the cheap checks first.
+    """Builds everything that the loop needs, the cheap checks first. Collective.
 
     Raises:
-        UserError: for whatever the user can mend.
-        AlreadyFinished: where `auto_resume` finds nothing left to do.
+        UserError: for everything that the user can correct.
+        AlreadyFinished: if `auto_resume` finds nothing left to do.
     """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(config)
-    checkpoint, found = agreed(accelerator, lambda: find_checkpoint(config))
-    for line in [*untested_versions(), *found] if accelerator.is_main_process else ():
-        print(line)
-    with accelerator.main_process_first():
-        data = load_data(config)
-    state = RunState(data.identity(config), config.deciding(accelerator.mixed_precision), accelerator.num_processes)
-    if checkpoint is not None:
-        state = agreed(accelerator, lambda: resumed_state(config, checkpoint, state))
-        if is_finished(config, state):
-            raise AlreadyFinished(f"{config.run_folder} is finished, at step {state.step}")
-
+    data, checkpoint, state = _find_start(config, accelerator)
     tokenizer = hf_tokenizer(data.tokenizer_folder)
     if problem := tokenizer_problem(tokenizer, data.tokenizer):
         raise UserError(f"{data.tokenizer_folder}: {problem}; {data.manifests[0].remedy}")
+    train_data = data.batches(config, "train")
     with accelerator.main_process_first():
-        hellaswag = load_hellaswag(config, tokenizer)
-        task_manager = (
-            load_tasks(config.run.lm_eval_tasks, config.model.n_positions) if config.run.lm_eval_every else None
-        )
-
-    if checkpoint is None and config.model.init_from is not None:
-        check_initial_model(config, data, tokenizer)
-    model = make_model(config, data, checkpoint or config.model.init_from)
-    parameters = model.num_parameters()
-    optimizer = make_optimizer(model, config.optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    train_data, val_data = (data.batches(config, split) for split in ("train", "val"))
-    if config.optimizer.micro_batch == "auto":
-        config.optimizer.micro_batch = find_micro_batch(config, accelerator, model, optimizer, train_data)
-    torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between processes
+        evaluations: list[Evaluation] = [
+            Validation.prepare(config, data, train_data, tokenizer),
+            *HellaSwagEvaluation.prepare(config.evaluation, tokenizer),
+            *HarnessEvaluation.prepare(config, tokenizer),
+            Samples(config.evaluation.sample_every, tokenizer),
+        ]
+    if checkpoint is None and (name := config.model.model_name_or_path) is not None:
+        check_initial_model(name, config, data, tokenizer)
+    model, optimizer = _prepare_model(config, accelerator, data, train_data, checkpoint)
     if checkpoint is not None:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
-
     batch_plan = config.batch_plan
     prefetcher = Prefetcher(global_batches(config, batch_plan, accelerator, train_data), accelerator.device)
-    val_sequences = validation_sequences(val_data, config.run.val_tokens)
-    val_labels = val_data.sequences(0, val_sequences)["shift_labels"]
-
-    # Weights and two moments, in float32.
-    agreed(accelerator, lambda: room_for_checkpoints(config, 12 * parameters))
-    config.run_folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_report(config.report_folder)  # of what the run was before it goes on
-        flops = flops_per_token(accelerator.unwrap_model(model).config, config.sequence_length)
-        write_environment(config, accelerator, data, parameters, flops)
-        print(header(config, accelerator, data, parameters, state))
-    if config.run.report_to != "none":
-        accelerator.init_trackers(config.run.run_name, config={k: str(v) for k, v in config.to_dict().items()})
+    log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), state)
     state.num_processes = accelerator.num_processes
     saver = Saver(config.checkpoints)
-    publishing = config.hub.push_to_hub is not None and not config.run.preflight
-    log = RunLog(config.run_folder, state.step, config.max_steps, config.run.log_every, accelerator.is_main_process)
+    publishing = config.hub.push_to_hub and not config.run.preflight and accelerator.is_main_process
     return Run(
         config=config,
         accelerator=accelerator,
@@ -105,39 +79,70 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         optimizer=optimizer,
         batch_plan=batch_plan,
         schedule=config.schedule,
-        tokenizer=tokenizer,
         tokenizer_files={file.name: file.read_bytes() for file in tokenizer_files(data.tokenizer_folder)},
         data=data,
-        train_data=train_data,
         prefetcher=prefetcher,
-        val_data=val_data,
-        val_sequences=val_sequences,
-        val_bytes=int(bytes_of_tokens(tokenizer)[val_labels.numpy()].sum()),
-        hellaswag=hellaswag,
-        task_manager=task_manager,
+        evaluations=evaluations,
         state=state,
         log=log,
         saver=saver,
-        uploads=Uploads(config.run_folder, saver, log.flush) if publishing and accelerator.is_main_process else None,
+        uploads=Uploads(config.run_folder, saver, log.flush) if publishing else None,
         stop=stop,
-        meter=Meter(accelerator.device),
+        timer=StepTimer(accelerator.device),
     )
 
 
-def load_hellaswag(config: TrainingConfig, tokenizer: Any) -> list[HellaSwag]:
-    """The items of HellaSwag under each of the run's rules; none if the run does not evaluate on it."""
-    settings = config.run
-    if not settings.hellaswag_every:
-        return []
-    file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
-    items = read_items(file)[: settings.hellaswag_limit]
-    return [HellaSwag.prepare(items, rule, tokenizer) for rule in settings.hellaswag_rules]
+def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data, Path | None, RunState]:
+    """The data, the checkpoint to resume from (None for a new run), and the state at the start. Collective."""
+    checkpoint, messages = decide_on_main(accelerator, lambda: find_checkpoint(config))
+    for line in [*untested_versions(), *messages] if accelerator.is_main_process else ():
+        print(line)
+    with accelerator.main_process_first():
+        data = load_data(config)
+    settings = config.result_affecting_settings(accelerator.mixed_precision)
+    state = RunState(data.identity(config), settings, accelerator.num_processes)
+    if checkpoint is not None:
+        state = decide_on_main(accelerator, lambda: resumed_state(config, checkpoint, state))
+        if is_finished(config, state):
+            raise AlreadyFinished(f"{config.run_folder} is finished, at step {state.step}")
+    return data, checkpoint, state
+
+
+def _prepare_model(
+    config: TrainingConfig, accelerator: Accelerator, data: Data, train_data: Batches, checkpoint: Path | None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer as Accelerate prepares them; finds the micro-batch that fits, if asked to. Collective."""
+    bare_model = make_model(config, data, checkpoint or config.model.model_name_or_path)
+    model, optimizer = accelerator.prepare(bare_model, make_optimizer(bare_model, config.optimizer))
+    if config.optimizer.per_device_train_batch_size == "auto":
+        size = find_micro_batch(config, accelerator, model, optimizer, train_data)
+        config.optimizer.per_device_train_batch_size = size
+    torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between ranks
+    return model, optimizer
+
+
+def _open_log(config: TrainingConfig, accelerator: Accelerator, data: Data, model: GPTModel, state: RunState) -> RunLog:
+    """Makes the run's folder, prints the header, and starts the trackers, the run's own log first. Collective."""
+    parameters = model.num_parameters()
+    decide_on_main(accelerator, lambda: room_for_checkpoints(config, _STATE_BYTES * parameters))
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_report(config.report_folder)  # of the run before it was resumed
+        write_environment(config, accelerator, data, parameters, flops_per_token(model.config, config.sequence_length))
+        print(header(config, accelerator, data, parameters, state))
+    if config.logging.report_to != "none":
+        accelerator.init_trackers(config.run_name, config={k: str(v) for k, v in config.to_dict().items()})
+    log = RunLog(
+        config.run_folder, state.step, config.max_steps, config.logging.logging_steps, accelerator.is_main_process
+    )
+    accelerator.trackers = [log, *accelerator.trackers]
+    return log
 
 
 def global_batches(
     config: TrainingConfig, plan: BatchPlan, accelerator: Accelerator, train_data: Batches
 ) -> Callable[[int], list[Batch]]:
-    """What gives this process's share of the global batch that begins at a position."""
+    """A function that makes this rank's part of the global batch at a position."""
 
     def make(position: int) -> list[Batch]:
         if config.debug.overfit_single_batch:
@@ -145,7 +150,7 @@ def global_batches(
         batch_tokens = plan.size(position * config.sequence_length)
         return train_data.micro_batches(
             position,
-            micro_batch=int(config.optimizer.micro_batch),
+            micro_batch=int(config.optimizer.per_device_train_batch_size),
             accumulation_steps=config.accumulation_steps(batch_tokens, accelerator.num_processes),
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -155,15 +160,15 @@ def global_batches(
 
 
 def header(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, state: RunState) -> str:
-    """What is about to happen, in a few lines."""
+    """A few lines about the run that begins."""
     settings, optimizer, processes = config.model, config.optimizer, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     counted = f"{processes} process{'es' if processes > 1 else ''}"
-    begin = "from random weights" if settings.init_from is None else f"from {settings.init_from}"
+    start = "from random weights" if settings.model_name_or_path is None else f"from {settings.model_name_or_path}"
     if state.step:
-        begin = f"from step {state.step}"
+        start = f"from step {state.step}"
     if state.num_processes != processes:
-        begin += f" (saved by {state.num_processes}, now {processes}: the same batches, losses but for rounding)"
+        start += f" (saved by {state.num_processes}, now {processes}: same batches, losses equal up to rounding)"
     plan = config.batch_plan
     total = plan.tokens(config.max_steps)
     accumulated = config.accumulation_steps(plan.batch_tokens, processes)
@@ -179,11 +184,11 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
             f"model   {parameters:,} parameters: {settings.n_layer} layers, width {settings.n_embd}, "
             f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer.vocab_size}",
             *sources,
-            f"batch   {optimizer.batch_tokens:,} tokens = {counted} x "
-            f"{accumulated} accumulated x {optimizer.micro_batch} sequences x {config.sequence_length}{ramp}",
-            f"steps   {config.max_steps} {begin}: {total:,} tokens",
+            f"batch   {optimizer.batch_tokens:,} tokens = {counted} x {accumulated} accumulated x "
+            f"{optimizer.per_device_train_batch_size} sequences x {config.sequence_length}{ramp}",
+            f"steps   {config.max_steps} {start}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",
-            *([f"hub     {config.hub.push_to_hub}"] if config.hub.push_to_hub else []),
+            *([f"hub     {config.hub.hub_model_id}"] if config.hub.push_to_hub else []),
         ]
     )

@@ -1,1 +1,1 @@
-"""Raw documents in, cleaned ones out, on datatrove."""
+"""From raw to cleaned documents, with datatrove."""

@@ -1,89 +1,90 @@
-"""The configuration of a cleaning: read from YAML, and checked as a whole before anything runs."""
+"""Configuration of a cleaning: read from YAML, and checked completely before anything runs."""
 
 import dataclasses
 import importlib.util
+import inspect
+import pkgutil
 import re
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from data_prep.cleaning.check_settings import checked, parameters
+from pydantic import Field, create_model
+
 from data_prep.cleaning.decontamination import COMMON_DOCUMENTS
 from data_prep.cleaning.evaluation_sets import SUFFIXES
-from data_prep.common.command_line import UserError, unknown_name
-from data_prep.common.schema import read_yaml
+from data_prep.common.command_line import UserError, raise_all, unknown_name
+from data_prep.common.schema import STRICT, Count, Positive, find_problems, read_yaml, validate
 from data_prep.reading.sources import CLEANING_REPORT, Source, names_files
 
 INSTALL = 'pip install "gpt-accelerate[clean]"'
-EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
-FILTERS = {
+_FILTERS = {
     "gopher_repetition": "GopherRepetitionFilter",
     "gopher_quality": "GopherQualityFilter",
     "c4": "C4QualityFilter",
     "fineweb": "FineWebQualityFilter",
 }
+# Parameters of datatrove's filters and executors that are not settings of a step or of `executor_settings`.
+_FILTER_ARGUMENTS = ("exclusion_writer", "language")
+_EXECUTOR_ARGUMENTS = ("pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed")
 
 
 @dataclass(frozen=True)
 class MinLength:
-    """Shorter documents are dropped; SlimPajama's bound is 200."""
+    """Drops documents with fewer characters; the default is SlimPajama's."""
 
-    characters: int = 200
+    __pydantic_config__ = STRICT
+
+    characters: Positive = 200
 
 
 @dataclass(frozen=True)
 class ExactDedup:
-    """Of documents with the same text one is kept."""
+    """Keeps one of the documents with the same text."""
+
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
 class MinHash:
-    """Of documents whose sets of word n-grams are near-duplicates one is kept.
+    """Keeps one of the documents with nearly the same set of word n-grams; `jaccard` is the similarity of the pairs
+    that are found with probability one half."""
 
-    Attributes:
-        jaccard: the similarity at which a pair is found with even odds, 0.5 to 0.8.
-        ngram: words in an n-gram.
-    """
+    __pydantic_config__ = STRICT
 
-    jaccard: float = 0.7
-    ngram: int = 5
+    jaccard: Annotated[float, Field(ge=0.5, le=0.8)] = 0.7
+    ngram: Positive = 5
 
 
 @dataclass(frozen=True)
 class QualityClassifier:
-    """GPT-3's classifier.
+    """GPT-3's classifier; its training documents take about five bytes of memory for each byte of text."""
 
-    Attributes:
-        curated, raw: files, folders or patterns of the documents that it learns to tell apart.
-        documents: about so many of each kind, the first ones of every file; they are held in memory, at about five
-            bytes for each byte of text.
-    """
+    __pydantic_config__ = STRICT
 
     curated: list[str]
     raw: list[str]
-    documents: int = 100_000
+    documents: Positive = 100_000
 
 
 @dataclass(frozen=True)
 class Decontamination:
-    """GPT-3's decontamination.
+    """GPT-3's decontamination; `fields` as in `data_prep.cleaning.evaluation_sets.read_items`."""
 
-    Attributes:
-        against: the evaluation sets, .jsonl or .txt.
-        fields: of a record that make up an item; None as in `data_prep.cleaning.evaluation_sets.read_items`.
-        common_documents: n-grams in more documents than these are left alone.
-    """
+    __pydantic_config__ = STRICT
 
     against: list[str]
     fields: list[str] | None = None
-    common_documents: int = COMMON_DOCUMENTS
+    common_documents: Positive = COMMON_DOCUMENTS
 
 
-# In the order that they run in: what is cheap first; duplicates before the classifier, so that it draws once for each
-# text; evaluation sets last, so that nothing after it joins or changes texts.
+# In order of execution: fast ones first; duplicates before the classifier, so that it draws once for each text;
+# evaluation sets last, so that no later step joins or changes texts. None: parameters of datatrove's filter.
 STEPS: dict[str, type | None] = {
     "min_length": MinLength,
-    **dict.fromkeys(FILTERS),
+    **dict.fromkeys(_FILTERS),
     "exact_dedup": ExactDedup,
     "minhash": MinHash,
     "quality_classifier": QualityClassifier,
@@ -93,42 +94,30 @@ STEPS: dict[str, type | None] = {
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """A cleaning. The steps of `data_prep/configs/clean.yaml` explain each setting.
+    """A cleaning; `data_prep/configs/clean.yaml` explains each setting. Once read, `steps` has the settings of those
+    that run, each a dataclass of `STEPS` or parameters of datatrove's filter."""
 
-    Attributes:
-        sources: a name for each file, folder or pattern of raw documents.
-        output: the folder to make.
-        steps: the settings of each step that runs, by its name in `STEPS`.
-        text_column: the field of a record that holds its text.
-        language: of datatrove's filters, as in `eng`.
-        executor: `local`, `slurm` or `ray`.
-        executor_settings: what datatrove's executor of that kind takes beyond tasks and workers.
-        tasks: how many parts the documents are dealt into, by file; part of the result.
-        workers: how many tasks run at a time.
-        seed: of MinHash and of the quality classifier's draws.
-    """
+    __pydantic_config__ = STRICT
 
     sources: dict[str, str] = field(default_factory=dict)
     output: str = ""
     steps: dict[str, Any] = field(default_factory=dict)
     text_column: str = "text"
     language: str = "eng"
-    executor: str = "local"
+    executor: Literal["local", "slurm", "ray"] = "local"
     executor_settings: dict[str, Any] = field(default_factory=dict)
-    tasks: int = 1
-    workers: int = 1
-    seed: int = 0
+    tasks: Positive = 1
+    workers: Positive = 1
+    seed: Count = 0
 
     def files(self) -> dict[str, list[Path]]:
-        """The files of each source, in the order of their names."""
+        """Files of each source, sorted by name."""
         return {name: local_files(pattern) for name, pattern in self.sources.items()}
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the result: the settings but for those of the executor, and the names and sizes of the
-        files that are read."""
-        fields = dataclasses.asdict(self)
-        for name in ("executor", "executor_settings", "workers"):
-            del fields[name]
+        """All that determines the result: the settings except for the executor's, and names and sizes of the files."""
+        execution = ("executor", "executor_settings", "workers")
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in execution}
         read = [path for paths in self.files().values() for path in paths]
         if quality := self.steps.get("quality_classifier"):
             read += [path for pattern in (*quality.curated, *quality.raw) for path in local_files(pattern)]
@@ -137,11 +126,7 @@ class CleanConfig:
 
 
 def local_files(pattern: str) -> list[Path]:
-    """The files that a pattern stands for, in the order of their names.
-
-    Raises:
-        UserError: where there are none, and for what is not local: datatrove's tasks read files, not streams.
-    """
+    """Files of a pattern, sorted by name (`UserError` if there are none, or not local ones, which datatrove needs)."""
     if not names_files(pattern):
         raise UserError(f"source {pattern!r}: no such file or folder")
     corpus = Source(pattern).resolve()
@@ -151,110 +136,95 @@ def local_files(pattern: str) -> list[Path]:
 
 
 def read_config(path: Path) -> CleanConfig:
-    """Read and check a configuration.
-
-    Raises:
-        UserError: with all that is wrong with it.
-    """
+    """Reads and checks a configuration (`UserError` with all problems)."""
     settings = read_yaml(path)
-    require_libraries()
-    problems: list[str] = []
-    config = CleanConfig(**checked(parameters(CleanConfig), settings, "", problems))
-    config = dataclasses.replace(config, steps=_steps(config, problems))
-    problems += _out_of_range(config) + _bad_files(config)
-    if problems:
-        listed = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(f"{path}: {listed}")
+    if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
+    found = find_problems(settings, CleanConfig, str(path))
+    problems, wrong = [problem for _, problem in found], {name for name, _ in found}
+    config = validate({name: settings[name] for name in settings if name not in wrong}, CleanConfig, str(path))
+    config = dataclasses.replace(config, steps=_read_steps(config.steps, problems))
+    if "executor" not in wrong:
+        parameters = _parameters(executor_class(config.executor), _EXECUTOR_ARGUMENTS)
+        _check(config.executor_settings, parameters, "executor_settings", problems)
+    try:
+        pkgutil.resolve_name("datatrove.utils.word_tokenizers:load_word_tokenizer")(config.language)
+    except (ValueError, ImportError) as error:
+        problems.append(f"language={config.language!r}: {' '.join(str(error).split())}")
+    problems += _file_problems(config)
+    raise_all(problems, "problems", f"{path}: ")
     return config
 
 
-def require_libraries() -> None:
-    """Check that what cleaning needs is installed.
-
-    Raises:
-        UserError: naming what is not.
-    """
-    if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
-
-
-def _steps(config: CleanConfig, problems: list[str]) -> dict[str, Any]:
-    problems += [f"steps: {unknown_name(str(name), STEPS)}" for name in config.steps if name not in STEPS]
+def _read_steps(given: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Steps that are switched on, in order of execution."""
+    problems += [f"steps: {unknown_name(name, STEPS)}" for name in given if name not in STEPS]
+    if all(value is None or value is False for value in given.values()):
+        problems.append(f"steps: none is switched on; known: {', '.join(STEPS)}")
     steps = {}
     for name, kind in STEPS.items():
-        settings = config.steps.get(name, False)
-        if settings is False or settings is None:
+        settings = {} if (value := given.get(name)) is True else value
+        if settings is None or settings is False:
             continue
-        settings = {} if settings is True else settings
+        where = f"steps.{name}"
         if not isinstance(settings, dict):
-            problems.append(f"steps.{name}={settings!r}: true, false, or lines of `name: value`")
-        elif kind is not None:
-            before = len(problems)
-            good = checked(parameters(kind), settings, f"steps.{name}", problems)
-            if len(problems) == before:
-                steps[name] = kind(**good)
-        else:
-            known = parameters(filter_class(name), {"exclusion_writer", "language"})
-            steps[name] = checked(known, settings, f"steps.{name}", problems)
+            problems.append(f"{where}={settings!r}: true, false, or lines of `name: value`")
+            continue
+        schema: Any = kind or _parameters(filter_class(name), _FILTER_ARGUMENTS)
+        if _check(settings, schema, where, problems):
+            steps[name] = validate(settings, schema, where)
+            if kind is None:
+                steps[name] = {key: settings[key] for key in schema.model_fields if key in settings}
     return steps
 
 
-def filter_class(name: str) -> type:
-    """datatrove's filter of a step in `FILTERS`."""
-    from datatrove.pipeline import filters
+def _check(settings: dict[str, Any], schema: Any, where: str, problems: list[str]) -> bool:
+    found = find_problems(settings, schema, where)
+    problems += [f"{where}: {problem}" for _, problem in found]
+    return not found
 
-    return getattr(filters, FILTERS[name])
+
+def _parameters(kind: type, without: tuple[str, ...]) -> Any:
+    """A pydantic model of the parameters of datatrove's class `kind`."""
+    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    fields: dict[str, Any] = {
+        name: (_with_lists(hints.get(name, Any)), ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if name not in without
+    }
+    return create_model(kind.__name__, __config__=STRICT, **fields)
+
+
+def _with_lists(hint: Any) -> Any:
+    """A type hint with lists for tuples: datatrove annotates tuples of any length as `tuple[int]`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return typing.Union[tuple(map(_with_lists, typing.get_args(hint)))]  # noqa: UP007
+    return list if tuple in (hint, typing.get_origin(hint)) else hint
+
+
+def filter_class(name: str) -> type:
+    """datatrove's filter of a step."""
+    return pkgutil.resolve_name(f"datatrove.pipeline.filters:{_FILTERS[name]}")
 
 
 def executor_class(name: str) -> type:
-    """datatrove's executor of a name in `EXECUTORS`."""
-    return getattr(importlib.import_module(f"datatrove.executor.{name}"), EXECUTORS[name])
+    """datatrove's executor: `local`, `slurm` or `ray`."""
+    return pkgutil.resolve_name(f"datatrove.executor.{name}:{name.capitalize()}PipelineExecutor")
 
 
-def _out_of_range(config: CleanConfig) -> list[str]:
-    from datatrove.utils.word_tokenizers import load_word_tokenizer
-
-    problems = [
-        f"{name}={value}: should be at least {least}"
-        for name, value, least in [("tasks", config.tasks, 1), ("workers", config.workers, 1), ("seed", config.seed, 0)]
-        if value < least
-    ]
-    if config.executor not in EXECUTORS:
-        problems.append(f"executor: {unknown_name(config.executor, EXECUTORS)}; known: {', '.join(EXECUTORS)}")
-    else:
-        ours = {"pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed"}
-        known = parameters(executor_class(config.executor), ours)
-        checked(known, config.executor_settings, "executor_settings", problems)
-    try:
-        load_word_tokenizer(config.language)
-    except (ValueError, ImportError) as error:
-        problems.append(f"language={config.language!r}: {' '.join(str(error).split())}")
-    if not config.steps:
-        problems.append(f"steps: none is switched on; known: {', '.join(STEPS)}")
-    bounds = [("min_length", "characters", 1, None), ("minhash", "jaccard", 0.5, 0.8), ("minhash", "ngram", 1, None)]
-    bounds.append(("quality_classifier", "documents", 1, None))
-    for step, name, least, most in [*bounds, ("decontamination", "common_documents", 1, None)]:
-        value = getattr(config.steps.get(step), name, least)
-        if value < least or (most is not None and value > most):
-            bound = f"at least {least}" if most is None else f"between {least} and {most}"
-            problems.append(f"steps.{step}.{name}={value}: should be {bound}")
-    return problems
-
-
-def _bad_files(config: CleanConfig) -> list[str]:
+def _file_problems(config: CleanConfig) -> list[str]:
     problems = [] if config.sources else ["sources: none is named"]
     problems += [] if config.output else ["output: no folder is named"]
-    for name in config.sources:
+    patterns = [(f"sources.{name}", pattern) for name, pattern in config.sources.items()]
+    for name, (where, pattern) in zip(config.sources, patterns, strict=True):
         # The name becomes that of a folder beside cleaning.json and work/.
         if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or name in ("work", CLEANING_REPORT):
-            problems.append(f"sources.{name}: a name is made of letters, digits, '_', '-' and '.', and is not 'work'")
-    patterns = [(f"sources.{name}", pattern) for name, pattern in config.sources.items()]
-    for where, pattern in patterns:
+            problems.append(f"{where}: a name is made of letters, digits, '_', '-' and '.', and is not 'work'")
         if config.output and Path(config.output).resolve().is_relative_to(Path(pattern).resolve()):
             problems.append(f"output={config.output!r} lies within {where}={pattern!r}; choose a folder beside it")
-    if quality := config.steps.get("quality_classifier"):
-        for kind in ("curated", "raw"):
-            patterns += [(f"steps.quality_classifier.{kind}", pattern) for pattern in getattr(quality, kind)]
+    quality = config.steps.get("quality_classifier")
+    for kind in ("curated", "raw"):
+        patterns += [(f"steps.quality_classifier.{kind}", pattern) for pattern in getattr(quality, kind, [])]
     for where, pattern in patterns:
         try:
             if not any(path.stat().st_size for path in local_files(pattern)):
@@ -263,7 +233,6 @@ def _bad_files(config: CleanConfig) -> list[str]:
             problems.append(f"{where}: {error}")
     for name in getattr(config.steps.get("decontamination"), "against", []):
         if not Path(name).is_file() or not name.endswith(SUFFIXES):
-            problems.append(
-                f"steps.decontamination.against: {name!r} is not a file that ends in {' or '.join(SUFFIXES)}"
-            )
+            suffixes = " or ".join(SUFFIXES)
+            problems.append(f"steps.decontamination.against: {name!r} is not a file that ends in {suffixes}")
     return problems

@@ -1,7 +1,6 @@
-"""The texts of evaluation sets: what must not be in the training data."""
+"""Texts of evaluation sets, which must not be in the training data."""
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,39 +8,29 @@ from typing import Any
 
 from data_prep.common.command_line import UserError
 from data_prep.common.files import read_text
+from data_prep.reading.readers import parse_record
 
 SUFFIXES = (".jsonl", ".txt")
 _HELLASWAG = ["ctx", "endings"]
 
 
 def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str]]:
-    """The items of an evaluation file, each as the texts that would betray it.
+    """Reads the items of an evaluation file, each as the texts whose presence in the data is a leak.
 
-    A .txt file has an item in each paragraph. In a .jsonl file an item is a record. With `fields`, its text is these
-    fields one after another, and a field that lists choices gives a text for each of them: a question followed by each
-    answer. Without, HellaSwag's `ctx` and `endings` are recognized; of other records every string is a text of its own.
-
-    Raises:
-        UserError: for a file that cannot be read, and a record without one of `fields`.
+    An item is a paragraph of a .txt file, or a record of a .jsonl file. With `fields`, its texts are these fields one
+    after another, once for each choice in a field that lists choices: a question followed by each answer. Without,
+    HellaSwag's `ctx` and `endings` are used if present, else every string of the record is a text. Raises a `UserError`
+    for a file that cannot be read, and a record without one of `fields`.
     """
     text = read_text(path)
     if path.suffix == ".txt":
         yield from ([paragraph] for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
         return
-    # Not splitlines: it would also split at the separators that JSON leaves unescaped within strings.
+    # Not splitlines, which also splits at separators that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _texts(_record(line, f"{path}, line {number}"), fields, f"{path}, line {number}")
-
-
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
-    return record
+            where = f"{path}, line {number}"
+            yield _texts(parse_record(line, where), fields, where)
 
 
 def _texts(record: dict[str, Any], fields: list[str] | None, where: str) -> list[str]:
@@ -56,5 +45,4 @@ def _texts(record: dict[str, Any], fields: list[str] | None, where: str) -> list
 
 
 def _strings(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

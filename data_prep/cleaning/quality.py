@@ -11,8 +11,8 @@ import numpy as np
 
 from data_prep.common.command_line import UserError
 
-PARETO_ALPHA = 9  # appendix A's, chosen there to match the distribution of the scores of curated text
-FEATURES = 2**18  # the default of Spark's HashingTF, which appendix A's classifier reads
+PARETO_ALPHA = 9  # of appendix A, chosen there to match the distribution of the scores of curated text
+FEATURES = 2**18  # default of Spark's HashingTF, which appendix A's classifier reads
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,7 @@ class Classifier:
 
     @classmethod
     def train(cls, curated: Iterable[str], raw: Iterable[str]) -> "Classifier":
-        """Learn to tell `curated` documents from `raw` ones, both weighted alike however many there are of each.
-
-        Raises:
-            UserError: where there is no document of one of the two kinds.
-        """
+        """Trains on the documents of both kinds, which have the same total weight (`UserError` if one is empty)."""
         from scipy import sparse
         from sklearn.linear_model import LogisticRegression
 
@@ -43,26 +39,25 @@ class Classifier:
         return cls(model.coef_[0], float(model.intercept_[0]))
 
     def score(self, text: str) -> float:
-        """How likely `text` is a curated one, 0 to 1."""
+        """Probability that `text` is curated."""
         logit = (_vectorizer().transform([text]) @ self.weights)[0] + self.intercept
         return float(1 / (1 + np.exp(-logit)))
 
     def save(self, path: Path) -> None:
-        """Write what `load` reads, an `.npz` file."""
+        """Writes an `.npz` file."""
         np.savez(path, weights=self.weights, intercept=self.intercept)
 
     @classmethod
     def load(cls, path: Path) -> "Classifier":
-        """Read what `save` wrote."""
+        """Reads the file of `save`."""
         with np.load(path) as file:
             return cls(file["weights"], float(file["intercept"]))
 
 
 def keep(score: float, text: str, seed: int) -> bool:
-    """Appendix A's rule, `pareto(9) > 1 - score`: nearly all good documents, and some of the others.
+    """Appendix A's rule, `pareto(9) > 1 - score`: keeps nearly all good documents, and some others.
 
-    The random number is a function of the text and the seed alone, so that the order of the documents and how they are
-    spread over processes do not matter.
+    The draw is a function of text and seed, and so independent of the order of documents and of the number of tasks.
     """
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     generator = np.random.default_rng([seed, int.from_bytes(digest, "little")])

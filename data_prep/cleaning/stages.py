@@ -1,31 +1,31 @@
-"""The passes that a cleaning makes over the documents, and its report."""
+"""Passes of a cleaning over the documents, and its report."""
 
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline import dedup
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.filters import LambdaFilter
 from datatrove.pipeline.readers import JsonlReader
 
 from data_prep.cleaning import steps
-from data_prep.cleaning.configuration import CleanConfig, MinHash, filter_class
+from data_prep.cleaning.configuration import CleanConfig, filter_class
 from data_prep.common.files import write_text
 from data_prep.reading.sources import CLEANING_REPORT
 
-LEAST_HASHES, MOST_HASHES = 96, 160
+MIN_HASHES, MAX_HASHES = 96, 160
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One pass: its name, datatrove's steps, and into how many tasks it is cut."""
+class Stage(NamedTuple):
+    """One pass: its name, datatrove's steps, and the number of tasks that it is divided into."""
 
     name: str
     pipeline: list[Any]
@@ -33,24 +33,25 @@ class Stage:
 
 
 def stages(config: CleanConfig) -> list[Stage]:
-    """The passes of a cleaning, in order; the last one, a single task, moves the result to its place.
+    """The passes of a cleaning, in order. The last one, a single task, moves the result to its final folder.
 
-    Steps that look at one document share a pass; the others need the documents written, and passes of their own.
+    Steps that look at one document share a pass; the others read the output of a pass in passes of their own.
     """
     work = Path(config.output) / "work"
     planned: list[Stage] = []
-    names, pipeline = [], [steps.ReadSources(config.files(), config.text_column), steps.Count("raw")]
+    names: list[str] = []
+    read = partial(steps.read_sources, files=config.files(), text_column=config.text_column)
+    pipeline: list[Any] = [read, steps.Count("raw")]
     for name, settings in config.steps.items():
-        folder = work / name
         if name in ("exact_dedup", "minhash", "decontamination"):
-            writer = steps.WritePass(folder / "in")
+            writer = steps.WritePass(work / name / "in")
             planned.append(Stage("+".join(names) or "read", [*pipeline, writer], config.tasks))
-            names, pipeline = [], [_reader(folder)]
-        before, step = _PARTS.get(name, _filter)(config, name, settings, folder)
+            names, pipeline = [], [_reader(work / name)]
+        before, step = _step(config, name, settings, work / name)
         planned += before
         pipeline += [step, steps.Count(name)]
         names.append(name)
-    planned.append(Stage("+".join(names), [*pipeline, steps.WriteSources(work / "out")], config.tasks))
+    planned.append(Stage("+".join(names), [*pipeline, steps.write_sources(work / "out")], config.tasks))
     return [*planned, Stage("finish", [partial(finish, config=config)], 1)]
 
 
@@ -58,15 +59,24 @@ def _reader(folder: Path) -> JsonlReader:
     return JsonlReader(str(folder / "in"), add_file_path=False)
 
 
-def _filter(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+def _step(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+    """The passes before a step, and the step itself."""
+    if name == "min_length":
+        return [], LambdaFilter(partial(steps.has_length, least=settings.characters))
+    if name == "quality_classifier":
+        model = folder / "model.npz"
+        train = partial(steps.train_classifier, settings=settings, column=config.text_column, model=model)
+        return [Stage("quality_classifier_training", [train], 1)], steps.QualityFilter(model, config.seed)
+    if name == "exact_dedup":
+        return _exact_dedup(config, folder)
+    if name == "minhash":
+        return _minhash(config, settings, folder)
+    if name == "decontamination":
+        return _decontamination(config, settings, folder)
     return [], filter_class(name)(**settings, language=config.language)
 
 
-def _min_length(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
-    return [], steps.MinLengthFilter(settings.characters)
-
-
-def _exact_dedup(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+def _exact_dedup(config: CleanConfig, folder: Path) -> tuple[list[Stage], Any]:
     rule = ExactDedupConfig(content_getter=_text)
     signatures, duplicates = str(folder / "signatures"), str(folder / "duplicates")
     sign = dedup.ExactDedupSignature(signatures, rule, finder_workers=config.tasks)
@@ -81,7 +91,7 @@ def _text(document: Document) -> str:
     return document.text
 
 
-def _minhash(config: CleanConfig, name: str, settings: MinHash, folder: Path) -> tuple[list[Stage], Any]:
+def _minhash(config: CleanConfig, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
     buckets, rows = buckets_and_rows(settings.jaccard)
     rule = MinhashConfig(n_grams=settings.ngram, num_buckets=buckets, hashes_per_bucket=rows, seed=config.seed)
     signatures, pairs, removed = (str(folder / part) for part in ("signatures", "pairs", "removed"))
@@ -95,44 +105,30 @@ def _minhash(config: CleanConfig, name: str, settings: MinHash, folder: Path) ->
 
 
 def buckets_and_rows(jaccard: float) -> tuple[int, int]:
-    """How many buckets of how many hashes find pairs of this similarity with even odds.
+    """Number of buckets, and of hashes in each, that find pairs of this similarity with probability one half.
 
     Two documents of similarity s share one of b buckets of r hashes with probability 1 - (1 - s^r)^b, a step around
-    s = (1/b)^(1/r) (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.2). Of all pairs with 96 to
-    160 hashes in total, FineWeb's 14 x 8 among them, the nearest to that.
+    s = (1/b)^(1/r) (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.2). Returns the pair
+    closest to that with 96 to 160 hashes in total; FineWeb uses 14 x 8.
     """
-    pairs = [(b, r) for r in range(2, 33) for b in range(-(-LEAST_HASHES // r), MOST_HASHES // r + 1)]
+    pairs = [(b, r) for r in range(2, 33) for b in range(-(-MIN_HASHES // r), MAX_HASHES // r + 1)]
     return min(pairs, key=lambda pair: abs((1 / pair[0]) ** (1 / pair[1]) - jaccard))
 
 
-def _quality_classifier(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
-    model = folder / "model.npz"
-    train = partial(steps.train_classifier, **asdict(settings), column=config.text_column, model=model)
-    return [Stage("quality_classifier_training", [train], 1)], steps.QualityFilter(model, config.seed)
-
-
-def _decontamination(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
+def _decontamination(config: CleanConfig, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
     index = partial(steps.build_index, against=settings.against, fields=settings.fields, folder=folder)
-    choose = partial(steps.leave_out_common, folder=folder, common_documents=settings.common_documents)
+    remove = partial(steps.remove_common, folder=folder, common_documents=settings.common_documents)
     before = [
         Stage("decontamination_index", [index], 1),
-        Stage("decontamination_count", [_reader(folder), steps.CountNgrams(folder)], config.tasks),
-        Stage("decontamination_common", [choose], 1),
+        Stage("decontamination_count", [_reader(folder), partial(steps.count_ngrams, folder=folder)], config.tasks),
+        Stage("decontamination_common", [remove], 1),
     ]
     return before, steps.Decontaminate(folder)
 
 
-_PARTS = {
-    "min_length": _min_length,
-    "exact_dedup": _exact_dedup,
-    "minhash": _minhash,
-    "quality_classifier": _quality_classifier,
-    "decontamination": _decontamination,
-}
-
-
 def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: CleanConfig) -> None:
-    """Move the documents to their place, write the report as the mark that all is done, remove the passes' files."""
+    """Moves the documents to the output, writes the report, which shows that all is complete, and removes the files of
+    the passes."""
     output = Path(config.output)
     work = output / "work"
     entries = report(config, work / "logs")
@@ -146,9 +142,9 @@ def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: Clean
 
 
 def report(config: CleanConfig, logs: Path) -> list[dict[str, Any]]:
-    """What each step was given and what it left, by source and together, and datatrove's reasons for the others.
+    """Sizes before and after each step, by source and in total, and datatrove's reasons for dropped documents.
 
-    Summed over what datatrove has noted of each task, those of an interrupted run among them.
+    Sums datatrove's statistics of all tasks, including those of interrupted runs.
     """
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("raw", *config.steps)}
     reasons: dict[str, Counter[str]] = {name: Counter() for name in config.steps}
@@ -166,15 +162,10 @@ def report(config: CleanConfig, logs: Path) -> list[dict[str, Any]]:
     entries, before = [], counts["raw"]
     for name, settings in config.steps.items():
         after = counts[name]
-        entries.append(
-            {
-                "step": name,
-                "settings": asdict(settings) if is_dataclass(settings) else settings,
-                **_in_and_out(before, after, config.sources),
-                "sources": {source: _in_and_out(before, after, [source]) for source in config.sources},
-                "dropped": dict(sorted(reasons[name].items())),
-            }
-        )
+        entry = {"step": name, "settings": asdict(settings) if is_dataclass(settings) else settings}  # type: ignore[arg-type]
+        entry |= _in_and_out(before, after, config.sources)
+        entry["sources"] = {source: _in_and_out(before, after, [source]) for source in config.sources}
+        entries.append({**entry, "dropped": dict(sorted(reasons[name].items()))})
         before = after
     return entries
 

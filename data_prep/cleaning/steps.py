@@ -1,4 +1,4 @@
-"""Steps that datatrove has no block for: our reading of sources, counts, and those of GPT-3's appendices."""
+"""Steps that datatrove does not have: our reading of sources, counts, and those of GPT-3's appendices."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,41 +11,31 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter
 
-from data_prep.cleaning.configuration import local_files
+from data_prep.cleaning.configuration import QualityClassifier, local_files
 from data_prep.cleaning.decontamination import Index, cut
 from data_prep.cleaning.evaluation_sets import read_items
 from data_prep.cleaning.quality import Classifier, keep
 from data_prep.reading.sources import Source
 
-SOURCE = "_source"  # in a document's metadata until it is written: which source it is from
+SOURCE = "_source"  # name of the source, in a document's metadata until it is written
 
 
-class ReadSources(PipelineStep):
-    """Read each file of the sources in one task, as `Corpus.records` does; documents without text are left out."""
-
-    type, name = "READER", "sources"
-
-    def __init__(self, files: dict[str, list[Path]], text_column: str) -> None:
-        super().__init__()
-        self.files = [(name, path) for name, paths in files.items() for path in paths]
-        self.text_column = text_column
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        for name, path in self.files[rank::world_size]:
-            for number, record in enumerate(Source(str(path), text_column=self.text_column).resolve().records()):
-                text = record.pop(self.text_column)
-                if text.strip():
-                    yield self._document(text, record, name, f"{path}/{number}")
-
-    def _document(self, text: str, record: dict[str, Any], source: str, place: str) -> Document:
-        identity, metadata = str(record.pop("id", place)), record.pop("metadata", {})
-        if not isinstance(metadata, dict):
-            metadata = {"metadata": metadata}
-        return Document(text, identity, metadata={**metadata, **record, SOURCE: source})
+def read_sources(
+    data: DocumentsPipeline, rank: int, world_size: int, *, files: dict[str, list[Path]], text_column: str
+) -> DocumentsPipeline:
+    """Reads each file of the sources in one task, as `Corpus.records` does; skips documents without text."""
+    for name, path in [(name, path) for name, paths in files.items() for path in paths][rank::world_size]:
+        for number, record in enumerate(Source(str(path), text_column=text_column).resolve().records()):
+            text = record.pop(text_column)
+            if text.strip():
+                identity, metadata = str(record.pop("id", f"{path}/{number}")), record.pop("metadata", {})
+                if not isinstance(metadata, dict):
+                    metadata = {"metadata": metadata}
+                yield Document(text, identity, metadata={**metadata, **record, SOURCE: name})
 
 
 class Count(PipelineStep):
-    """Count the documents and characters of each source that pass here."""
+    """Counts the documents and characters of each source after a step."""
 
     type = "COUNT"
 
@@ -62,10 +52,10 @@ class Count(PipelineStep):
 
 
 class WritePass(JsonlWriter):
-    """Write exactly one file a task, be it empty: the next pass then deals the same documents to the same task."""
+    """Writes exactly one file a task, even an empty one, so that the next pass gives each task the same documents."""
 
     def __init__(self, folder: Path) -> None:
-        # zstd, as gzip's header has the time in it.
+        # zstd, because gzip's header contains the time.
         super().__init__(str(folder), output_filename="${rank}.jsonl", compression="zstd")
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -73,11 +63,9 @@ class WritePass(JsonlWriter):
         yield from super().run(data, rank, world_size)
 
 
-class WriteSources(JsonlWriter):
-    """Write a file a task for each source."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), f"${{{SOURCE}}}/${{rank}}.jsonl", compression="zstd", adapter=_without_source)
+def write_sources(folder: Path) -> JsonlWriter:
+    """Writes a file a task for each source."""
+    return JsonlWriter(str(folder), f"${{{SOURCE}}}/${{rank}}.jsonl", compression="zstd", adapter=_without_source)
 
 
 def _without_source(writer: JsonlWriter, document: Document) -> dict[str, Any]:
@@ -85,21 +73,13 @@ def _without_source(writer: JsonlWriter, document: Document) -> dict[str, Any]:
     return {"text": document.text, "id": document.id, "metadata": metadata}
 
 
-class MinLengthFilter(BaseFilter):
-    """Drop documents of fewer characters."""
-
-    name = "minimum length"
-
-    def __init__(self, characters: int) -> None:
-        super().__init__()
-        self.characters = characters
-
-    def filter(self, doc: Document) -> bool:
-        return len(doc.text) >= self.characters
+def has_length(document: Document, least: int) -> bool:
+    """Whether a document has at least `least` characters."""
+    return len(document.text) >= least
 
 
 class QualityFilter(BaseFilter):
-    """Keep documents by the score of the classifier in `model` and a draw (`data_prep.cleaning.quality.keep`)."""
+    """Keeps documents by the score of the classifier in `model` and a draw (`data_prep.cleaning.quality.keep`)."""
 
     name = "quality classifier"
 
@@ -109,79 +89,60 @@ class QualityFilter(BaseFilter):
         self.classifier: Classifier | None = None
 
     def filter(self, doc: Document) -> bool:
-        if self.classifier is None:
-            self.classifier = Classifier.load(self.model)
-        score = self.classifier.score(doc.text)
-        doc.metadata["quality_score"] = score
+        self.classifier = self.classifier or Classifier.load(self.model)
+        doc.metadata["quality_score"] = score = self.classifier.score(doc.text)
         return keep(score, doc.text, self.seed)
 
 
 def train_classifier(
-    data: DocumentsPipeline,
-    rank: int,
-    world_size: int,
-    *,
-    curated: list[str],
-    raw: list[str],
-    documents: int,
-    column: str,
-    model: Path,
+    data: DocumentsPipeline, rank: int, world_size: int, *, settings: QualityClassifier, column: str, model: Path
 ) -> None:
-    """Learn the classifier from the documents of these patterns, about `documents` of each kind, and save it."""
+    """Trains the classifier on about `settings.documents` documents of each kind, and saves it."""
 
     def texts(patterns: list[str]) -> Iterator[str]:
         files = [path for pattern in patterns for path in local_files(pattern)]
         for path in files:
             found = Source(str(path), text_column=column).resolve().documents()
-            yield from itertools.islice(found, -(-documents // len(files)))
+            yield from itertools.islice(found, -(-settings.documents // len(files)))
 
     model.parent.mkdir(parents=True, exist_ok=True)
-    Classifier.train(texts(curated), texts(raw)).save(model)
+    Classifier.train(texts(settings.curated), texts(settings.raw)).save(model)
 
 
 def build_index(
     data: DocumentsPipeline, rank: int, world_size: int, *, against: list[str], fields: list[str] | None, folder: Path
 ) -> None:
-    """Index the n-grams of the evaluation sets into `folder`/all.npz."""
+    """Indexes the n-grams of the evaluation sets in `folder`/all.npz."""
     texts = (text for path in against for item in read_items(Path(path), fields) for text in item)
-    _save_index(folder / "all.npz", Index.build(texts))
+    folder.mkdir(parents=True, exist_ok=True)
+    Index.build(texts).save(folder / "all.npz")
 
 
-class CountNgrams(PipelineStep):
-    """Count in how many documents each n-gram of `folder`/all.npz is, into a file a task."""
-
-    type, name = "INDEX", "n-grams"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        path = self.folder / f"counts_{rank:05d}.npy"
-        np.save(path, count_documents(_load_index(self.folder / "all.npz"), (document.text for document in data)))
+def count_ngrams(data: DocumentsPipeline, rank: int, world_size: int, *, folder: Path) -> None:
+    """Counts the documents with each n-gram of `folder`/all.npz, into a file a task."""
+    counts = count_documents(Index.load(folder / "all.npz"), (document.text for document in data))
+    np.save(folder / f"counts_{rank:05d}.npy", counts)
 
 
 def count_documents(index: Index, texts: Iterable[str]) -> np.ndarray:
-    """In how many of the `texts` each n-gram of the index is, `[n-grams]` uint32."""
+    """Number of `texts` with each n-gram of the index, `[n-grams]` uint32."""
     counts = np.zeros(len(index.hashes), dtype=np.uint32)
     for text in texts:
         counts[np.unique(index.find(text)[0])] += 1
     return counts
 
 
-def leave_out_common(
-    data: DocumentsPipeline, rank: int, world_size: int, *, folder: Path, common_documents: int
-) -> None:
-    """Write `folder`/used.npz: the index without the n-grams that are in more than `common_documents` documents."""
-    index = _load_index(folder / "all.npz")
+def remove_common(data: DocumentsPipeline, rank: int, world_size: int, *, folder: Path, common_documents: int) -> None:
+    """Writes `folder`/used.npz: the index without the n-grams in more than `common_documents` documents."""
+    index = Index.load(folder / "all.npz")
     total = np.zeros(len(index.hashes), dtype=np.int64)
-    for path in sorted(folder.glob("counts_*.npy")):
+    for path in folder.glob("counts_*.npy"):
         total += np.load(path)
-    _save_index(folder / "used.npz", index.without(total > common_documents))
+    index.without(total > common_documents).save(folder / "used.npz")
 
 
 class Decontaminate(PipelineStep):
-    """Cut the n-grams of `folder`/used.npz out of the documents; each piece that is left becomes a document."""
+    """Cuts the n-grams of `folder`/used.npz out of the documents; each remaining piece becomes a document."""
 
     type, name = "FORMAT", "decontamination"
 
@@ -190,7 +151,7 @@ class Decontaminate(PipelineStep):
         self.folder = folder
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        index = _load_index(self.folder / "used.npz")
+        index = Index.load(self.folder / "used.npz")
         for document in data:
             spans = index.find(document.text)[1]
             if not len(spans):
@@ -200,13 +161,3 @@ class Decontaminate(PipelineStep):
             self.stat_update("documents_cut" if pieces else "dropped_contaminated")
             for number, piece in enumerate(pieces):
                 yield Document(piece, f"{document.id}/{number}", metadata=document.metadata)
-
-
-def _save_index(path: Path, index: Index) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, hashes=index.hashes, lengths=np.array(index.lengths, dtype=np.int64))
-
-
-def _load_index(path: Path) -> Index:
-    with np.load(path) as file:
-        return Index(file["hashes"], tuple(file["lengths"].tolist()))

@@ -1,1 +1,1 @@
-"""What all packages share: command lines, files, locks, the Hub."""
+"""Shared by all packages: command lines, files, locks, schemas, the Hub."""

@@ -1,6 +1,7 @@
-"""What every command line of the project shares: one-line errors and the nearest name to a wrong one."""
+"""Command lines of the project: one-line errors, and a suggestion for a wrong name."""
 
 import argparse
+import dataclasses
 import difflib
 import os
 import re
@@ -12,49 +13,67 @@ from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """Something that the user can mend. Its text is all that is shown: the value, the bound and the remedy."""
+    """An error that the user can fix. Only its text is shown: the value, the bound and the remedy."""
 
 
 EMPTY = "is empty; is a variable of the shell unset?"
-_MAY_BE_EMPTY = ("prompt", "sample_prompts", "model_args")  # to continue nothing, to add nothing
-_LISTED = 5  # problems in one line
-_USER_IN_ADDRESS = re.compile(r"(\w://)[^/?#\s\"]*@")
+_MAY_BE_EMPTY = ("prompt", "sample_prompts", "model_args")
+_MAX_LISTED = 5  # problems in one line
+_USER_IN_URL = re.compile(r"(\w://)[^/?#\s\"]*@")
 _SECRET_IN_QUERY = re.compile(
     r"(?i)([?&][^=&\s]*(?:token|key|secret|pass|pwd|sig|credential|auth|jwt)[^=&\s]*=)[^&\s'\"]+"
 )
 
 
 def redact(text: str) -> str:
-    """The text without the secrets of addresses: `user:password@`, and what a query calls token, key or the like."""
-    return _SECRET_IN_QUERY.sub(r"\1***", _USER_IN_ADDRESS.sub(r"\1***@", text))
+    """Returns the text without the secrets of URLs: `user:password@`, and query values named token, key or similar."""
+    return _SECRET_IN_QUERY.sub(r"\1***", _USER_IN_URL.sub(r"\1***@", text))
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Problems in one line: the first few, and how many more there are."""
-    more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-    return "; ".join(problems[:_LISTED]) + more
+    """Problems in one line: the first few, and the number of the others."""
+    more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+    return "; ".join(problems[:_MAX_LISTED]) + more
+
+
+def raise_all(problems: Sequence[str], what: str = "problems with the settings", prefix: str = "") -> None:
+    """Raises a `UserError` with all problems, if there are any.
+
+    Args:
+        what: the noun after the number of problems.
+        prefix: text before the problems, such as `FILE: `.
+    """
+    if len(problems) == 1:
+        raise UserError(prefix + problems[0])
+    if problems:
+        raise UserError(f"{prefix}{len(problems)} {what}:" + "".join(f"\n  - {problem}" for problem in problems))
+
+
+def option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field that is also a command line option; `kwargs` as in `add_argument`."""
+    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
 def is_missing(name: str, word: str) -> bool:
-    """Whether the value of an option is empty, as `"$UNSET"` is, where that is no value."""
+    """Whether the value of an option is empty, as `"$UNSET"` is, and the option needs a value."""
     return not word.strip() and name not in _MAY_BE_EMPTY
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
-    """`unknown NAME`, with the nearest of the `known` names where one is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    """Returns `unknown NAME`, with the most similar `known` name if there is one."""
+    similar = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"unknown {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Each option by one of its spellings, what kind of value it takes, and its default where it has one."""
+    """Help with one spelling of each option, the kind of its value, and its default."""
 
-    _KINDS = {int: "N", float: "X", Path: "PATH"}
+    _KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, 110))
@@ -79,23 +98,31 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, `--both_spellings` of a name, and a suggestion for an unknown one.
+    """argparse with defaults in the help, `--some_name` and `--some-name` for each option, and suggestions.
 
     Args:
-        doc: the docstring of the command's module: what it does, then how it is called.
+        doc: the docstring of the command's module: a summary, then examples.
     """
 
-    def __init__(self, prog: str, doc: str) -> None:
-        summary, _, rest = doc.strip().partition("\n")
+    def __init__(self, prog: str, doc: str | None) -> None:
+        summary, _, rest = (doc or "").strip().partition("\n")
         super().__init__(
             prog=prog, description=summary, epilog=rest.strip(), formatter_class=HelpFormatter, allow_abbrev=False
         )
 
     def add_option(self, name: str, **kwargs: Any) -> None:
-        """Add `--some_name`, which `--some-name` spells as well."""
+        """Adds `--some_name`, also spelled `--some-name`."""
         self.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **kwargs)
 
-    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def add_fields(self, kind: Any) -> None:
+        """Adds an option for each field of a dataclass that `option` describes; tuples are lists."""
+        for field in dataclasses.fields(kind):
+            if field.metadata:
+                default = list(field.default) if isinstance(field.default, tuple) else field.default
+                needed = default is dataclasses.MISSING
+                self.add_option(field.name, default=None if needed else default, required=needed, **field.metadata)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error("; ".join(unknown_name(word, self._option_string_actions) for word in rest))
@@ -111,16 +138,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's `main`: what the user or the machine's files are to blame for (`UserError`, `OSError`) ends it
-    with one line and exit code 2, Ctrl-C with exit code 130, a reader of the output that has gone with exit code 1."""
+    """Runs a command's `main`. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for Ctrl-C, 1 if the
+    reader of the output has closed it."""
     if unreadable := [word for word in sys.argv[1:] if word != word.encode("utf-8", "replace").decode("utf-8")]:
         print(f"error: {unreadable[0]!r} is not UTF-8 text; rename what it names", file=sys.stderr)
         sys.exit(2)
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         sys.exit(1)
     except (UserError, OSError) as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
@@ -128,11 +155,3 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raise a `UserError` that names every problem, if there is any."""
-    if len(problems) == 1:
-        raise UserError(problems[0])
-    if problems:
-        raise UserError(f"{len(problems)} problems with the settings:" + "".join(f"\n  - {p}" for p in problems))

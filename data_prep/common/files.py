@@ -1,18 +1,19 @@
-"""Files: opened without waiting, read within bounds, written as a whole or not at all."""
+"""Files: opened without blocking, read within bounds, written completely or not at all."""
 
+import contextlib
 import hashlib
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from data_prep.common.command_line import UserError, first_line
 
-MAX_BYTES = 1 << 30  # of a file that is read as a whole; metrics.jsonl of a million steps has a third of it
+MAX_BYTES = 1 << 30  # of a file that is read into memory; metrics.jsonl of a million steps has a third of it
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it, without waiting: the name may be that of a pipe (`UserError` for what is no file)."""
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a file for reading without blocking on a pipe (`UserError` for anything but a regular file)."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -21,15 +22,14 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a regular file of at most `MAX_BYTES`.
+    """Reads a regular file of at most `MAX_BYTES`.
 
     Args:
-        errors: what `bytes.decode` does about bytes that are not UTF-8.
+        errors: as in `bytes.decode`, for bytes that are not UTF-8.
 
     Raises:
-        FileNotFoundError: where there is none.
-        UserError: for what is no regular file (reading a pipe would wait for ever), for one that is too large or not
-            UTF-8, and for one that cannot be read.
+        FileNotFoundError: for a missing file.
+        UserError: for a file that is not regular, too large, not UTF-8 or not readable.
     """
     try:
         with open_regular(path) as file:
@@ -45,25 +45,43 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def partial_name(name: str) -> str:
-    """The name that a file has until it is whole."""
+    """Temporary name of a file that `write_text` writes."""
     return f".{name}.partial"
 
 
+class AtomicFile:
+    """A file written under a temporary name; `commit` flushes it to the disk and renames it to `path`."""
+
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self.path, self.temporary = path, temporary
+        self.file = open(temporary, "wb")  # noqa: SIM115  closed by commit or discard
+
+    def commit(self) -> None:
+        """Makes the complete file visible under its name."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.temporary.replace(self.path)
+
+    def discard(self) -> None:
+        """Removes the temporary file."""
+        with contextlib.suppress(OSError):  # closing writes the last bytes, which a full disk refuses again
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all: under another name, brought to the disk, and renamed."""
-    temporary = path.with_name(partial_name(path.name))
+    """Writes a file completely or not at all."""
+    partial = AtomicFile(path, path.with_name(partial_name(path.name)))
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:  # of a full disk, say
-        temporary.unlink(missing_ok=True)
+        partial.file.write(text.encode("utf-8"))
+        partial.commit()
+    except BaseException:
+        partial.discard()
         raise
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes (`UserError` for what is no regular file: reading a pipe would wait for ever)."""
+    """Returns the sha256 of a regular file (`UserError` for any other kind)."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

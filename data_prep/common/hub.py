@@ -1,4 +1,4 @@
-"""Repositories on the Hub: what is uploaded to them, and data folders that are used from there."""
+"""Repositories on the Hub: uploads to them, and data folders used from there."""
 
 import os
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from data_prep.common.retries import Retries, status_of
 
 T = TypeVar("T")
 PREFIX = "hf://datasets/"
-_DELAYS = (1, 4, 16)  # seconds before another attempt; the Hub's client itself repeats most requests before
-_TIMEOUT = 60.0  # seconds without a sign of life
+_DELAYS = (1, 4, 16)  # seconds before another attempt
+_TIMEOUT = 60.0  # seconds without an answer
 _NEW_TOKEN = "make one that may write at https://huggingface.co/settings/tokens, then: hf auth login, or HF_TOKEN"
 _REFUSALS = {
     401: f"the Hub does not know the token; {_NEW_TOKEN}",
@@ -20,7 +20,7 @@ _REFUSALS = {
 
 
 def repository_problem(option: str, repository: str) -> str | None:
-    """What keeps a repository from being written to, as far as can be known without the Hub; None for nothing."""
+    """Returns why a repository cannot be written to, as far as the Hub is not needed to tell, or None."""
     from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -39,30 +39,29 @@ def repository_problem(option: str, repository: str) -> str | None:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a data folder's name is that of one on the Hub, as in `hf://datasets/USER/NAME`."""
+    """Whether a data folder is named as one on the Hub, as in `hf://datasets/USER/NAME`."""
     return name.startswith(PREFIX)
 
 
 def local_folder(name: str, download: bool = True) -> Path:
-    """A data folder: the one of this name, or where the one of `hf://datasets/USER/NAME[@REVISION]` is kept.
+    """Returns a local data folder, or the local copy of `hf://datasets/USER/NAME[@REVISION]`.
 
     Args:
-        download: what of it is not kept yet.
+        download: download missing files.
 
     Raises:
-        UserError: for a name that is none, and for one that cannot be downloaded, or is not kept.
+        UserError: for an invalid name, a failed download, or a missing copy.
     """
     if not is_on_hub(name):
         return Path(name)
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     if repository.count("/") != 1:
         raise UserError(f"{name!r} is not of the form {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION")
-    hub = Hub(repository, "dataset")
-    return Path(hub.snapshot(revision or None, download))
+    return Path(Hub(repository, "dataset").snapshot(revision or None, download))
 
 
 class Hub:
-    """A repository on the Hub; what fails for the moment is tried again.
+    """A repository on the Hub. Requests are repeated after transient failures.
 
     Args:
         repository: `USER/NAME`.
@@ -74,20 +73,20 @@ class Hub:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        self.api, self.where = HfApi(), {"repo_id": repository, "repo_type": kind}
-        self.repository = repository
+        self.api, self.repository, self.kind = HfApi(), repository, kind
+        self._address: dict[str, Any] = {"repo_id": repository, "repo_type": kind}
 
     def create(self, private: bool) -> None:
-        """Make the repository, if it is not there yet."""
-        self._try(lambda: self.api.create_repo(**self.where, private=private or None, exist_ok=True))
+        """Creates the repository if it does not exist."""
+        self._try(lambda: self.api.create_repo(**self._address, private=private or None, exist_ok=True))
 
     def upload(self, files: dict[str, Path | bytes], message: str, tag: str | None = None) -> str:
-        """Upload files, by their names there, as one commit of what is not there yet: its address."""
+        """Uploads files, by their names in the repository, as one commit; returns its URL."""
         from huggingface_hub import CommitOperationAdd
 
         def commit() -> Any:
-            additions = [CommitOperationAdd(name, content) for name, content in files.items()]  # good for one attempt
-            return self.api.create_commit(**self.where, operations=additions, commit_message=message)
+            additions = [CommitOperationAdd(name, content) for name, content in files.items()]  # usable only once
+            return self.api.create_commit(**self._address, operations=additions, commit_message=message)
 
         done = self._try(commit)
         if tag is not None:
@@ -95,21 +94,16 @@ class Hub:
         return done.commit_url
 
     def snapshot(self, revision: str | None, download: bool) -> str:
-        """Where all files of a revision are kept, the missing ones downloaded."""
-        return self._try(
-            lambda: self.api.snapshot_download(**self.where, revision=revision, local_files_only=not download)
-        )
+        """Returns the local folder with all files of a revision; downloads missing ones."""
+        options = self._address | {"revision": revision, "local_files_only": not download}
+        return self._try(lambda: self.api.snapshot_download(**options))
 
     def check_access(self) -> None:
-        """See that the repository, or if it is not there its owner's account, may be written to.
-
-        Raises:
-            UserError: if not.
-        """
+        """Checks that the repository, or its owner's account if it does not exist, can be written to (`UserError`)."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
-            self._try(lambda: self.api.auth_check(**self.where, write=True))
+            self._try(lambda: self.api.auth_check(**self._address, write=True))
             return
         except UserError as error:
             if not isinstance(error.__cause__, RepositoryNotFoundError):
@@ -122,12 +116,12 @@ class Hub:
             raise UserError(f"{self.repository}: the token may only read; {_NEW_TOKEN}")
 
     def _tag(self, name: str, commit: str) -> None:
-        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(**self.where).tags}
-        if name in tags and tags[name] != commit:  # of what the run was before it went back
-            self.api.delete_tag(**self.where, tag=name)
+        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(**self._address).tags}
+        if name in tags and tags[name] != commit:  # from before the run was rolled back
+            self.api.delete_tag(**self._address, tag=name)
             del tags[name]
         if name not in tags:
-            self.api.create_tag(**self.where, tag=name, revision=commit)
+            self.api.create_tag(**self._address, tag=name, revision=commit)
 
     def _try(self, request: Callable[[], T]) -> T:
         from huggingface_hub import get_session
@@ -135,16 +129,16 @@ class Hub:
 
         retries = Retries(_DELAYS, "nothing is lost")
         while True:
-            # It would wait for ever by itself.
+            # The default timeout is none.
             get_session().timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
             try:
                 return request()
-            except (LookupError, TypeError, AttributeError):  # mistakes, not failures
+            except (LookupError, TypeError, AttributeError):  # programming errors
                 raise
-            except RepositoryNotFoundError as error:  # for which the Hub answers 401 as well as 404
-                kind = self.where["repo_type"]
-                raise UserError(f"{self.repository}: no such {kind} on the Hub, or one that is not for you") from error
+            except RepositoryNotFoundError as error:  # status 401 as well as 404
+                text = f"{self.repository}: no such {self.kind} on the Hub, or one that is not for you"
+                raise UserError(text) from error
             except Exception as error:  # of several libraries
-                if refusal := _REFUSALS.get(status_of(error)):
+                if refusal := _REFUSALS.get(status_of(error) or 0):
                     raise UserError(f"{self.repository}: {refusal}") from error
                 retries.wait(self.repository, error)

@@ -1,4 +1,8 @@
-"""One process at a time for a folder."""
+"""One process at a time for a folder.
+
+The library `filelock` closes its descriptor in forked children: once a killed process leaves workers that still write
+into the folder, its lock is free. Here they hold it with the same descriptor until they end.
+"""
 
 import contextlib
 import os
@@ -12,23 +16,20 @@ LOCK_NAME = ".gpt-accelerate.lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, which is made if it is not there, for this process alone, and remove it again if it stays empty.
-    The system lets go of it however the process ends; the file that remains of a killed one does no harm.
-
-    Raises:
-        UserError: where another process holds it.
-    """
+    """Locks `folder` for this process (`UserError` if another holds it). Creates missing folders, and removes them at
+    the end if they are still empty. The system releases the lock when the process ends, and the file of a killed one
+    is harmless."""
     import fcntl
 
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    # A file, opened to be written: network file systems lock nothing else.
+    # Network file systems lock only files that are open for writing.
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
     with open(path, "a", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that another process has just let go of and removed guards nothing.
+            # Another process may have released and removed this file after it was opened here.
             held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except BlockingIOError:
             held = False
@@ -38,6 +39,6 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            for empty in made:
-                with contextlib.suppress(OSError):  # it is gone, or something is in it now
+            for empty in created:
+                with contextlib.suppress(OSError):  # already removed, or no longer empty
                     empty.rmdir()

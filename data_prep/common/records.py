@@ -1,19 +1,23 @@
-"""What the manifest of a data folder and the report of a cleaning hold: one dataclass for each kind of record."""
+"""Records in the manifest of a data folder and in the report of a cleaning, one dataclass each."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_prep.common.schema import STRICT, Count, Positive, Sha256
 
+Split = Literal["train", "val"]
+Format = Literal["npy", "bin"]
+Dtype = Literal["uint16", "uint32"]
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, `train` or `val`, how many tokens and document starts are in it, and its sha256."""
+    """One shard: file name, split, number of tokens and of document starts, sha256."""
 
     __pydantic_config__ = STRICT
 
     file: str
-    split: Literal["train", "val"]
+    split: Split
     tokens: Positive
     documents: Count
     sha256: Sha256
@@ -21,12 +25,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """Where the documents came from: what was asked for (`data_prep.reading.sources.Source`), and what was found.
+    """Origin of the documents: the request (`data_prep.reading.sources.Source`), and the files that were found.
 
     Attributes:
-        source: `adopted` for shards that another program wrote, of which the rest is not known.
+        source: "registered" for shards of another program; all else is unknown then.
         commit: of the data set on the Hub.
-        files, bytes, names_and_sizes: of the files that were read; the last is a hash.
+        names_and_sizes: hash over the names and sizes of the files.
     """
 
     __pydantic_config__ = STRICT
@@ -45,7 +49,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that wrote the shards; `sha256` is that of `tokenizer/tokenizer.json`."""
+    """Tokenizer of the shards; `sha256` is the hash of `tokenizer/tokenizer.json`."""
 
     __pydantic_config__ = STRICT
 
@@ -57,7 +61,7 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a step of the cleaning was given and what it left."""
+    """Sizes before and after a cleaning step."""
 
     __pydantic_config__ = STRICT
 
@@ -69,11 +73,11 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class CleaningStep(StepCounts):
-    """A step that the documents went through, as `cleaning.json` has it.
+    """A cleaning step, as in `cleaning.json`.
 
     Attributes:
         sources: the counts of each source.
-        dropped: documents by datatrove's reason for dropping them.
+        dropped: number of documents by datatrove's reason.
     """
 
     __pydantic_config__ = STRICT
@@ -86,7 +90,8 @@ class CleaningStep(StepCounts):
 
 @dataclass(frozen=True)
 class Position:
-    """Where preparation goes on: so many `tokens` into the documents that begin at a cursor of three numbers."""
+    """Where an unfinished preparation continues: after `tokens` tokens of the block that begins at the cursor of file,
+    record and byte offset."""
 
     __pydantic_config__ = STRICT
 

@@ -1,4 +1,8 @@
-"""A network that fails now and then."""
+"""Retries of network requests.
+
+tenacity repeats one call; here a stream continues from its last block, and each block that arrives resets the count.
+huggingface_hub repeats some of its requests, but not those that create repositories and tags; fsspec's HTTP none.
+"""
 
 import sys
 import time
@@ -8,40 +12,33 @@ from data_prep.common.command_line import UserError, redact
 
 
 class Retries:
-    """What to do about an error: wait and try again, or give up in one line.
+    """Waits before another attempt, or raises a one-line error.
 
     Attributes:
-        delays: seconds to wait before each new attempt.
-        remedy: what the user can do once they are used up.
-        failures: so many in a row; whoever gets through sets it to 0.
+        delays: seconds before each new attempt.
+        remedy: advice for the user after the last attempt.
+        failures: number of failures in a row; callers set it to 0 after a success.
     """
 
     def __init__(self, delays: Sequence[float], remedy: str) -> None:
-        self.delays, self.remedy = delays, remedy
-        self.failures = 0
+        self.delays, self.remedy, self.failures = delays, remedy, 0
 
     def wait(self, where: str, error: BaseException) -> None:
-        """Return when it is time for another attempt.
-
-        Raises:
-            UserError: for an error that another attempt cannot mend, and where all delays are used up.
-        """
-        reason = redact(" ".join(str(error).split()) or type(error).__name__)
-        where = redact(where)
+        """Waits until the next attempt (`UserError` for an error that is permanent, or if no delays are left)."""
+        where, reason = redact(where), redact(" ".join(str(error).split()) or type(error).__name__)
         if not is_transient(error):
             raise UserError(f"{where}: {reason}") from error
-        if self.failures == len(self.delays):
-            raise UserError(
-                f"{where}: the network fails ({reason}), {self.failures + 1} times in a row; {self.remedy}"
-            ) from error
-        delay = self.delays[self.failures]
         self.failures += 1
+        if self.failures > len(self.delays):
+            text = f"{where}: the network fails ({reason}), {self.failures} times in a row; {self.remedy}"
+            raise UserError(text) from error
+        delay = self.delays[self.failures - 1]
         print(f"{where}: {reason}; attempt {self.failures + 1} in {delay} s", file=sys.stderr, flush=True)
         time.sleep(delay)
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error; None where there is none."""
+    """HTTP status of an error or of one of its causes; None without one."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
         if isinstance(status, int):
@@ -51,7 +48,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later. By name: the network libraries of fsspec's protocols are many."""
+    """Whether the same request may succeed later. Types are compared by name: fsspec uses many network libraries."""
     if (status := status_of(error)) is not None:
         return status >= 500 or status in (408, 429)
     names = {cls.__name__ for cls in type(error).__mro__}

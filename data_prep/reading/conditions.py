@@ -1,4 +1,4 @@
-"""Which records of a source are wanted."""
+"""Conditions that select the records of a source."""
 
 import ast
 import operator
@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.common.command_line import UserError
 
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
     "!=": operator.ne,
     ">=": operator.ge,
@@ -22,7 +22,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """What a column of a record must satisfy: `int_score >= 3`, `language == en`, `lang in ['en', 'de']`."""
+    """Condition on a column: `int_score >= 3`, `language == en`, `lang in ['en', 'de']`."""
 
     column: str
     comparison: str
@@ -30,11 +30,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> "Condition":
-        """Read `COLUMN OPERATOR VALUE`; a value that is no Python literal is a string.
-
-        Raises:
-            UserError: for text of another form.
-        """
+        """Parses `COLUMN OPERATOR VALUE` (`UserError` for other text); a value is a Python literal, else a string."""
         match = re.fullmatch(r"\s*([\w.-]+?)\s*(==|!=|>=|<=|>|<|\bin\b)\s*(.+?)\s*", text)
         if match is None:
             raise UserError(f"--where {text!r}: expected COLUMN OPERATOR VALUE, with one of {', '.join(_OPERATORS)}")
@@ -47,15 +43,9 @@ class Condition:
         return cls(match[1], match[2], value)
 
     def holds(self, record: dict[str, Any]) -> bool:
-        """Whether a record satisfies this; one whose column is null does not.
-
-        Raises:
-            UserError: for a column that cannot be compared with the value.
-        """
+        """Whether a record satisfies the condition (`UserError` if the column cannot be compared); null never does."""
         found = record[self.column]
-        if found is None:
-            return False
         try:
-            return bool(_OPERATORS[self.comparison](found, self.value))
+            return found is not None and bool(_OPERATORS[self.comparison](found, self.value))
         except TypeError as error:
             raise UserError(f"--where {self.column} {self.comparison} {self.value!r}: {error}") from error

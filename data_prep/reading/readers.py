@@ -1,21 +1,21 @@
-"""Records out of files, a block at a time, from any place on: parquet, JSON lines and plain text."""
+"""Reads records of parquet, JSON lines and plain text, a block at a time, from any position."""
 
 import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from data_prep.common.command_line import UserError, first_line
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# A plain .json is rarely lines of records, and other programs leave such files beside the data.
+# No plain .json: it is rarely lines of records, and other programs leave such files beside the data.
 SUFFIXES = (
     *(".parquet", ".jsonl", ".txt"),
     *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in COMPRESSED),
 )
-BLOCK_CHARACTERS = 1 << 20  # of text that are read at a time
-_RECORD_CHARACTERS = 16  # what a record counts beside its text
+BLOCK_CHARACTERS = 1 << 20
+_RECORD_CHARACTERS = 16  # size of a record beside its text
 _BUFFER_BYTES = 1 << 20
 MAX_TEXT_DOCUMENT = 64 * 1024  # bytes; a longer text file is read as several documents
 _REMOTE_READ_BYTES = 32 << 20
@@ -23,12 +23,12 @@ _REMOTE_READ_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a corpus: the next record to read.
+    """Position in a corpus: the next record to read.
 
     Attributes:
-        file: its number in the corpus.
-        record: records of that file before it.
-        offset: bytes of that file before it, after decompression; 0 in parquet, whose rows are found by number.
+        file: index of the file.
+        record: number of records before it in the file.
+        offset: number of decompressed bytes before it in the file; 0 in parquet, whose rows are found by number.
     """
 
     file: int = 0
@@ -38,11 +38,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Block:
-    """What lies between two cursors: records as read, texts once their column has been taken.
-
-    Attributes:
-        size: how much of the corpus's files this is, in bytes.
-    """
+    """Records, or their texts, between two cursors; `size` is the number of bytes of the corpus's files."""
 
     texts: list[Any]
     start: Cursor
@@ -50,19 +46,21 @@ class Block:
     size: int
 
 
+_Records: TypeAlias = Iterator[tuple[dict[str, Any], Cursor]]  # each with the cursor after it
+
+
 def read_file(
     filesystem: Any, path: str, size: int, columns: list[str], start: Cursor, every_field: bool = False
 ) -> Iterator[Block]:
-    """The records of a file from `start` on: dictionaries with `columns`, the first of which is text.
+    """Reads the records of a file from `start` on: dictionaries with `columns`; the first column is text.
 
     Args:
-        filesystem: of `fsspec`, to which `path` belongs.
+        filesystem: the `fsspec` file system of `path`.
         size: of the file, in bytes.
-        every_field: give the other fields as well, where the format could leave them unread.
+        every_field: also read other fields, if the format can skip them.
 
     Raises:
-        UserError: for what is not the format that the name says, a record without one of the columns, or with
-            something else than text in the first.
+        UserError: for a file of another format, a record without one of the columns, or a first column without text.
     """
     if path.endswith(".parquet"):
         yield from _read_parquet(filesystem, path, size, columns, start, every_field)
@@ -90,20 +88,15 @@ def _decompressed(raw: Any, path: str) -> io.BufferedReader:
 
 
 def _grouped(
-    records: Iterator[tuple[dict[str, Any], Cursor]],
-    text_column: str,
-    start: Cursor,
-    read_so_far: Callable[[Cursor], int],
-    size: int,
+    records: _Records, text_column: str, start: Cursor, bytes_before: Callable[[Cursor], int], size: int
 ) -> Iterator[Block]:
-    """Blocks of the records, each of which comes with the cursor behind it."""
     group: list[dict[str, Any]] = []
-    characters, before, stop = 0, read_so_far(start), start
+    characters, before, stop = 0, bytes_before(start), start
     for record, stop in records:
         group.append(record)
         characters += len(record[text_column]) + _RECORD_CHARACTERS
         if characters >= BLOCK_CHARACTERS:
-            now = read_so_far(stop)
+            now = bytes_before(stop)
             yield Block(group, start, stop, now - before)
             group, characters, start, before = [], 0, stop, now
     if group:
@@ -113,45 +106,46 @@ def _grouped(
 def _skip(stream: io.BufferedReader, count: int) -> None:
     while count > 0:
         if not (read := len(stream.read(min(count, _BUFFER_BYTES)))):
-            raise UserError("a file of the source ends before the place to go on from; prepare a new folder")
+            raise UserError("a file of the source ends before the position to continue at; prepare a new folder")
         count -= read
 
 
-def _read_jsonl(
-    stream: io.BufferedReader, path: str, columns: list[str], start: Cursor
-) -> Iterator[tuple[dict[str, Any], Cursor]]:
+def _read_jsonl(stream: io.BufferedReader, path: str, columns: list[str], start: Cursor) -> _Records:
     _skip(stream, start.offset)
-    number, offset = start.record, start.offset
-    for line in stream:
-        number, offset = number + 1, offset + len(line)
+    offset = start.offset
+    for number, line in enumerate(stream, start=start.record + 1):
+        offset += len(line)
         if line.isspace():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object but {type(record).__name__}")
-        yield _checked(record, columns, path, "line", number), Cursor(start.file, number, offset)
+        where = f"{path}, line {number}"
+        yield _checked(parse_record(line, where), columns, where), Cursor(start.file, number, offset)
 
 
-def _read_text(
-    stream: io.BufferedReader, path: str, columns: list[str], start: Cursor
-) -> Iterator[tuple[dict[str, Any], Cursor]]:
-    """Pieces of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
+def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
+    """Parses a line of JSON (`UserError` if it is no object); `where` is its origin, for messages."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({first_line(error)})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
+    return record
+
+
+def _read_text(stream: io.BufferedReader, path: str, columns: list[str], start: Cursor) -> _Records:
+    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
     _skip(stream, start.offset)
     number, offset, rest = start.record, start.offset, b""
     while True:
         rest += stream.read(MAX_TEXT_DOCUMENT + 1 - len(rest))
         if not rest:
             return
-        piece = rest[: _cut(rest)]
+        size = _cut(rest)
         try:
-            text = piece.decode("utf-8")
+            text = rest[:size].decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 at byte {offset + error.start} ({error.reason})") from error
-        rest = rest[len(piece) :]
-        number, offset = number + 1, offset + len(piece)
+        number, offset, rest = number + 1, offset + size, rest[size:]
         yield {columns[0]: text}, Cursor(start.file, number, offset)
 
 
@@ -176,7 +170,7 @@ def _read_parquet(
 
     with _open(filesystem, path) as raw:
         try:
-            # With a buffer a row group's pages are read one by one, not all at once.
+            # With a buffer the pages of a row group are read one by one, not all at once.
             file = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path}: not a whole parquet file ({error})") from error
@@ -188,38 +182,33 @@ def _read_parquet(
         yield from _grouped(records, columns[0], start, lambda cursor: size * cursor.record // rows, size)
 
 
-def _parquet_records(
-    file: Any, path: str, columns: list[str], start: Cursor, wanted: list[str] | None
-) -> Iterator[tuple[dict[str, Any], Cursor]]:
+def _parquet_records(file: Any, path: str, columns: list[str], start: Cursor, wanted: list[str] | None) -> _Records:
     row = group = 0
     while group < file.num_row_groups and row + file.metadata.row_group(group).num_rows <= start.record:
         row += file.metadata.row_group(group).num_rows
         group += 1
-    # So few rows at a time that even long ones do not fill the memory: a file does not say how long its rows are.
+    # Few rows at a time, as a file does not tell how long its rows are.
     for batch in file.iter_batches(batch_size=64, row_groups=range(group, file.num_row_groups), columns=wanted):
-        values = (column.to_pylist() for column in batch.columns)  # many times quicker than the batch's own to_pylist
+        values = (column.to_pylist() for column in batch.columns)  # many times faster than the batch's own to_pylist
         for cells in zip(*values, strict=True):
             row += 1
             if row > start.record:
                 record = dict(zip(batch.schema.names, cells, strict=True))
-                yield _checked(record, columns, path, "row", row), Cursor(start.file, row)
+                yield _checked(record, columns, f"{path}, row {row}"), Cursor(start.file, row)
 
 
-def _checked(record: dict[str, Any], columns: list[str], path: str, kind: str, number: int) -> dict[str, Any]:
-    for column in columns:
-        if column not in record:
-            raise UserError(
-                f"{path}, {kind} {number}: no field {column!r} among {list(record)}; "
-                f"name one with --text_column or --where"
-            )
+def _checked(record: dict[str, Any], columns: list[str], where: str) -> dict[str, Any]:
+    if missing := [column for column in columns if column not in record]:
+        names = f"among {list(record)}; name one with --text_column or --where"
+        raise UserError(f"{where}: no field {missing[0]!r} {names}")
     text = record[columns[0]]
     if text is None:
         return {**record, columns[0]: ""}
     if not isinstance(text, str):
-        raise UserError(f"{path}, {kind} {number}: field {columns[0]!r} is not text but {type(text).__name__}")
-    if not text.isascii():
-        try:
+        raise UserError(f"{where}: field {columns[0]!r} is not text but {type(text).__name__}")
+    try:
+        if not text.isascii():
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-            raise UserError(f"{path}, {kind} {number}: field {columns[0]!r} is not text ({error})") from error
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
+        raise UserError(f"{where}: field {columns[0]!r} is not text ({error})") from error
     return record

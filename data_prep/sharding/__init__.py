@@ -1,1 +1,1 @@
-"""Token shards and their manifest."""
+"""From documents to token shards, and from shards to training sequences."""

@@ -1,75 +1,64 @@
-"""Token shards: files of exactly so many tokens each, `.npy` or llm.c's `.bin`, written and read."""
+"""Token shards: `.npy` files, or llm.c's `.bin`."""
 
-import contextlib
-import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_prep.common.command_line import UserError, first_line
-from data_prep.common.files import file_hash
+from data_prep.common.files import AtomicFile, file_hash
+from data_prep.common.records import Dtype
 
 FORMATS = ("npy", "bin")
+_CHUNK_TOKENS = 1 << 20
 _NAME = re.compile(r"(.+)_(val|train)_\d{6}\.(npy|bin)(\.tmp)?", re.DOTALL)
-# llm.c's and modded-nanogpt's header: 256 int32, of which the magic number, the version and the count of tokens.
+# llm.c's and modded-nanogpt's header: 256 int32, which begin with magic number, version and number of tokens.
 _BIN_HEADER_INTS = 256
 _BIN_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
 
 
-def smallest_dtype(vocab_size: int) -> str:
-    """The narrowest of uint16 and uint32 that holds every id of the vocabulary."""
+def smallest_dtype(vocab_size: int) -> Dtype:
+    """The narrower of uint16 and uint32 that holds all ids of the vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def shard_name(folder: Path, split: str, number: int, form: str) -> str:
-    """How the shards that preparation writes into a folder are called."""
+    """Name of a shard that preparation writes into `folder`."""
     return f"{folder.resolve().name}_{split}_{number:06d}.{form}"
 
 
 def is_shard_name(name: str, folder: Path) -> bool:
-    """Whether a file is called as a shard that preparation writes into `folder`, or has begun to write."""
+    """Whether a name is that of a shard, complete or not, that preparation writes into `folder`."""
     match = _NAME.fullmatch(name)
     return match is not None and match[1] == folder.resolve().name
 
 
-class ShardFile:
-    """A shard that is being written: under a temporary name until `finish`, its length given at the end."""
+class ShardFile(AtomicFile):
+    """A shard being written: under a temporary name until `finish`, which also writes the number of tokens."""
 
     def __init__(self, path: Path, dtype: str) -> None:
-        self.path, self.dtype = path, dtype
-        self.temporary = path.with_name(path.name + ".tmp")
-        self.tokens = 0
-        self.file = open(self.temporary, "wb")  # noqa: SIM115  closed by finish or discard
+        super().__init__(path, path.with_name(path.name + ".tmp"))
+        self.dtype, self.tokens = dtype, 0
         _write_header(self.file, path.suffix, dtype, 0)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append `[tokens]`, already of the shard's dtype."""
+        """Appends `[tokens]` of the shard's dtype."""
         self.file.write(tokens.data)
         self.tokens += len(tokens)
 
     def finish(self) -> str:
-        """Complete the file, give it its name, and return its sha256."""
+        """Completes the file and returns its sha256."""
         start = self.file.tell() - self.tokens * np.dtype(self.dtype).itemsize
         self.file.seek(0)
         _write_header(self.file, self.path.suffix, self.dtype, self.tokens)
         assert self.file.tell() == start, "the header's length depends on the count"
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        digest = file_hash(self.temporary)
-        self.temporary.rename(self.path)
-        return digest
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        with contextlib.suppress(OSError):  # a full disk, again, for the last few bytes
-            self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        self.commit()
+        return file_hash(self.path)
 
 
-def _write_header(file: IO[bytes], suffix: str, dtype: str, tokens: int) -> None:
+def _write_header(file: BinaryIO, suffix: str, dtype: str, tokens: int) -> None:
     if suffix == ".bin":
         header = np.zeros(_BIN_HEADER_INTS, dtype="<i4")
         header[:3] = (*_BIN_KINDS[dtype], tokens)
@@ -80,16 +69,13 @@ def _write_header(file: IO[bytes], suffix: str, dtype: str, tokens: int) -> None
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, `[tokens]` uint16 or uint32, mapped rather than read.
+    """Memory-maps a shard: `[tokens]` uint16 or uint32.
 
-    Reads `.npy`, and the `.bin` of llm.c and modded-nanogpt (magic 20240520, version 1: uint16; 20240801, version 7:
-    uint32).
-
-    Raises:
-        UserError: for a file that is not such a shard, or is shorter or longer than it says.
+    Reads `.npy`, and `.bin` of llm.c and modded-nanogpt (magic 20240520, version 1: uint16; 20240801, version 7:
+    uint32). Raises a `UserError` for any other file, and for one of another length than its header says.
     """
     try:
-        if not path.is_file():  # reading a pipe would wait for ever
+        if not path.is_file():  # reading a pipe would block
             raise ValueError("not a regular file" if path.exists() else "no such file")
         dtype, start, count = (_read_bin_header if path.suffix == ".bin" else _read_npy_header)(path)
         expected = start + count * np.dtype(dtype).itemsize
@@ -100,8 +86,25 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: not a readable shard ({first_line(error)})") from error
 
 
+def token_documents(paths: Iterable[Path], eos_token_id: int) -> Iterator[np.ndarray]:
+    """Token ids of each document, `[tokens]`; documents may cross shards, and the first may lack its start."""
+    parts: list[np.ndarray] = []
+    for path in paths:
+        tokens = open_shard(path)
+        for start in range(0, len(tokens), _CHUNK_TOKENS):
+            chunk = tokens[start : start + _CHUNK_TOKENS]
+            first, *others = np.split(chunk, np.flatnonzero(chunk == eos_token_id))
+            parts.append(first)
+            for part in others:
+                if any(map(len, parts)):  # nothing precedes the first document
+                    yield np.concatenate(parts)
+                parts = [part]
+    if parts:
+        yield np.concatenate(parts)
+
+
 def _read_npy_header(path: Path) -> tuple[str, int, int]:
-    """The dtype, where the tokens begin, and how many there are; a `ValueError` for what is no shard."""
+    """Returns dtype, offset and number of the tokens (`ValueError` for a file that is no shard)."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
@@ -109,7 +112,7 @@ def _read_npy_header(path: Path) -> tuple[str, int, int]:
             raise ValueError(f"version {version} of the npy format")
         try:
             shape, _, dtype = readers[version](file)
-        except Exception as error:  # it is parsed as Python, and whatever that raises comes up
+        except Exception as error:  # numpy parses it as Python and lets any error through
             raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
         if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
             raise ValueError(f"a shard is 1-D uint16 or uint32, this is {len(shape)}-D {dtype}")
@@ -117,7 +120,7 @@ def _read_npy_header(path: Path) -> tuple[str, int, int]:
 
 
 def _read_bin_header(path: Path) -> tuple[str, int, int]:
-    """As `_read_npy_header`, of llm.c's format."""
+    """As `_read_npy_header`, for llm.c's format."""
     header = np.fromfile(path, dtype="<i4", count=3)
     kinds = {kind: dtype for dtype, kind in _BIN_KINDS.items()}
     dtype = kinds.get(tuple(header[:2].tolist()))

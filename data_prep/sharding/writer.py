@@ -1,58 +1,56 @@
-"""Shards out of blocks of documents: tokenized by threads, written in order, one finished shard after the other."""
+"""Writes shards: blocks of documents are tokenized by threads and written in order."""
 
 import contextlib
 import errno
 import shutil
+import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
-from data_prep.common.records import Position, Shard
+from data_prep.common.records import Position, Shard, Split
 from data_prep.reading.readers import Block, Cursor
 from data_prep.reading.sources import Corpus
 from data_prep.sharding.manifest import FILE_NAME, Manifest
-from data_prep.sharding.progress import Progress
 from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
 from data_prep.tokenization.tokenizer import Tokenizer, tokenizer_files
 
-# Blocks in flight for each worker: enough work to bridge a wait for the network.
+# Blocks in flight for each worker: enough work to cover a wait for the network.
 _BLOCKS_AHEAD = 8
+_SECONDS_BETWEEN_LINES = 30
 
 
 class Writer:
-    """Fills the shards of a folder, from where its manifest says.
+    """Writes the shards of a folder, from the position in its manifest on.
 
-    Tokens go into the file of the current shard, which appears under its name when it is full; then the manifest is
-    replaced by one that counts it and says where to go on. A process that dies loses the current shard only.
+    A shard gets its name when it is complete; then the manifest is replaced by one with this shard and the position
+    after it. A process that is killed loses only its current shard.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.eos_token_id = manifest.tokenizer.eos_token_id
         self.file: ShardFile | None = None
         self.documents = 0
         for path in list(folder.iterdir()):
-            if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a process that was killed
+            if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a killed process
                 path.unlink()
 
     def write(self, corpus: Corpus, tokenizer: Tokenizer, workers: int) -> Manifest:
-        """Write all that is left, and return the manifest of the finished folder.
-
-        Raises:
-            UserError: for a full disk, for too little text (of which nothing is left), and as `Corpus.blocks`.
-        """
-        position = self.manifest.unfinished
+        """Writes the rest of the shards and returns the final manifest. Raises as `Corpus.blocks`, and a `UserError`
+        for a full disk and for too little text (then nothing is left)."""
+        position = self.manifest.unfinished or Position()
         cursor, skipped = Cursor(position.file, position.record, position.offset), position.tokens
         with Progress(corpus, cursor) as progress:
             try:
-                blocks = corpus.blocks(cursor)
-                for block, tokens in tokenized(blocks, tokenizer, self.manifest.dtype, workers):
+                for block, tokens in tokenized(corpus.blocks(cursor), tokenizer, self.manifest.dtype, workers):
                     self._add(block, tokens, min(skipped, len(tokens)))
                     skipped -= min(skipped, len(tokens))
                     progress.update(block, len(tokens), self.manifest)
@@ -65,47 +63,44 @@ class Writer:
                 if self.file is not None:
                     self.file.discard()
 
+    @property
+    def _split(self) -> Split:
+        return "train" if len(self.manifest.shards) >= self.manifest.val_shards else "val"
+
     def _add(self, block: Block, tokens: np.ndarray, start: int) -> None:
-        """Write a block's tokens from number `start` on, and finish each shard that they fill."""
+        """Writes a block's tokens from index `start` on, and finishes the shards that they fill."""
         while start < len(tokens):
             if self.file is None:
                 start += self._drop(tokens[start:])
                 if start == len(tokens):
                     return
-                self.file, self.documents = ShardFile(self._path(), self.manifest.dtype), 0
-            taken = tokens[start : start + self.manifest.shard_tokens - self.file.tokens]
-            self.file.add(taken)
-            self.documents += int(np.count_nonzero(taken == self.eos_token_id))
-            start += len(taken)
+                name = shard_name(self.folder, self._split, len(self.manifest.shards), self.manifest.format)
+                self.file, self.documents = ShardFile(self.folder / name, self.manifest.dtype), 0
+            part = tokens[start : start + self.manifest.shard_tokens - self.file.tokens]
+            self.file.add(part)
+            self.documents += int(np.count_nonzero(part == self.manifest.tokenizer.eos_token_id))
+            start += len(part)
             if self.file.tokens == self.manifest.shard_tokens:
-                self._finish_shard(Position(**asdict(block.start), tokens=start))
+                self._finish_shard(self.file, Position(**asdict(block.start), tokens=start))
                 self.manifest.write(self.folder)
 
     def _drop(self, tokens: np.ndarray) -> int:
-        """How many of these tokens to leave out: where training begins, the rest of validation's last document."""
+        """Number of tokens to drop: before the first training shard, the rest of validation's last document."""
         if len(self.manifest.shards) != self.manifest.val_shards:
             return 0
-        starts = np.flatnonzero(tokens == self.eos_token_id)
+        starts = np.flatnonzero(tokens == self.manifest.tokenizer.eos_token_id)
         dropped = int(starts[0]) if len(starts) else len(tokens)
         self.manifest = replace(self.manifest, dropped_tokens=self.manifest.dropped_tokens + dropped)
         return dropped
 
-    def _path(self) -> Path:
-        number = len(self.manifest.shards)
-        return self.folder / shard_name(self.folder, self._split(), number, self.manifest.format)
-
-    def _split(self) -> str:
-        return "train" if len(self.manifest.shards) >= self.manifest.val_shards else "val"
-
-    def _finish_shard(self, unfinished: Position | None) -> None:
-        digest = self.file.finish()
-        shard = Shard(self.file.path.name, self._split(), self.file.tokens, self.documents, digest)
+    def _finish_shard(self, file: ShardFile, unfinished: Position | None) -> None:
+        shard = Shard(file.path.name, self._split, file.tokens, self.documents, file.finish())
         self.file = None
         self.manifest = replace(self.manifest, shards=[*self.manifest.shards, shard], unfinished=unfinished)
 
     def _finish(self, corpus: Corpus) -> Manifest:
         if self.file is not None:
-            self._finish_shard(None)
+            self._finish_shard(self.file, None)
         if len(self.manifest.shards) <= self.manifest.val_shards:
             remove_files(self.folder)
             raise UserError(_too_small(corpus, self.manifest))
@@ -113,23 +108,23 @@ class Writer:
         self.manifest.write(self.folder)
         return self.manifest
 
-    def _disk_full(self, progress: Progress) -> str:
+    def _disk_full(self, progress: "Progress") -> str:
         itemsize = np.dtype(self.manifest.dtype).itemsize
         free = shutil.disk_usage(self.folder).free + (self.file.tokens * itemsize if self.file else 0)
         return (
             f"{self.folder}: the disk is full: {free / 1e6:,.0f} MB are free, the next shard takes "
             f"{self.manifest.shard_tokens * itemsize / 1e6:,.0f} MB and all that is left about "
-            f"{progress.tokens_to_come() * itemsize / 1e6:,.0f} MB; make room and run the same command again, which "
+            f"{progress.remaining_tokens() * itemsize / 1e6:,.0f} MB; make room and run the same command again, which "
             f"goes on after the {len(self.manifest.shards)} shards that are finished"
         )
 
 
 def remove_files(folder: Path) -> None:
-    """Remove all that preparation writes into `folder`, by its exact names; the manifest, by which it knows the folder
-    for its own, last."""
+    """Removes the files of preparation from `folder`, by their exact names, and the manifest, which shows that the
+    folder is ours, last."""
     for path in tokenizer_files(folder / "tokenizer"):
         path.unlink()
-    with contextlib.suppress(OSError):  # it is not there, or has something in it that is not ours
+    with contextlib.suppress(OSError):  # missing, or with files of others in it
         (folder / "tokenizer").rmdir()
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if is_shard_name(path.name, folder) or path.name == partial_name(FILE_NAME):
@@ -140,10 +135,10 @@ def remove_files(folder: Path) -> None:
 def tokenized(
     blocks: Iterable[Block], tokenizer: Tokenizer, dtype: str, workers: int
 ) -> Iterator[tuple[Block, np.ndarray]]:
-    """Each block with its tokens, in the order of the blocks, however many threads work on them."""
+    """Blocks with their tokens, in order, for any number of threads."""
 
-    def encode(block: Block) -> np.ndarray:
-        return tokenizer.encode(block.texts).astype(dtype)
+    def encode(texts: list[str]) -> np.ndarray:
+        return tokenizer.encode(texts).astype(dtype)
 
     pool = ThreadPoolExecutor(workers)
     pending: deque[tuple[Block, Future[np.ndarray]]] = deque()
@@ -152,12 +147,12 @@ def tokenized(
         try:
             for block in blocks:
                 if block.texts:
-                    pending.append((block, pool.submit(encode, block)))
+                    pending.append((block, pool.submit(encode, block.texts)))
                 if len(pending) > _BLOCKS_AHEAD * workers:
                     block, tokens = pending.popleft()
                     yield block, tokens.result()
         except UserError as error:
-            failure = error  # raised once what was read before it has been written
+            failure = error  # raised after the blocks before it
         for block, tokens in pending:
             yield block, tokens.result()
         if failure is not None:
@@ -174,3 +169,47 @@ def _too_small(corpus: Corpus, manifest: Manifest) -> str:
         f"source {name!r} yields {tokens} tokens, which leaves no document for training after {manifest.val_shards} "
         f"validation shard(s) of {manifest.shard_tokens}; choose a smaller --shard_tokens or more text"
     )
+
+
+class Progress:
+    """A progress bar on a terminal, a line every 30 seconds elsewhere.
+
+    Attributes:
+        done: bytes of the corpus that have been read, by earlier processes too.
+        tokens: tokens that this process has made.
+    """
+
+    def __init__(self, corpus: Corpus, start: Cursor) -> None:
+        self.total = corpus.bytes
+        self.before = self.done = sum(corpus.sizes[: start.file])
+        self.tokens = self.documents = 0
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        from tqdm import tqdm
+
+        form = "{percentage:3.0f}% |{bar:20}| {desc}, {elapsed} gone, {remaining} left"
+        self.bar = tqdm(total=self.total, initial=self.done, disable=None, bar_format=form)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def update(self, block: Block, tokens: int, manifest: Manifest) -> None:
+        """Counts a written block."""
+        self.done += block.size
+        self.tokens += tokens
+        self.documents += len(block.texts)
+        now, millions = time.monotonic(), self.tokens / 1e6
+        speed = f"{millions / max(now - self.started, 1e-9):.2f}M tokens/s"
+        text = f"shard {len(manifest.shards)}: {self.documents:,} documents, {millions:,.1f}M tokens, {speed}"
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update(block.size)
+        if self.bar.disable and now - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            left = (self.total - self.done) * (now - self.started) / max(self.done - self.before, 1)
+            print(f"{self.done / self.total:4.0%}  {text}, {self.bar.format_interval(left)} left", file=sys.stderr)
+
+    def remaining_tokens(self) -> int:
+        """Estimated number of tokens in the rest of the corpus."""
+        return int(self.tokens * max(0, self.total - self.done) / max(self.done - self.before, 1))

@@ -1,1 +1,1 @@
-"""Tokenizers."""
+"""From text to token ids."""

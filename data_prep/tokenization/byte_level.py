@@ -1,4 +1,4 @@
-"""Byte-level BPE, GPT-2's kind: how its tokens are spelled, merged and counted in bytes."""
+"""Byte-level BPE as in GPT-2: the spelling of tokens, their merges and their length in bytes."""
 
 import itertools
 import re
@@ -16,34 +16,34 @@ def _byte_to_character() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-# GPT-2's spelling of bytes: Latin-1 where that is visible, characters from 256 on for the others.
+# GPT-2's spelling of bytes: Latin-1 for visible characters, and characters from 256 on for the others.
 _BYTE_TO_CHARACTER = _byte_to_character()
 _CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
 
 
-def printable(token: bytes) -> str:
-    """GPT-2's spelling of a token."""
+def bytes_to_unicode(token: bytes) -> str:
+    """Spells a token as GPT-2's vocabulary does."""
     return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
 
 
-def unprintable(token: str) -> bytes:
-    """The bytes that a token of GPT-2's spelling stands for."""
+def unicode_to_bytes(token: str) -> bytes:
+    """Returns the bytes of a token of GPT-2's vocabulary."""
     return bytes(map(_CHARACTER_TO_BYTE.__getitem__, token))
 
 
 def chunks(text: str, size: int) -> Iterator[str]:
-    """A text in chunks of at most `size` characters that GPT-2's split into words treats as it treats the whole.
+    """Cuts a text into chunks of at most `size` characters, without changing GPT-2's split of it into words.
 
-    It never joins a space or a line's end to what is before it, unless that is white space too, so a chunk may end
-    there. A chunk without any such place is cut where it is full: `size` characters in a row are no words.
+    That split never joins a space or a line's end to a preceding character that is not white space, so a chunk may end
+    there. A chunk without such a position is cut at `size`: that many characters in a row are no words.
     """
     start = 0
     while len(text) - start > size:
         stop = start + size
-        for looked_at in (4096, size):
-            places = [match.end() for match in _CHUNK_END.finditer(text, max(start, stop - looked_at), stop + 1)]
-            if places:
-                stop = places[-1]
+        for lookback in (4096, size):
+            ends = [match.end() for match in _CHUNK_END.finditer(text, max(start, stop - lookback), stop + 1)]
+            if ends:
+                stop = ends[-1]
                 break
         yield text[start:stop]
         start = stop
@@ -51,7 +51,7 @@ def chunks(text: str, size: int) -> Iterator[str]:
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each token was merged from, in order of rank: what is left of it under the ranks below its own."""
+    """Pairs that the tokens were merged from, in order of rank: the parts of a token under the ranks below its own."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
@@ -72,33 +72,33 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, int] | None:
-    """The ranks with which tiktoken merges as this tokenizer of the `tokenizers` library does; None if it cannot."""
+    """Ranks with which tiktoken gives the same ids as a tokenizer of the `tokenizers` library; None if it cannot."""
     model, split = state["model"], state["pre_tokenizer"] or {}
-    plain = (
+    unsupported = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    supported = (
         model["type"] == "BPE"
         and split.get("type") == "ByteLevel"
         and not split["add_prefix_space"]
         and split.get("use_regex", True)
         and state["normalizer"] is None
-        and not any(model.get(name) for name in ("dropout", "byte_fallback", "ignore_merges"))
-        and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and not any(model.get(name) for name in unsupported)
         and [token["id"] for token in state["added_tokens"]] == [eos_token_id]
     )
-    if not plain:
+    if not supported:
         return None
     words = {token: number for token, number in model["vocab"].items() if number != eos_token_id}
     if set(words.values()) != set(range(eos_token_id)) or not set("".join(words)) <= _CHARACTER_TO_BYTE.keys():
         return None
-    ranks = {unprintable(token): number for token, number in words.items()}
-    found = [(unprintable(left), unprintable(right)) for left, right in model["merges"]]
+    ranks = {unicode_to_bytes(token): number for token, number in words.items()}
+    found = [(unicode_to_bytes(left), unicode_to_bytes(right)) for left, right in model["merges"]]
     return ranks if found == list(merges(ranks)) else None
 
 
 def bytes_of_tokens(tokenizer: Any) -> np.ndarray:
-    """How many bytes of text each id of a `transformers` tokenizer stands for, `[V]` int64; 0 for special tokens.
+    """Number of bytes of text for each id of a `transformers` tokenizer, `[V]` int64; 0 for special tokens.
 
-    Tokens are spelled in one of three ways: in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with
-    U+2581 for a space (SentencePiece). Those that were added to a vocabulary are text.
+    Tokens are spelled in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with U+2581 for a space
+    (SentencePiece). Added tokens are text.
     """
     vocab, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
     counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's, one trained on the corpus, or any that `AutoTokenizer` loads. tiktoken runs all that it can."""
+"""Tokenizers: GPT-2's, one trained on the corpus, or any that `AutoTokenizer` loads; run by tiktoken where possible."""
 
 import json
 import os
@@ -14,27 +14,27 @@ from data_prep.common.command_line import UserError, first_line
 from data_prep.common.files import file_hash
 from data_prep.common.records import TokenizerRecord
 from data_prep.common.schema import read_json
-from data_prep.tokenization.byte_level import byte_level_ranks, chunks, merges, printable, unprintable
+from data_prep.tokenization.byte_level import byte_level_ranks, bytes_to_unicode, chunks, merges, unicode_to_bytes
 
 if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-# What transformers' `save_pretrained` writes of a tokenizer.
+# Files of transformers' `save_pretrained`.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
-# Longer documents are encoded in chunks, each of which takes about 100 bytes of memory a character at worst.
+# Longer documents are encoded in chunks; each takes at most about 100 bytes of memory per character.
 _CHUNK_CHARACTERS = 1 << 20
-_MOST_IDS = 1 << 24  # no published vocabulary has a tenth of that
+_MAX_IDS = 1 << 24  # ten times as many as any published vocabulary
 
 
 class Tokenizer(Protocol):
-    """Text to ids.
+    """Converts text to ids.
 
     Attributes:
-        name: how the manifest calls it.
-        vocab_size: the largest id is one less.
-        eos_token_id: the end of text, which every document begins with.
+        name: in the manifest.
+        vocab_size: the largest id + 1.
+        eos_token_id: end of text; every document begins with it.
     """
 
     name: str
@@ -42,50 +42,43 @@ class Tokenizer(Protocol):
     eos_token_id: int
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """The documents' ids one after the other, `[tokens]` uint32, the end of text before each.
+        """Ids of the documents, concatenated, each after an end of text: `[tokens]` uint32.
 
-        Text that looks like a special token is encoded as text. Threads may call this at the same time; it holds the
-        interpreter's lock for little of its time.
+        Text that looks like a special token is encoded as text. Thread-safe, and mostly without the interpreter's lock.
         """
 
     def save(self, folder: Path) -> str:
-        """Write what `AutoTokenizer` loads, with the same ids for every text; return the sha256 of `tokenizer.json`."""
+        """Writes files that `AutoTokenizer` loads, with the same ids; returns the sha256 of `tokenizer.json`."""
 
 
 class ByteLevelTokenizer:
-    """A byte-level BPE with GPT-2's split into words and one special token, run by tiktoken."""
+    """Byte-level BPE with GPT-2's split into words and one special token, run by tiktoken."""
 
     def __init__(self, name: str, ranks: dict[bytes, int], eos_token_id: int) -> None:
-        self.name, self.eos_token_id = name, eos_token_id
-        self.ranks = ranks
+        self.name, self.ranks, self.eos_token_id = name, ranks, eos_token_id
         self.vocab_size = max(*ranks.values(), eos_token_id) + 1
-        self._of_thread = threading.local()
+        self._local = threading.local()
 
     @property
     def encoding(self) -> "tiktoken.Encoding":
-        """tiktoken's encoding, one for each thread: threads that share one wait for its regular expression (a fifth of
-        their time, for two)."""
+        """tiktoken's encoding, one for each thread: two threads that share one wait a fifth of their time for its
+        regular expression."""
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        if not hasattr(self._of_thread, "encoding"):
-            self._of_thread.encoding = tiktoken.Encoding(
-                self.name,
-                pat_str=r50k_pat_str,
-                mergeable_ranks=self.ranks,
-                special_tokens={END_OF_TEXT: self.eos_token_id},
-            )
-        return self._of_thread.encoding
+        if not hasattr(self._local, "encoding"):
+            options = {"mergeable_ranks": self.ranks, "special_tokens": {END_OF_TEXT: self.eos_token_id}}
+            self._local.encoding = tiktoken.Encoding(self.name, pat_str=r50k_pat_str, **options)  # type: ignore[arg-type]
+        return self._local.encoding
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """As in `Tokenizer`. Memory is bounded for any length of document."""
+        """As in `Tokenizer`. Memory is bounded for documents of any length."""
         eos = np.array([self.eos_token_id], dtype=np.uint32)
         encode = self.encoding.encode_to_numpy
         pieces = []
         for text in texts:
             pieces.append(eos)
-            for chunk in chunks(text, _CHUNK_CHARACTERS):
-                pieces.append(encode(chunk, disallowed_special=()))
+            pieces += [encode(chunk, disallowed_special=()) for chunk in chunks(text, _CHUNK_CHARACTERS)]
         return np.concatenate(pieces) if pieces else eos[:0]
 
     def save(self, folder: Path) -> str:
@@ -93,8 +86,8 @@ class ByteLevelTokenizer:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
-        vocab = {printable(token): rank for token, rank in self.ranks.items()}
-        pairs = [(printable(left), printable(right)) for left, right in merges(self.ranks)]
+        vocab = {bytes_to_unicode(token): rank for token, rank in self.ranks.items()}
+        pairs = [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in merges(self.ranks)]
         backend = Backend(models.BPE(vocab=vocab, merges=pairs))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -128,16 +121,16 @@ class HuggingFaceTokenizer:
         self.backend.encode_special_tokens = True
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """As in `Tokenizer`. Memory grows with the longest document: where such a tokenizer may be cut is not known."""
+        """As in `Tokenizer`. Memory grows with the longest document, as such a tokenizer has no known safe cuts."""
         documents = [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(documents):
-            if self.eos_token_id in ids:  # some models take its spelling for a word of theirs
-                parts = self.backend.encode_batch_fast(self._spelled_apart(texts[i]), add_special_tokens=False)
+            if self.eos_token_id in ids:  # in some models the spelling of the end of text is an ordinary word
+                parts = self.backend.encode_batch_fast(self._split_end_of_text(texts[i]), add_special_tokens=False)
                 documents[i] = [number for part in parts for number in part.ids if number != self.eos_token_id]
         return np.concatenate([np.array([self.eos_token_id, *ids], dtype=np.uint32) for ids in documents])
 
-    def _spelled_apart(self, text: str) -> list[str]:
-        """The text, cut within each spelling of the end of text."""
+    def _split_end_of_text(self, text: str) -> list[str]:
+        """Cuts a text in the middle of each spelling of the end of text."""
         spelling = self.tokenizer.eos_token
         halves = re.escape(spelling[: len(spelling) // 2]), re.escape(spelling[len(spelling) // 2 :])
         return re.split(f"(?<={halves[0]})(?={halves[1]})", text)
@@ -149,37 +142,30 @@ class HuggingFaceTokenizer:
 
 
 def describe_tokenizer(tokenizer: Tokenizer, sha256: str) -> TokenizerRecord:
-    """What the manifest says of a tokenizer, given the hash of its `tokenizer.json`."""
+    """The manifest's record of a tokenizer; `sha256` is that of its `tokenizer.json`."""
     return TokenizerRecord(tokenizer.name, tokenizer.vocab_size, tokenizer.eos_token_id, sha256)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer folder that belong to a tokenizer, by their names; whatever else lies there is not."""
+    """Files in `folder` that belong to a tokenizer, by their names."""
     return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """sha256 of a tokenizer folder's `tokenizer.json`: two folders of one hash give the same ids."""
+    """sha256 of a folder's `tokenizer.json`; tokenizers with the same hash give the same ids."""
     return file_hash(Path(folder) / "tokenizer.json")
 
 
 def tokenizer_problem(tokenizer: Any, record: TokenizerRecord) -> str | None:
-    """How what `hf_tokenizer` gives differs from what a manifest says of it; None if it does not."""
+    """Difference between a tokenizer of `hf_tokenizer` and the manifest's record; None if there is none."""
     found = {"eos_token_id": tokenizer.eos_token_id, "vocab_size": max(tokenizer.get_vocab().values()) + 1}
-    wrong = [
-        f"{name}={value}, not {getattr(record, name)}"
-        for name, value in found.items()
-        if value != getattr(record, name)
-    ]
+    expected = {name: getattr(record, name) for name in found}
+    wrong = [f"{name}={value}, not {expected[name]}" for name, value in found.items() if value != expected[name]]
     return f"the tokenizer is another one than the manifest says ({'; '.join(wrong)})" if wrong else None
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's own BPE, 50257 tokens, from tiktoken's cache or the network.
-
-    Raises:
-        UserError: where neither has it.
-    """
+    """GPT-2's BPE of 50257 tokens, from tiktoken's cache or the network (`UserError` if neither has it)."""
     import tiktoken
 
     try:
@@ -195,11 +181,8 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def hf_tokenizer(source: str | Path) -> Any:
-    """What `AutoTokenizer` loads from a folder or the Hub; code that lies there is never run.
-
-    Raises:
-        UserError: where there is none, or one that is nothing without such code.
-    """
+    """Loads a tokenizer with `AutoTokenizer` from a folder or the Hub, without running code of the repository
+    (`UserError` for a missing or damaged tokenizer, and one that needs such code)."""
     from transformers import AutoTokenizer
 
     file = Path(source) / "tokenizer.json"
@@ -207,47 +190,42 @@ def hf_tokenizer(source: str | Path) -> Any:
         _check_ids(file)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # files of anybody's: the libraries that read them raise whatever comes up
+    except Exception as error:  # files of unknown origin: the libraries that read them raise many types
         raise UserError(f"tokenizer {str(source)!r}: {first_line(error)}") from error
 
 
 def _check_ids(file: Path) -> None:
-    """Refuse ids that no vocabulary has (`UserError`): the libraries make tables as long as the largest one."""
+    """Refuses ids that no vocabulary has (`UserError`): the libraries allocate tables as long as the largest id."""
     content = read_json(file, dict[str, Any])
     model, added = content.get("model"), content.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     for number in ids:
-        if type(number) is not int or not 0 <= number < _MOST_IDS:
-            raise UserError(f"{file}: {number!r} is not the id of a token, a whole number from 0 to {_MOST_IDS - 1:,}")
+        if type(number) is not int or not 0 <= number < _MAX_IDS:
+            raise UserError(f"{file}: {number!r} is not the id of a token, a whole number from 0 to {_MAX_IDS - 1:,}")
 
 
-def load_tokenizer(source: str | Path, name: str | None = None) -> Tokenizer:
-    """The tokenizer that `AutoTokenizer` loads from a folder or the Hub, with the same id for every text.
-
-    Raises:
-        UserError: where there is none, one without an end of text, or one that the `tokenizers` library does not run.
-    """
-    tokenizer = hf_tokenizer(source)
-    name = name or str(source)
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Loads `gpt2`, or a tokenizer from a folder or the Hub with the ids of `AutoTokenizer`. Raises as `hf_tokenizer`,
+    and a `UserError` for a tokenizer without end of text or not run by the `tokenizers` library."""
+    if source == "gpt2":
+        return gpt2_tokenizer()
+    tokenizer, name = hf_tokenizer(source), str(source)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name!r} has no end-of-text token (eos_token), which every document begins with")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"tokenizer {name!r} has no tokenizer.json; only those run by the tokenizers library are read")
     ranks = byte_level_ranks(json.loads(backend.to_str()), tokenizer.eos_token_id)
-    if ranks is not None:
-        return ByteLevelTokenizer(name, ranks, tokenizer.eos_token_id)
-    return HuggingFaceTokenizer(name, tokenizer)
+    if ranks is None:
+        return HuggingFaceTokenizer(name, tokenizer)
+    return ByteLevelTokenizer(name, ranks, tokenizer.eos_token_id)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens, the end of text included, trained on `documents`.
-
-    Raises:
-        UserError: for a size below 257, and for a corpus too small to yield so many tokens.
-    """
+    """Trains a byte-level BPE of `vocab_size` tokens, including the end of text (`UserError` for fewer than 257, or
+    more than the corpus yields)."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -256,13 +234,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        documents, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    )
-    if backend.get_vocab_size() < vocab_size - 1:
-        raise UserError(
-            f"vocab_size={vocab_size}: the corpus yields only {backend.get_vocab_size() + 1} tokens; "
-            f"choose at most that many, or more text"
-        )
-    ranks = {unprintable(token): rank for token, rank in backend.get_vocab().items()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(documents, trainer)
+    if (size := backend.get_vocab_size() + 1) < vocab_size:
+        text = f"the corpus yields only {size} tokens; choose at most that many, or more text"
+        raise UserError(f"vocab_size={vocab_size}: {text}")
+    ranks = {unicode_to_bytes(token): rank for token, rank in backend.get_vocab().items()}
     return ByteLevelTokenizer(f"bpe-{vocab_size}", ranks, vocab_size - 1)

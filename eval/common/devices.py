@@ -1,4 +1,4 @@
-"""Processes and devices: what a launch asked for, what it got, and the precision that suits it."""
+"""Devices, processes and precision of this launch."""
 
 import ctypes
 import os
@@ -14,52 +14,49 @@ from accelerate.utils import KwargsHandler
 
 from data_prep.common.command_line import UserError
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def make_accelerator(
     timeout: float = 3600, kwargs_handlers: Sequence[KwargsHandler] = (), **kwargs: Any
 ) -> Accelerator:
-    """The Accelerator of this process; `kwargs` are passed on.
+    """Returns the Accelerator of this process; `kwargs` go to `Accelerator`. Raises `UserError` if the launch asked for
+    processes or devices that are not available.
 
     Args:
-        timeout: seconds that a process waits for the others. NCCL's own 10 minutes end a run whose first process is
-            still downloading, hashing or waiting for the disk.
-
-    Raises:
-        UserError: where the launch asked for processes or devices that it did not get.
+        timeout: seconds that ranks wait for each other; NCCL's 10 minutes are too short for rank 0 to hash data.
     """
     cpu_only = on_cpu()
     _check_launch(cpu_only, processes_launched())
     if cpu_only:
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(_num_threads())
         _keep_freed_memory()
-    # Without an accelerator, several processes join through gloo only if the script says that it means the CPU.
+    # `cpu=True`: several processes on a machine without GPU use gloo only if told so.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kwargs_handlers]
     return Accelerator(cpu=cpu_only, kwargs_handlers=handlers, **kwargs)
 
 
 def processes_launched() -> int:
-    """The number of processes of this launch, known before any of them has joined the others."""
+    """Returns the number of processes of this launch, known before they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_cpu() -> bool:
-    """Whether this process is on the CPU, for want of an accelerator or because the launch file says so."""
+    """Whether this process runs on the CPU: without an accelerator, or because the Accelerate config says so."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory this process has had, in bytes: allocated on a CUDA device, resident elsewhere."""
+    """Returns the peak memory of this process in bytes: allocated memory on a CUDA device, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _threads() -> int:
-    """Threads for this process: its share of the cores, unless OMP_NUM_THREADS asks for another number than 1, which
-    is what `accelerate launch` sets where nobody chose."""
+def _num_threads() -> int:
+    """Returns OMP_NUM_THREADS, or this process's share of the cores if it is 1, which `accelerate launch` sets by
+    default."""
     chosen = int(os.environ.get("OMP_NUM_THREADS", "1"))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -67,11 +64,8 @@ def _threads() -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed for what is allocated next.
-
-    It gives large blocks back to the system at once and gets them anew, zeroed, page by page: for the logits of a step
-    that takes as long as the arithmetic. Where there is another malloc, nothing is changed.
-    """
+    """Makes glibc's malloc keep freed memory. By default it returns large blocks to the system and gets them back
+    zeroed, page by page, which for the logits of a step takes as long as the arithmetic."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -79,20 +73,20 @@ def _keep_freed_memory() -> None:
 
 
 def _check_launch(cpu_only: bool, num_processes: int) -> None:
-    # The launcher of a single process names a master address only where the launch file asked for more than one.
-    asked_for_more = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if asked_for_more and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
+    # For a single process, `accelerate launch` sets a master address only if the config asks for several.
+    asked_for_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if asked_for_several and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
         raise UserError(
             "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
             "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"
         )
-    of_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not cpu_only and torch.cuda.is_available() and of_this_machine > (devices := torch.cuda.device_count()):
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu_only and torch.cuda.is_available() and local_processes > (gpus := torch.cuda.device_count()):
         raise UserError(
-            f"the launch asked for {of_this_machine} processes on this machine, which has {devices} GPUs; give "
-            f"accelerate launch --num_processes {devices}"
+            f"the launch asked for {local_processes} processes on this machine, which has {gpus} GPUs; give "
+            f"accelerate launch --num_processes {gpus}"
         )
-    # cpu_ddp.yaml hides the GPUs on purpose; a launch that does not meant to have them.
+    # cpu_ddp.yaml hides the GPUs on purpose; without that, the launch expected GPUs.
     if cpu_only and num_processes > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"):
         raise UserError(
             f"the launch asked for {num_processes} processes on GPUs, and torch sees none; for several processes on "
@@ -101,21 +95,21 @@ def _check_launch(cpu_only: bool, num_processes: int) -> None:
 
 
 def chosen_precision(asked_for: str) -> str:
-    """The mixed precision to use: the one `asked_for`, or for `auto` that of the launch file, or if it names none bf16
-    where the device is fast at it."""
+    """Returns the mixed precision to use: `asked_for`, or for `auto` that of the Accelerate config, else bf16 where it
+    is fast."""
     if asked_for != "auto":
         return asked_for
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return launched if launched != "no" else "bf16" if bf16_is_fast() else "no"
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return configured if configured != "no" else "bf16" if bf16_is_fast() else "no"
 
 
 def fp8_is_available() -> bool:
-    """Whether this process's device multiplies matrices in fp8."""
+    """Whether this process's device can multiply matrices in fp8."""
     return not on_cpu() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 def bf16_is_fast() -> bool:
-    """Whether this process's device is better at bf16 than at float32."""
+    """Whether this process's device is faster in bf16 than in float32."""
     if not on_cpu():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

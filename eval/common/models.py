@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, from a folder or the Hub."""
+"""Loading, checking and compiling a trained model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,88 +14,70 @@ from modeling.loss import nats_and_gradient
 
 
 def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
-    """A model in float32 and evaluation mode, and its tokenizer, from a folder or the Hub.
-
-    Raises:
-        UserError: where there is none, or one that is not GPT-2's, or no tokenizer beside it.
-    """
+    """Loads a float32 model in evaluation mode and its tokenizer from a folder or the Hub. Raises `UserError` if there
+    is no GPT-2, or no tokenizer with it."""
     check_folder(name)
     model, tokenizer = load_weights(name), hf_tokenizer(name)
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= model.config.vocab_size:
         raise UserError(
             f"model {name!r}: its tokenizer has id {largest}, its vocabulary {model.config.vocab_size} tokens"
         )
-    return model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
+    moved: Any = model.to  # transformers' wrapper of it has no types
+    return moved(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
 def load_weights(name: str) -> GPTModel:
-    """The model of `load_model` by itself, on the CPU."""
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
+    """Loads the model of `load_model` without its tokenizer, on the CPU."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         return from_pretrained(name).eval()
-    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise UserError(f"model {name!r}: {first_line(error)}") from error
 
 
 def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
-    """`GPTModel.from_pretrained` in float32, with every tensor accounted for: transformers fills what a file lacks with
-    random numbers, and says so in a warning.
-
-    Raises:
-        ValueError: naming the tensors that are missing, unknown, or of another shape, and for files that are none.
-    """
+    """Calls `GPTModel.from_pretrained` in float32. Raises `ValueError` for unreadable files, and for missing, unknown
+    and mismatched weights, about which transformers only warns."""
     try:
         _check_size(Path(source))
-        # Mismatched sizes are "ignored" for the report of all of them, which is what is checked here.
+        # With "ignored" sizes transformers reports all mismatches instead of raising at the first.
         options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = GPTModel.from_pretrained(source, **options)
     except (OSError, ImportError):
         raise
-    except Exception as error:  # files of anybody's: the libraries that read them raise whatever comes up
+    except Exception as error:  # the libraries that read the files raise errors of any kind
         raise ValueError(" ".join(str(error).split())) from error
     problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     problems += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
-    problems += [
-        f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
-    ]
+    problems += [f"{name} is {list(found)}, expected {list(shape)}" for name, found, shape in report["mismatched_keys"]]
     if problems:
         raise ValueError(f"its weights are not those of its config.json: {listed(problems)}")
     return model
 
 
 def _check_size(folder: Path) -> None:
-    """Refuse a configuration of more parameters than the weights beside it have bytes (`ValueError`), before a model of
-    that size is made."""
+    """Raises `ValueError` for a config.json of more parameters than the weights have bytes, before memory for such a
+    model is allocated."""
     if not folder.is_dir():
         return
-    held = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
-    if (count := parameter_count(GPTConfig.from_pretrained(folder))) > held:
-        raise ValueError(f"its config.json describes {count:,} parameters, the weights beside it have {held:,} bytes")
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    if (count := parameter_count(GPTConfig.from_pretrained(folder))) > size:
+        raise ValueError(f"its config.json describes {count:,} parameters, the weights beside it have {size:,} bytes")
 
 
 def read_config(name: str) -> GPTConfig:
-    """The configuration of a model in a folder or on the Hub (`UserError` where there is none of a GPT-2)."""
+    """Reads the configuration of a GPT-2 in a folder or on the Hub. Raises `UserError` if there is none."""
     try:
         return GPTConfig.from_pretrained(name)
-    except Exception as error:  # as above
+    except Exception as error:  # of any kind, as above
         raise UserError(f"model {name!r}: {first_line(error)}") from error
 
 
 def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
-    """Check that a network is the one that other programs take every GPT-2 for.
-
-    Args:
-        reader: the program, for the message.
-        also: more fields of the configuration, each with the only value that it reads.
-
-    Raises:
-        UserError: with all fields that are otherwise.
-    """
+    """Raises `UserError` with all fields of a configuration whose values the program `reader` does not support. `also`
+    are further fields, each with the only supported value."""
     fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     fixed |= also
     if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
@@ -103,36 +85,35 @@ def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
 
 
 def check_folder(name: str) -> None:
-    """Check that a folder, if `name` is one, holds a tokenizer beside the model (`UserError`)."""
+    """Raises `UserError` if `name` is a folder without a tokenizer."""
     if Path(name).is_dir() and not any((*Path(name).glob("tokenizer*"), *Path(name).glob("vocab.json"))):
         raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and its config there")
 
 
 def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:
-    """Compile each block, in place, so that no wrapper's name gets into the weights; and the loss.
+    """Compiles each block, and the loss, in place: the names of weights do not change.
 
     Args:
-        dynamic: as in `torch.compile`. For few shapes, each of which gets its own code, none of it slower for the
-            others; None for many.
+        dynamic: as in `torch.compile`. False compiles for each shape, which is fastest for few; None is for many.
     """
-    # It would split a block's graph where a bucket of gradients ends; between blocks there are enough such places.
+    # DDP's optimizer would split the graph of a block at each bucket of gradients. Splits between blocks are enough.
     torch._dynamo.config.optimize_ddp = False
-    model.of_logits = torch.compile(nats_and_gradient, dynamic=dynamic)
+    model.loss_kernel = torch.compile(nats_and_gradient, dynamic=dynamic)
     for block in model.transformer.h:
         block.compile(dynamic=dynamic)
 
 
 def is_compiled(model: GPTModel) -> bool:
-    """Whether the model or its blocks run compiled, and so should see few shapes."""
+    """Whether the model or its blocks are compiled, so that few shapes should be used."""
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 @contextmanager
-def evaluating(model: GPTModel, attn_implementation: str | None = None) -> Iterator[None]:
-    """Evaluate without gradients and dropout, with another attention kernel if one is named; then all is as before."""
+def evaluating(model: Any, attn_implementation: str | None = None) -> Iterator[None]:
+    """Disables gradients and dropout, and optionally changes the attention kernel; restores everything at the end."""
     was_training, attention = model.training, model.config._attn_implementation
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new length, which takes longer than it saves
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for each new length, which takes longer than it saves
     model.eval()
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)

@@ -1,20 +1,19 @@
-"""What GPT-2 and GPT-3 of the published sizes score."""
+"""Published scores of GPT-2 and GPT-3."""
 
 from dataclasses import dataclass
 
-# Models are called of the same size up to this factor: GPT-2 has 124M where GPT-3 has 125M, and 1558M next to 1.3B.
-_SAME_SIZE = 1.25
+_SAME_SIZE = 1.25  # largest ratio of parameters: GPT-2 has 124M and 1558M where GPT-3 has 125M and 1.3B
 
 
 @dataclass(frozen=True)
-class Published:
-    """A published model and its scores, None where nobody has published one.
+class ReferenceResult:
+    """A published model and its scores; None if not published.
 
     Attributes:
         hellaswag_completion: acc_norm by the mean loss of a token. GPT-2: measured by build-nanogpt and llm.c; GPT-3:
             Brown et al. 2020 (arXiv:2005.14165), table H.1, zero-shot.
         hellaswag_lm_eval: acc_norm of EleutherAI's harness.
-        fineweb_edu_loss: on the validation shard of FineWeb-Edu's sample-10BT, measured by build-nanogpt, in nats.
+        fineweb_edu_loss: in nats, on the validation shard of FineWeb-Edu's sample-10BT, measured by build-nanogpt.
     """
 
     name: str
@@ -24,20 +23,19 @@ class Published:
     fineweb_edu_loss: float | None = None
 
 
-PUBLISHED = (
-    Published("GPT-2 124M", 124e6, 0.2955, 0.3114, 3.2924),
-    Published("GPT-2 350M", 355e6, 0.3752),
-    Published("GPT-2 774M", 774e6, 0.4320),
-    Published("GPT-2 1558M", 1558e6, 0.4889, 0.5089),
-    Published("GPT-3 125M", 125e6, 0.337),
-    Published("GPT-3 350M", 356e6, 0.436),
-    Published("GPT-3 760M", 760e6, 0.510),
-    Published("GPT-3 1.3B", 1.3e9, 0.547),
+REFERENCE_RESULTS = (
+    ReferenceResult("GPT-2 124M", 124e6, 0.2955, 0.3114, 3.2924),
+    ReferenceResult("GPT-2 350M", 355e6, 0.3752),
+    ReferenceResult("GPT-2 774M", 774e6, 0.4320),
+    ReferenceResult("GPT-2 1558M", 1558e6, 0.4889, 0.5089),
+    ReferenceResult("GPT-3 125M", 125e6, 0.337),
+    ReferenceResult("GPT-3 350M", 356e6, 0.436),
+    ReferenceResult("GPT-3 760M", 760e6, 0.510),
+    ReferenceResult("GPT-3 1.3B", 1.3e9, 0.547),
 )
 
 
-def of_the_same_size(parameters: float | None) -> list[Published]:
-    """The published models that a model of so many parameters is compared with; none if it is of no published size."""
-    if parameters is None:
-        return []
-    return [p for p in PUBLISHED if 1 / _SAME_SIZE < parameters / p.parameters < _SAME_SIZE]
+def of_the_same_size(parameters: float | None) -> list[ReferenceResult]:
+    """Returns the published models of about this number of parameters."""
+    sizes = REFERENCE_RESULTS if parameters else ()
+    return [one for one in sizes if 1 / _SAME_SIZE < (parameters or 0) / one.parameters < _SAME_SIZE]

@@ -1,8 +1,7 @@
-"""The records of runs: our own, build-nanogpt's `log.txt` and llm.c's `main.log`."""
+"""Records of runs: our own, build-nanogpt's `log.txt` and llm.c's `main.log`."""
 
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -17,21 +16,16 @@ from data_prep.common.files import read_text
 from data_prep.common.records import CleaningStep
 from data_prep.common.schema import STRICT, Count, Positive, read_json, read_json_lines, read_yaml, validate
 
-# What the other trainers call our metrics. Their HellaSwag is that of the completion rule, by the mean loss.
+_LARGEST = 1e300  # value that can be plotted
+# Names of our metrics in other trainers' logs. Their HellaSwag follows the completion rule and divides by tokens.
 _HELLASWAG = "hellaswag/completion/acc_norm"
-_MOST = 1e300  # of a value that can be drawn
 _BUILD_NANOGPT = {"train": "loss", "val": "val_loss", "hella": _HELLASWAG}
 _LLM_C = {"trl": "loss", "tel": "val_loss", "eval": _HELLASWAG, "lr": "learning_rate", "norm": "grad_norm"}
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What `environment.json` says of a data folder.
-
-    Attributes:
-        prepared_by: the words of the command that made it, if that is known.
-        share: in the training tokens of the run.
-    """
+    """A data folder in `environment.json`, with the command that prepared it and its share of the training tokens."""
 
     __pydantic_config__ = STRICT
 
@@ -48,12 +42,7 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class Environment:
-    """The contents of `environment.json`: what a run was made with.
-
-    Attributes:
-        packages: their versions; None for one that is not installed.
-        base_model: on the Hub, that the run began from.
-    """
+    """The contents of `environment.json`; `packages` are versions by name, None if not installed."""
 
     __pydantic_config__ = STRICT
 
@@ -74,7 +63,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Sample:
-    """A line of `samples.jsonl`: a prompt, and how it was continued."""
+    """A line of `samples.jsonl`: a prompt and its continuation."""
 
     __pydantic_config__ = STRICT
 
@@ -85,7 +74,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """A line of `metrics.jsonl`: a step, and whatever was measured there, by name."""
+    """A line of `metrics.jsonl`: a step, and metrics by name."""
 
     __pydantic_config__ = STRICT | {"extra": "allow"}
 
@@ -94,7 +83,7 @@ class MetricsLine:
 
 @dataclass(frozen=True)
 class _ReportedSettings:
-    """Those settings of `config.yaml` that reports and cards do more with than show them."""
+    """Settings of `config.yaml` that reports and cards use."""
 
     __pydantic_config__ = STRICT | {"extra": "allow"}
 
@@ -102,7 +91,8 @@ class _ReportedSettings:
     hellaswag_every: Count | None = None
     hellaswag_limit: Positive | None = None
     sample_prompts: list[str] = field(default_factory=list)
-    init_from: str | None = None
+    model_name_or_path: str | None = None
+    init_from: str | None = None  # name of `model_name_or_path` until 0.2
 
 
 class _ItemCounts(TypedDict):
@@ -110,35 +100,33 @@ class _ItemCounts(TypedDict):
     effective: int
 
 
-# What of the harness's results is read.
-_HarnessFile = TypedDict(
-    "_HarnessFile",
+_HarnessResults = TypedDict(
+    "_HarnessResults",
     {"results": dict[str, dict[str, Any]], "n-samples": NotRequired[dict[str, _ItemCounts]]},
 )
 
 
 @dataclass
 class Curve:
-    """A metric at the steps that it was measured at."""
+    """Values of a metric at steps."""
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
     def at(self, step: float) -> float:
-        """The value at a step, in between on a straight line."""
+        """Returns the value at a step by linear interpolation."""
         return float(np.interp(step, self.steps, self.values))
 
 
 @dataclass
 class Record:
-    """What a run has left behind.
+    """The logs of a run.
 
     Attributes:
-        curves: by the name of the metric.
-        tokens_per_step: None where the log does not say.
-        settings: of `config.yaml`; empty for logs of other trainers, as is `environment`.
+        curves: by metric.
+        settings: contents of `config.yaml`; empty for other trainers, whose `environment` is None.
         harness: scores of the lm-evaluation-harness by checkpoint, task and metric.
-        harness_limits: how many items those are of, by checkpoint and task, where not of all.
+        harness_limits: number of evaluated items by checkpoint and task, if not all.
     """
 
     name: str
@@ -151,14 +139,14 @@ class Record:
     harness_limits: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def last(self, metric: str) -> float | None:
-        """The last value of a metric, None where it was never measured."""
+        """Returns the last value of a metric, None if there is none."""
         return self.curves[metric].values[-1] if metric in self.curves else None
 
     def tokens(self) -> Curve | None:
-        """Tokens of the run, by how many steps were done; None where the log does not say."""
+        """Returns the training tokens by number of finished steps, None if unknown."""
         if "tokens" in self.curves and "batch_tokens" in self.curves:
             done, batch = self.curves["tokens"], self.curves["batch_tokens"]
-            before = done.values[0] - batch.values[0]  # a run may have branched off from another
+            before = done.values[0] - batch.values[0]  # not 0 if the run branched off from another
             return Curve([done.steps[0], *(step + 1 for step in done.steps)], [before, *done.values])
         if self.tokens_per_step is None:
             return None
@@ -166,27 +154,19 @@ class Record:
         return Curve([0, last], [0.0, float(last * self.tokens_per_step)])
 
     def seconds(self) -> Curve | None:
-        """Seconds of training without evaluations and checkpoints, by how many steps were done; None where the log does
-        not say."""
+        """Returns the seconds of training, without evaluations and checkpoints, by number of finished steps, None if
+        unknown."""
         speed, tokens = self.curves.get("tokens_per_second"), self.tokens()
         if speed is None or tokens is None or min(speed.values) <= 0:
             return None
-        took = [
-            (tokens.at(step + 1) - tokens.at(step)) / value
-            for step, value in zip(speed.steps, speed.values, strict=True)
-        ]
+        pairs = zip(speed.steps, speed.values, strict=True)
+        took = [(tokens.at(step + 1) - tokens.at(step)) / value for step, value in pairs]
         return Curve([speed.steps[0], *(step + 1 for step in speed.steps)], list(accumulate(took, initial=0.0)))
 
 
 def read_run(path: Path, batch_tokens: int | None = None) -> Record:
-    """The record of a run's folder, or of one log file.
-
-    Args:
-        batch_tokens: of a step, for a log that does not say.
-
-    Raises:
-        UserError: for a folder without a log, and a file that is not one.
-    """
+    """Reads the record of a run folder, or of another trainer's log file with `batch_tokens` tokens per step. Raises
+    `UserError` for a folder without a log, and for a file that is not a log."""
     if path.is_dir() and (path / "metrics.jsonl").exists():
         return _read_our_run(path)
     files = [path] if path.is_file() else [path / name for name in ("log.txt", "main.log") if (path / name).exists()]
@@ -203,13 +183,14 @@ def _read_our_run(folder: Path) -> Record:
     for line in map(vars, read_json_lines(folder / "metrics.jsonl", MetricsLine)):
         for name, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-                if not abs(value) < _MOST:
-                    raise UserError(f"{folder / 'metrics.jsonl'}, step {line['step']}: {name} is beyond {_MOST:g}")
+                if not abs(value) < _LARGEST:
+                    raise UserError(f"{folder / 'metrics.jsonl'}, step {line['step']}: {name} is beyond {_LARGEST:g}")
                 curve = curves.setdefault(name, Curve())
                 curve.steps.append(line["step"])
                 curve.values.append(value)
     if not curves:
         raise UserError(f"{folder / 'metrics.jsonl'}: there is nothing in it yet")
+    results = _harness_results(folder / "checkpoints")
     return Record(
         name=folder.resolve().name,
         curves=curves,
@@ -217,33 +198,31 @@ def _read_our_run(folder: Path) -> Record:
         settings=settings,
         environment=read_json(environment, Environment) if environment.exists() else None,
         samples=read_json_lines(samples, Sample) if samples.exists() else [],
-        harness=_harness_results(folder / "checkpoints", harness_scores),
-        harness_limits=_harness_results(folder / "checkpoints", harness_limits),
+        harness={name: harness_scores(found) for name, found in results.items()},
+        harness_limits={
+            name: {task: n["effective"] for task, n in found["n-samples"].items() if n["effective"] < n["original"]}
+            for name, found in results.items()
+        },
     )
 
 
-def _harness_results(checkpoints: Path, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What `read` finds by task, for each checkpoint, in all results of the harness that lie beside it."""
-    found: dict[str, dict[str, Any]] = {}
+def _harness_results(checkpoints: Path) -> dict[str, dict[str, Any]]:
+    """Returns the harness's results for each checkpoint, merged from all files beside it."""
+    merged: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoints.glob("step_*.lm_eval*.json")):
         if re.fullmatch(r"step_\d{8}", name := path.name.partition(".")[0]):
             try:
-                results = read_json(path, _HarnessFile)
-            except UserError as error:  # one that is not whole must not keep a run from its report
-                print(f"left out: {error}", file=sys.stderr)
+                found: dict[str, Any] = dict(read_json(path, _HarnessResults))
+            except UserError as error:  # a damaged file must not prevent the report
+                print(f"skipped: {error}", file=sys.stderr)
                 continue
-            found.setdefault(name, {}).update(read(results))
-    return found
-
-
-def harness_limits(results: dict[str, Any]) -> dict[str, int]:
-    """By task, how many items were evaluated, where that is not all."""
-    counts = results.get("n-samples", {})
-    return {task: count["effective"] for task, count in counts.items() if count["effective"] < count["original"]}
+            for kind in ("results", "n-samples"):
+                merged.setdefault(name, {"results": {}, "n-samples": {}})[kind].update(found.get(kind, {}))
+    return merged
 
 
 def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Scores by task and metric, without their errors, of what the lm-evaluation-harness returns or writes."""
+    """Returns scores by task and metric, without standard errors, from results of the lm-evaluation-harness."""
     return {
         task: {
             metric.removesuffix(",none"): value
@@ -255,7 +234,7 @@ def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _read_log(path: Path) -> dict[str, Curve]:
-    """Lines of `STEP KIND VALUE` or of `s:STEP KIND:VALUE ...`; of a step that stands twice the later value holds."""
+    """Reads lines `STEP KIND VALUE` or `s:STEP KIND:VALUE ...`; the last value of a step counts."""
     values: dict[str, dict[int, float]] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if pairs := re.fullmatch(r"s:(\d+)((?: \w+:\S+)+)\s*", line):

@@ -1,4 +1,4 @@
-"""What a report and a model card say of a run, in Markdown; empty where there is nothing to say."""
+"""Markdown sections of reports and model cards; empty if there is no data for them."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -20,33 +20,40 @@ _SAMPLES = 3
 
 
 def section(title: str, text: str) -> str:
-    """`text` under a heading."""
+    """Returns `text` with a heading, nothing for no text."""
     return f"## {title}\n\n{text}" if text else ""
 
 
 def pictures(paths: Iterable[Path]) -> str:
-    """The pictures of `eval.reporting.plots.plot_all`, each with its caption."""
+    """Shows plots of `eval.reporting.plots.plot_all` with captions."""
     return "\n\n".join(f"![{CAPTIONS[path.name]}]({path.name})" for path in paths)
 
 
 def settings(records: list[Record]) -> str:
-    """The settings of one run, or those that several differ in."""
-    with_settings = [record for record in records if record.settings]
-    names = list(dict.fromkeys(name for record in with_settings for name in record.settings))
-    if len(with_settings) > 1:
-        names = [n for n in names if len({str(record.settings.get(n)) for record in with_settings}) > 1]
-    rows = [[f"`{name}`", *(_cell(record.settings.get(name)) for record in with_settings)] for name in names]
+    """Lists all settings of one run, or those that differ between runs."""
+    runs = [record for record in records if record.settings]
+    names = list(dict.fromkeys(name for record in runs for name in record.settings))
+    if len(runs) > 1:
+        names = [name for name in names if len({str(record.settings.get(name)) for record in runs}) > 1]
+    rows = [[f"`{name}`", *(_cell(record.settings.get(name)) for record in runs)] for name in names]
     rows = [row for row in rows if any(row[1:])]
-    return table(["", *(record.name for record in with_settings)], rows) if rows else ""
+    return table(["", *(record.name for record in runs)], rows) if rows else ""
 
 
 def data(record: Record) -> str:
-    """The data of a run, how it was cleaned, and what of each evaluation set was found in it."""
+    """Lists the data of a run, its cleaning, and the items of evaluation sets found in it."""
     rows, lines = [], []
     for one in record.environment.data if record.environment else []:
         amounts = [f"{one.training_tokens:,}", f"{one.share:.1%}"]
         rows.append([f"`{one.folder}`", source(one), one.revision or "", one.tokenizer, *amounts])
-        lines += _cleaning(one) + _contamination(one.folder)
+        if one.cleaning is not None:
+            steps = [
+                f"{step.step} kept {step.documents_out / max(step.documents_in, 1):.1%} of documents and "
+                f"{step.characters_out / max(step.characters_in, 1):.1%} of characters"
+                for step in one.cleaning
+            ]
+            lines.append(f"- Cleaning of `{one.folder}`: {'; '.join(steps) or 'none by this program'}.")
+        lines += [f"- Contamination: {result}" for result in _contamination(one.folder)]
     if not rows:
         return ""
     heading = ["folder", "source", "revision", "tokenizer", "training tokens", "share"]
@@ -54,37 +61,24 @@ def data(record: Record) -> str:
 
 
 def source(one: DataRecord) -> str:
-    """Where the text of a data folder came from, of what `environment.json` says of it."""
+    """Returns the name of the source of a data folder."""
     name = "the Python standard library" if one.source == BUILTIN else one.source
     return " ".join(filter(None, [name, one.name]))
-
-
-def _cleaning(one: DataRecord) -> list[str]:
-    if one.cleaning is None:
-        return []
-    steps = [
-        f"{step.step} kept {step.documents_out / max(step.documents_in, 1):.1%} of documents and "
-        f"{step.characters_out / max(step.characters_in, 1):.1%} of characters"
-        for step in one.cleaning
-    ]
-    return [f"- Cleaning of `{one.folder}`: {'; '.join(steps) or 'none by this program'}."]
 
 
 def _contamination(folder: str) -> list[str]:
     try:
         path = local_folder(folder, download=False)
         if not path.is_dir():
-            return [f"- Contamination: `{folder}` is not here to ask."]
+            return [f"`{folder}` is not here to ask."]
         found = contamination.recorded(path)
-    except UserError as error:  # of data that has changed since
-        return [f"- Contamination: not known ({error})."]
+    except UserError as error:  # the data has changed since
+        return [f"not known ({error})."]
     if not found:
-        return [
-            f"- Contamination: `{folder}` has not been searched for evaluation sets "
-            f"(`python -m data_prep.contamination {folder} --against FILE ...` does)."
-        ]
+        command = f"python -m data_prep.contamination {folder} --against FILE ..."
+        return [f"`{folder}` has not been searched for evaluation sets (`{command}` does)."]
     return [
-        f"- Contamination: of {Path(one.file).name}, {one.found_items:,} of {one.items:,} items "
+        f"of {Path(one.file).name}, {one.found_items:,} of {one.items:,} items "
         f"({one.found_items / max(one.items, 1):.2%}) are in `{folder}`, by {one.found_ngrams:,} "
         f"{one.ngram}-grams in {one.documents:,} documents."
         for one in found
@@ -92,19 +86,18 @@ def _contamination(folder: str) -> list[str]:
 
 
 def last_samples(record: Record) -> list[Sample]:
-    """Some of the samples of the last step that has any."""
+    """Returns up to three samples of the last step that has some."""
     return [sample for sample in record.samples if sample.step == record.samples[-1].step][:_SAMPLES]
 
 
 def samples(record: Record) -> str:
-    """Those of `last_samples`, as blocks of text."""
-    return "\n\n".join(
-        "```text\n" + (sample.prompt + sample.text).replace("```", "'''") + "\n```" for sample in last_samples(record)
-    )
+    """Shows `last_samples` as blocks of text."""
+    texts = [(sample.prompt + sample.text).replace("```", "'''") for sample in last_samples(record)]
+    return "\n\n".join(f"```text\n{text}\n```" for text in texts)
 
 
 def environment(record: Record) -> str:
-    """Hardware, versions and revision that a run was made with."""
+    """Lists hardware, versions, revision and command of a run."""
     about = record.environment
     if about is None:
         return ""
@@ -120,13 +113,13 @@ def environment(record: Record) -> str:
 
 
 def hardware(about: Environment) -> str:
-    """As in "8 x NVIDIA H100, bf16"."""
+    """Returns the devices and precision, as in "8 x NVIDIA H100, bf16"."""
     precision = "float32" if about.mixed_precision == "no" else about.mixed_precision
     return f"{about.num_processes} x {about.device}, {precision}"
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table without the columns that are empty, the first one aside."""
+    """Returns a table without its empty columns; the first column is always kept."""
     rows = [list(heading), ["---"] * len(heading), *map(list, rows)]
     kept = [i for i in range(len(heading)) if i == 0 or any(row[i] for row in rows[2:])]
     return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
@@ -137,11 +130,11 @@ def _cell(value: Any) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """`value` in a format, or nothing for None."""
+    """Formats `value`; nothing for None."""
     return "" if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:
-    """As in "2.5 h"."""
+    """Formats a duration, as in "2.5 h"."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{hours:,.1f} h" if hours >= 2 else f"{minutes:.1f} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,1 +1,1 @@
-"""How answers are scored."""
+"""Scoring of multiple-choice answers."""

@@ -1,4 +1,4 @@
-"""`GPTModel` as the lm-evaluation-harness sees it; importing this imports the harness."""
+"""`GPTModel` as a model of the lm-evaluation-harness; importing this imports the harness."""
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -8,11 +8,11 @@ from modeling import GPTModel
 
 @register_model("gpt-accelerate")
 class GPTModelLM(HFLM):
-    """The harness's Hugging Face model with `GPTModel` for its class, and for contexts as short as ours may be."""
+    """The harness's Hugging Face model with class `GPTModel`."""
 
     AUTO_MODEL_CLASS = GPTModel
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens that a task may generate where it does not say; the rest of the context is for its prompt."""
+        """Default of generated tokens: at most half of a short context, which leaves room for the prompt."""
         return min(256, self.max_length // 2)

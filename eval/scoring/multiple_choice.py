@@ -1,7 +1,7 @@
-"""How likely a model finds each of several endings of a text.
+"""Likelihood of each of several endings of a text.
 
-The context of a question is computed once for all of its endings. A question is laid out in a row as a tree, a stem and
-its branches, in which a token attends to its own branch and to the stem:
+The context of a question is computed once for all of its endings. A question is a tree in a row: a stem and branches. A
+token attends to its own branch and to the stem:
 
     row        c0 c1 c2 | c3 a0 a1 | c3 b0 b1 b2 | c3 ...
     position    0  1  2    3  4  5    3  4  5  6    3
@@ -21,8 +21,9 @@ from eval.common.models import evaluating, is_compiled
 from modeling import GPTModel
 from modeling.loss import IGNORE_INDEX
 
-# Width of the rows of a compiled model, which are all of one shape: wide enough that few have room left over.
-_ROW_TOKENS = 512
+_ROW_TOKENS = (
+    512  # in each row of a compiled model, which has one shape; long enough to be filled well by several trees
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class _Tree:
-    """Some endings of a question behind their context: `branches` are (slot, input ids, labels)."""
+    """Endings of a question after their context. `branches` are (index of the ending, input ids, labels)."""
 
     stem: list[int]
     branches: list[tuple[int, list[int], list[int]]]
@@ -45,47 +46,44 @@ class _Tree:
 
 
 def accuracy(nats: Sequence[Sequence[float]], labels: Sequence[int], lengths: Sequence[Sequence[int]] | None) -> float:
-    """The share of questions whose label is the ending of the lowest `nats` (summed cross entropy), divided by
-    `lengths` where given; of equal ones the first is chosen."""
-    correct = 0
-    for number, (costs, label) in enumerate(zip(nats, labels, strict=True)):
-        if lengths is not None:
-            costs = [cost / length for cost, length in zip(costs, lengths[number], strict=True)]
-        correct += costs.index(min(costs)) == label
-    return correct / len(labels)
+    """Returns the share of questions whose label is the index of the lowest `nats` (summed cross entropy), divided by
+    `lengths` if given; the first of equal ones."""
+    if lengths is not None:
+        nats = [[cost / n for cost, n in zip(*pair, strict=True)] for pair in zip(nats, lengths, strict=True)]
+    correct = [costs.index(min(costs)) == label for costs, label in zip(nats, labels, strict=True)]
+    return sum(correct) / len(correct)
 
 
 def count_truncated(questions: Sequence[Question], n_positions: int) -> int:
-    """How many questions have a context too long for the model, which sees the end of it."""
+    """Returns the number of questions whose context is too long for the model."""
     return sum(len(question.context) + max(map(len, question.endings)) > n_positions + 1 for question in questions)
 
 
 def score(
     accelerator: Accelerator, model: GPTModel, questions: Sequence[Question], batch_size: int
 ) -> list[list[float]]:
-    """The summed cross entropy of each ending of each question, in nats; the same on every process.
+    """Returns the summed cross entropy in nats of each ending of each question. Collective, the same on all ranks.
 
-    A context is cut from its left where it does not fit with an ending, as in EleutherAI's harness. The processes take
-    turns at the batches, and every one does the same number of them.
+    Batches are distributed over the ranks, and all ranks run the same number of them. A context that does not fit
+    with an ending is truncated from the left, as in EleutherAI's harness. Raises `UserError` for an ending longer than
+    the model's context.
 
     Args:
-        model: without wrappers of distribution.
-        batch_size: rows in a forward pass; a row is a question, or several in a compiled model.
-
-    Raises:
-        UserError: for an ending longer than the model's context.
+        model: without DDP or other wrappers.
+        batch_size: rows in a forward pass; a row has one question, in a compiled model several.
     """
-    slots = sum(len(question.endings) for question in questions)
-    nats = torch.zeros(slots, dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64)
-    width = min(_ROW_TOKENS, model.config.n_positions) if is_compiled(model) else None
-    rows = _pack(_trees(questions, model.config.n_positions, width or model.config.n_positions), width)
+    device, n_positions = accelerator.device, model.config.n_positions
+    endings = sum(len(question.endings) for question in questions)
+    nats = torch.zeros(endings, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    width = min(_ROW_TOKENS, n_positions) if is_compiled(model) else None
+    rows = _pack(_trees(questions, n_positions, width or n_positions), width)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    with evaluating(model, "sdpa"):  # the one kernel that takes any mask on any device
-        for turn in range(0, len(batches), accelerator.num_processes):
-            mine = turn + accelerator.process_index
-            batch = batches[mine] if mine < len(batches) else [[]]
+    with evaluating(model, "sdpa"):  # the only kernel with arbitrary masks on all devices
+        for first in range(0, len(batches), accelerator.num_processes):
+            own = first + accelerator.process_index
+            batch = batches[own] if own < len(batches) else [[]]
             batch = batch + [[]] * (batch_size - len(batch) if width else 0)
-            tensors = {name: tensor.to(accelerator.device) for name, tensor in _lay_out(batch, width).items()}
+            tensors = {name: tensor.to(device) for name, tensor in _to_tensors(batch, width).items()}
             loss = model(
                 input_ids=tensors["input_ids"],
                 position_ids=tensors["position_ids"],
@@ -95,14 +93,14 @@ def score(
                 use_cache=False,
                 skip_logits=True,
             ).loss
-            nats.index_add_(0, tensors["slot"].flatten().cpu(), loss.flatten().cpu().to(nats.dtype))
-    summed = iter(accelerator.reduce(nats.to(accelerator.device)).tolist())
+            nats.index_add_(0, tensors["ending"].flatten().cpu(), loss.flatten().cpu().to(nats.dtype))
+    summed = iter(accelerator.reduce(nats.to(device)).tolist())
     return [[next(summed) for _ in question.endings] for question in questions]
 
 
-def _trees(questions: Sequence[Question], n_positions: int, room: int) -> Iterator[_Tree]:
-    """Each question as one tree; as several where endings leave different contexts, or exceed the `room` of a row."""
-    slot = 0
+def _trees(questions: Sequence[Question], n_positions: int, width: int) -> Iterator[_Tree]:
+    """Yields a tree for each question, or several if endings need different contexts or exceed the `width` of a row."""
+    index = 0
     for question in questions:
         trees: dict[int, _Tree] = {}
         for ending in question.endings:
@@ -113,59 +111,52 @@ def _trees(questions: Sequence[Question], n_positions: int, room: int) -> Iterat
                 )
             context = question.context[-(n_positions + 1 - len(ending)) :]
             tree = trees.get(len(context))
-            if tree is None or len(tree) + len(ending) > room:
+            if tree is None or len(tree) + len(ending) > width:
                 if tree is not None:
                     yield tree
                 tree = trees[len(context)] = _Tree(context[:-1], [])
-            tree.branches.append((slot, [context[-1], *ending[:-1]], ending))
-            slot += 1
+            tree.branches.append((index, [context[-1], *ending[:-1]], ending))
+            index += 1
         yield from trees.values()
 
 
 def _pack(trees: Iterator[_Tree], width: int | None) -> list[list[_Tree]]:
-    """Trees in rows, the longest first; with a `width` as many in a row as fit, each where it leaves the least room."""
+    """Returns rows of trees, the longest first: one tree per row, or with a `width` as many as fit (best fit)."""
     rows: list[list[_Tree]] = []
-    room: list[tuple[int, int]] = []  # what is left of a row, and its number
+    free: list[tuple[int, int]] = []  # (free tokens, index of the row), sorted
     for tree in sorted(trees, key=len, reverse=True):
-        place = bisect_left(room, (len(tree), 0))
-        if place < len(room):
-            left, number = room.pop(place)
+        best = bisect_left(free, (len(tree), 0))
+        if best < len(free):
+            left, row = free.pop(best)
         else:
-            left, number = max(width or 0, len(tree)), len(rows)
+            left, row = max(width or 0, len(tree)), len(rows)
             rows.append([])
-        rows[number].append(tree)
+        rows[row].append(tree)
         if width:
-            insort(room, (left - len(tree), number))
+            insort(free, (left - len(tree), row))
     return rows
 
 
-def _lay_out(rows: list[list[_Tree]], width: int | None) -> dict[str, Tensor]:
-    """Tensors `[B, T]` of a batch: what the model takes, and each token's tree, branch (0 for the stem) and slot."""
-    padding = {"input_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX, "tree": -1, "branch": 0, "slot": 0}
+def _to_tensors(rows: list[list[_Tree]], width: int | None) -> dict[str, Tensor]:
+    """Returns tensors `[B, T]`: inputs of the model, and the tree, branch (0: stem) and ending of each token."""
+    padding = {"input_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX, "tree": -1, "branch": 0, "ending": 0}
     length = max([width or 1, *(sum(map(len, row)) for row in rows)])
-    columns: dict[str, list[list[int]]] = {name: [] for name in padding}
+    batch = []
     for row in rows:
-        cells: dict[str, list[int]] = {name: [] for name in padding}
+        tokens: list[tuple[int, ...]] = []
         for number, tree in enumerate(row):
-            stem = len(tree.stem)
-            parts = [(0, tree.stem, [IGNORE_INDEX] * stem), *tree.branches]
-            for branch, (slot, ids, labels) in enumerate(parts):
-                start = stem if branch else 0
-                cells["input_ids"] += ids
-                cells["position_ids"] += range(start, start + len(ids))
-                cells["labels"] += labels
-                cells["tree"] += [number] * len(ids)
-                cells["branch"] += [branch] * len(ids)
-                cells["slot"] += [slot] * len(ids)
-        for name, values in cells.items():
-            columns[name].append(values + [padding[name]] * (length - len(values)))
-    return {name: torch.tensor(values) for name, values in columns.items()}
+            tokens += [(token, n, IGNORE_INDEX, number, 0, 0) for n, token in enumerate(tree.stem)]
+            for branch, (ending, ids, labels) in enumerate(tree.branches, start=1):
+                pairs = enumerate(zip(ids, labels, strict=True), start=len(tree.stem))
+                tokens += [(token, n, label, number, branch, ending) for n, (token, label) in pairs]
+        batch.append(tokens + [tuple(padding.values())] * (length - len(tokens)))
+    return dict(zip(padding, torch.tensor(batch).permute(2, 0, 1).contiguous(), strict=True))
 
 
 def _tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
-    """Who attends to whom, `[B, 1, T, T]` of bool: a token to those before it in its own branch and in the stem."""
-    places = torch.arange(tree.shape[1], device=tree.device)
-    before = places[:, None] >= places
+    """Returns the boolean attention mask `[B, 1, T, T]`: a token sees earlier tokens of its branch and of its stem."""
+    indices = torch.arange(tree.shape[1], device=tree.device)
+    earlier = indices[:, None] >= indices
     same_tree = tree[:, :, None] == tree[:, None, :]
     same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return (before & same_tree & same_branch)[:, None]
+    return (earlier & same_tree & same_branch)[:, None]

@@ -1,4 +1,4 @@
-"""The trial of a machine, on this one: parts that fail or hang cost only themselves."""
+"""`python -m benchmarks.gpu_trial`: parts that fail or hang do not affect the others."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 
 import psutil
 
-from benchmarks.gpu_trial import RESULTS, Result, end_with_family, read_results, run_part, table, write_result
+from benchmarks.gpu_trial import RESULTS, Result, end_process_tree, read_results, run_part, table, write_result
 
 STUBBORN = """
 import os, signal, subprocess, sys
@@ -19,10 +19,10 @@ signal.pause()
 
 
 def test_a_process_is_ended_with_what_it_has_started():
-    """Also what has a session of its own, as the workers of torchrun have, and is deaf to SIGTERM."""
+    """Also one with its own session, as the workers of torchrun, that ignores SIGTERM."""
     process = subprocess.Popen([sys.executable, "-c", STUBBORN, STUBBORN], stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(process.stdout.readline()))
-    end_with_family(process)
+    end_process_tree(process)
     assert process.returncode == -signal.SIGKILL
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 

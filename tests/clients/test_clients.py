@@ -26,7 +26,7 @@ PROMPT, NEW_TOKENS = "import os\n\nclass Test", 12
 @pytest.fixture(scope="session")
 def checkpoint(train) -> Path:
     """That of a run with a vocabulary of its own, trained until its choices are clear."""
-    flags = ["--max_steps", "120", "--save_every", "120", "--val_every", "120", "--n_positions", "64"]
+    flags = ["--max_steps", "120", "--save_steps", "120", "--eval_steps", "120", "--n_positions", "64"]
     return train("released", *flags, "--sequence_length", "32", "--order", "shuffled").checkpoints[-1]
 
 
@@ -145,7 +145,7 @@ def test_onnx(checkpoint, tmp_path, kind):
 
 
 def run_llama_cpp(file: Path, prompt: str) -> dict:
-    """What llama.cpp's server answers to a prompt, of tokens it makes itself."""
+    """The answer of llama.cpp's server to a prompt that it tokenizes itself."""
     llama = pytest.importorskip("xllamacpp")
     settings = llama.CommonParams()
     settings.model.path = str(file)

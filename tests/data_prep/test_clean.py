@@ -164,8 +164,8 @@ def pairs(tmp_path_factory):
     for number, text in enumerate(originals):
         words = text.split()
         # Every changed word changes the five 5-grams that it is in.
-        for place in range(0, len(words), [60, 6][number % 2]):
-            words[place] = f"other{place}x"
+        for index in range(0, len(words), [60, 6][number % 2]):
+            words[index] = f"other{index}x"
         copies.append(" ".join(words))
     write_sources(folder, left=originals, right=copies)
     (folder / "noise.txt").write_text("\n\n".join(f"cheap offer {i} " * 4000 for i in range(60)))
@@ -254,13 +254,13 @@ def test_all_that_is_wrong_with_a_configuration_is_said_at_once(tmp_path):
     for problem in (
         "unknown 'ouput'; did you mean 'output'?",
         "lies within sources.../up=",
-        "tasks=0: should be at least 1",
-        "executor: unknown 'slrum'; did you mean 'slurm'?",
+        "tasks=0: input should be greater than or equal to 1",
+        "executor='slrum': input should be 'local', 'slurm' or 'ray'",
         "language='klingon'",
         "steps: unknown 'min_lenght'; did you mean 'min_length'?",
-        "steps.minhash.jaccard=0.9: should be between 0.5 and 0.8",
+        "steps.minhash: jaccard=0.9: input should be less than or equal to 0.8",
         "steps.gopher_quality: unknown 'min_doc_word'; did you mean 'min_doc_words'?",
-        "steps.gopher_quality: max_doc_words='many': should be int | None",
+        "steps.gopher_quality: max_doc_words='many': input should be a valid integer",
         "steps.c4=1: true, false, or lines of `name: value`",
         "steps.quality_classifier: raw is missing",
         "steps.decontamination.against: 'none.jsonl' is not a file",
@@ -289,10 +289,10 @@ def test_another_file_under_the_same_name_is_another_cleaning(tmp_path):
 
 def test_slurm_says_what_its_executor_needs(tmp_path):
     write_sources(tmp_path, web=["a"])
-    with pytest.raises(
-        UserError, match=r"executor_settings: unknown 'partitoin'(?s:.)*time is missing(?s:.)*partition is missing"
-    ):
+    with pytest.raises(UserError) as raised:
         config(tmp_path, executor="slurm", executor_settings={"partitoin": "x"}, steps={"min_length": True})
+    for problem in ("unknown 'partitoin'; did you mean 'partition'?", "time is missing", "partition is missing"):
+        assert f"executor_settings: {problem}" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from forks import begin, begin_command
 from data_prep.common.command_line import UserError, redact
 from data_prep.prepare import Recipe, prepare
 from data_prep.reading.sources import Source
-from data_prep.register import adopt
+from data_prep.register import register
 from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.shards import open_shard
 from data_prep.verify import verify
@@ -58,6 +58,10 @@ CONTRADICTIONS = {
     "validation in the middle": (lambda m: m["shards"].append(m["shards"].pop(0)), "are not the first val_shards=1"),
     "more validation": (lambda m: m.update(val_shards=3), "1 shards of validation, val_shards=3"),
     "the same in both": (
+        lambda m: (m["source"].update(source="registered"), m["shards"][1].update(sha256=m["shards"][0]["sha256"])),
+        "is the same as",
+    ),
+    "the same in both, registered by version 0.2": (
         lambda m: (m["source"].update(source="adopted"), m["shards"][1].update(sha256=m["shards"][0]["sha256"])),
         "is the same as",
     ),
@@ -87,17 +91,17 @@ def test_another_end_of_text_than_the_tokenizers_is_refused(copy, tmp_path):
     assert code == 2 and "eos_token_id=600, not 5" in text and text.count("\n") == 1, text
 
 
-def test_the_same_shard_for_training_and_validation_is_not_adopted(copy, tmp_path):
+def test_the_same_shard_for_training_and_validation_is_not_registered(copy, tmp_path):
     folder = tmp_path / "shards"
     shutil.copytree(copy / "tokenizer", folder / "tokenizer")
     shard = next(copy.glob("*_train_*.npy"))
     for split in ("val", "train"):
         shutil.copy(shard, folder / f"x_{split}_000000.npy")
     with pytest.raises(UserError, match=r"training shard 'x_train_000000.npy' is the same as 'x_val_000000.npy'"):
-        adopt(folder)
+        register(folder)
     (folder / "x_val_000000.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"x_val_000000\.npy: not a readable shard"):
-        adopt(folder)
+        register(folder)
 
 
 def npz(path: Path) -> None:
@@ -318,9 +322,9 @@ def test_names_that_are_not_text_are_refused_in_one_line(tmp_path):
 def test_a_foreign_report_of_a_cleaning_is_no_report(short_steps, text_files, tmp_path):
     """Beside the source or above it: preparation says so, and what is made of the data works to the end."""
     texts = shutil.copytree(text_files, tmp_path / "project" / "texts")
-    for place in (texts, texts.parent):
-        (place / "config.json").write_text('{"name": "of another program"}')
-        (place / "cleaning.json").write_text('{"cleaned": true}')
+    for folder in (texts, texts.parent):
+        (folder / "config.json").write_text('{"name": "of another program"}')
+        (folder / "cleaning.json").write_text('{"cleaned": true}')
     flags = ["data", "--source", texts, "--tokenizer", "bpe", "--vocab_size", "400", "--shard_tokens", "20000"]
     code, text = begin_command("data_prep.prepare", flags, tmp_path).ended()
     assert code == 0 and "not taken for a report of data_prep.clean" in text, text

@@ -14,9 +14,8 @@ from standin_hub import USER, serve
 pytestmark = pytest.mark.docs
 PAGES = ["docs/data.md", "docs/training.md", "docs/evaluation.md", "docs/releasing.md"]
 # What the pages take for granted: the quickstart has been run (here by a smaller model).
-QUICKSTART = (
-    "--n_layer 1 --n_embd 64 --n_head 1 --sequence_length 32 --batch_tokens 32 --micro_batch 1 --val_tokens 256"
-)
+QUICKSTART = "--n_layer 1 --n_embd 64 --n_head 1 --sequence_length 32 --batch_tokens 32 "
+QUICKSTART += "--per_device_train_batch_size 1 --val_tokens 256"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NOT_RUN = "# not run by the tests: "
 
@@ -29,7 +28,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory, text_files) -> Path:
-    """What a user has: the project, some text, evaluation sets, and the quickstart's run."""
+    """The folder of a user: the project, some text, evaluation sets, and the quickstart's run."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
         if path.name not in ("data", "runs", ".git", ".venv") and not path.name.startswith("."):

@@ -92,7 +92,7 @@ def test_a_prompt_longer_than_the_context_is_cut_from_its_left(checkpoint):
 
 
 def test_a_short_prompt_is_kept_whole_however_much_is_asked_for(checkpoint):
-    """The continuation is what gives way to the context of 32 tokens."""
+    """Instead the continuation is truncated to the context of 32 tokens."""
     model, tokenizer = load_model(str(checkpoint))
     (some,), (many,) = (
         generate(model, tokenizer, "def f", Sampling(max_new_tokens=count, temperature=0)).texts for count in (10, 200)
@@ -101,7 +101,7 @@ def test_a_short_prompt_is_kept_whole_however_much_is_asked_for(checkpoint):
 
 
 def test_a_torch_for_cuda_works_without_a_gpu(checkpoint, monkeypatch):
-    """Which is what PyPI gives every laptop: torch names the device that it was built for, there or not."""
+    """As from PyPI on every laptop: torch names the device that it was built for, even if there is none."""
     monkeypatch.setattr("torch._C._accelerator_getAccelerator", lambda: torch.device("cuda"))
     assert torch.accelerator.current_accelerator() == torch.device("cuda")
     model, _ = load_model(str(checkpoint))
@@ -109,7 +109,7 @@ def test_a_torch_for_cuda_works_without_a_gpu(checkpoint, monkeypatch):
 
 
 def test_generation_asks_for_no_plan_of_cudnn(checkpoint):
-    """It would make one for each new length; training, of one length, may have one."""
+    """It would make one for each new length; training has one length."""
     seen = []
     model, tokenizer = load_model(str(checkpoint))
     model.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))

@@ -1,4 +1,4 @@
-"""EleutherAI's harness: the plain command on our checkpoints, ours in this process, and within a run."""
+"""EleutherAI's harness: its plain command on our checkpoints, our command, and evaluations during a run."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def scores(path):
 
 @pytest.fixture(scope="module")
 def plain(tiny_run, folder):
-    """What the plain command finds of a checkpoint, with no flags of ours."""
+    """Scores of a checkpoint by the plain command, with no flags of ours."""
     arguments = f"pretrained={tiny_run.checkpoints[-1]}"
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", TASKS]
     run_command(*command, "--include_path", ROOT / "eval" / "tasks", "--output_path", "plain.json", cwd=folder)
@@ -57,7 +57,7 @@ def test_the_plain_command_works_on_a_checkpoint(plain):
 
 @pytest.mark.clients
 def test_gptmodel_scores_as_the_plain_command_finds(tiny_run, plain, folder):
-    """Options that are not ours are passed on; the results lie beside the checkpoint."""
+    """Other options go to the harness; the results are beside the checkpoint."""
     checkpoint = folder / "step_00000020"
     checkpoint.symlink_to(tiny_run.checkpoints[-1])
     command = [sys.executable, "-m", "eval.harness", checkpoint, "--tasks", TASKS, "--batch_size", "3"]
@@ -68,22 +68,15 @@ def test_gptmodel_scores_as_the_plain_command_finds(tiny_run, plain, folder):
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("launch_file", ["cpu", "cpu_ddp"])
-def test_evaluations_in_a_run_change_nothing_and_agree_with_those_alone(tiny_run, train, plain, folder, launch_file):
-    """In one process and in two: the losses of a run without them, the scores of the commands on its checkpoint."""
-    flags = ["--max_steps", "20", "--micro_batch", "8", "--val_every", "5", "--save_every", "5", "--sample_every", "10"]
-    flags += ["--hellaswag_every", "10", "--hellaswag_data", folder / "data" / "evaluation" / "hellaswag_val.jsonl"]
-    flags += [
-        "--hellaswag_rules",
-        "completion",
-        "lm_eval",
-        "--lm_eval_every",
-        "20",
-        "--lm_eval_tasks",
-        *TASKS.split(","),
-    ]
-    run = train(f"evaluated_{launch_file}", *flags, launch_file=launch_file, cwd=folder)
-    if launch_file == "cpu":
+@pytest.mark.parametrize("config", ["cpu", "cpu_ddp"])
+def test_evaluations_in_a_run_change_nothing_and_agree_with_those_alone(tiny_run, train, plain, folder, config):
+    """On one and on two processes: the losses of a run without them, the scores of the commands on its checkpoint."""
+    words = "--max_steps 20 --per_device_train_batch_size 8 --eval_steps 5 --save_steps 5 --sample_every 10"
+    words += " --hellaswag_every 10 --hellaswag_rules completion lm_eval --lm_eval_every 20 --lm_eval_tasks"
+    flags = [*words.split(), *TASKS.split(",")]
+    flags += ["--hellaswag_data", folder / "data" / "evaluation" / "hellaswag_val.jsonl"]
+    run = train(f"evaluated_{config}", *flags, launch_file=config, cwd=folder)
+    if config == "cpu":
         assert run.losses() == tiny_run.losses()
     else:
         assert run.losses() == pytest.approx(tiny_run.losses(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""HellaSwag against EleutherAI's harness and against the peer's loop over items, one at a time."""
+"""HellaSwag against EleutherAI's harness and against build-nanogpt's loop over items."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ HELLASWAG = DATA / "hellaswag.jsonl"
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory):
-    """A checkpoint of random weights with GPT-2's tokenizer; weights large enough that endings differ in likelihood."""
+    """A checkpoint of random weights, large enough for endings to differ in likelihood, with GPT-2's tokenizer."""
     folder = tmp_path_factory.mktemp("random")
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_positions=256, initializer_range=0.2))
@@ -35,8 +35,8 @@ def random_model(tmp_path_factory):
     return folder
 
 
-def peer(folder, items):
-    """Summed and mean loss of each ending, as the peer's loop finds them with stock GPT-2 and, if it can, tiktoken."""
+def loop_over_items(folder, items):
+    """Summed and mean loss of each ending by build-nanogpt's loop with stock GPT-2, and with tiktoken if possible."""
     import tiktoken
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -46,7 +46,7 @@ def peer(folder, items):
 
 
 def in_the_harness(folder, data, limit, here):
-    """Of each item: the summed loss of its endings, and whether it counts for acc and for acc_norm; the two scores."""
+    """Returns summed losses of the endings, whether each item is right for acc and acc_norm, and the two scores."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -88,7 +88,7 @@ def check_against_both(folder, data, limit, here):
     """Every item's losses and choices, by both rules."""
     items = read_items(data)[:limit]
     result = evaluate(folder, items, "completion")
-    sums, means = peer(folder, items)
+    sums, means = loop_over_items(folder, items)
     torch.testing.assert_close(torch.tensor(result.nats), torch.tensor(sums), atol=TOLERANCE, rtol=0, check_dtype=False)
     labels = [item["label"] for item in items]
     assert result.acc == sum(a == b for a, b in zip(chosen(sums), labels, strict=True)) / len(items)
@@ -118,11 +118,11 @@ def choices(items):
 
 @pytest.mark.clients
 def test_items_agree_with_the_harness_and_with_the_loop_over_items(random_model, tmp_path):
-    """Among them some with the marks of WikiHow's layout, which the original file has."""
+    """Some items have the tags of WikiHow's layout, as in the original file."""
     items = read_items(HELLASWAG)[50:60]
-    for n, mark in enumerate(["[header] ", " [title] a title", " [step]", "  [substeps] ", " [title]"] * 2):
-        item = {**items[n], "ctx_a": items[n]["ctx_a"] + mark, "ctx_b": "" if n < 5 else items[n]["ctx_b"]}
-        items.append({**item, "endings": [mark + ending + mark for ending in item["endings"]]})
+    for n, tag in enumerate(["[header] ", " [title] a title", " [step]", "  [substeps] ", " [title]"] * 2):
+        item = {**items[n], "ctx_a": items[n]["ctx_a"] + tag, "ctx_b": "" if n < 5 else items[n]["ctx_b"]}
+        items.append({**item, "endings": [tag + ending + tag for ending in item["endings"]]})
     path = tmp_path / HELLASWAG.name
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     check_against_both(random_model, path, 20, tmp_path)
@@ -131,12 +131,12 @@ def test_items_agree_with_the_harness_and_with_the_loop_over_items(random_model,
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 60])
 def test_all_items_agree(whole_sets, data_folder, tmp_path, steps):
-    """For random weights and for some that a run has trained, of a small vocabulary."""
+    """For random and for trained weights, with a small vocabulary."""
     data = whole_sets / "hellaswag_val.jsonl"
     size = ["--n_layer", "2", "--n_embd", "48", "--n_head", "3", "--n_positions", "512", "--max_steps", str(steps or 1)]
     size += ["--learning_rate", "3e-3" if steps else "1e-12", "--warmup_steps", "0", "--sample_every", "0"]
-    size += ["--val_tokens", "4096", "--micro_batch", "4"]
-    launch("--data", data_folder, "--run_name", "some", *size, cwd=tmp_path)
+    size += ["--val_tokens", "4096", "--per_device_train_batch_size", "4"]
+    launch("--data", data_folder, "--output_dir", "runs/some", *size, cwd=tmp_path)
     checkpoint = tmp_path / "runs" / "some" / "checkpoints" / f"step_{steps or 1:08d}"
     check_against_both(checkpoint, data, 10_042, tmp_path)
     items = read_items(data)
@@ -197,11 +197,15 @@ GOOD = {"activity_label": "A", "ctx": "a b", "ctx_a": "a", "ctx_b": "b", "ending
     ("lines", "message"),
     [
         ([json.dumps(GOOD), "{"], "line 2: not JSON"),
-        ([json.dumps(GOOD), "[1]"], "line 2: expected a JSON object, found list"),
+        ([json.dumps(GOOD), "[1]"], r"line 2: \[1\]: input should be an object"),
         ([json.dumps({**GOOD, "label": 4})], "line 1: label 4 is not one of 0 to 3"),
+        ([json.dumps({**GOOD, "label": True})], "line 1: label"),
         ([json.dumps(GOOD), "", json.dumps({**GOOD, "label": ""})], "line 3: label '' is not one of 0 to 3"),
-        ([json.dumps({k: v for k, v in GOOD.items() if k != "ctx_b"})], "line 1: no usable ctx_b among the fields"),
-        ([json.dumps({**GOOD, "endings": ["c", " "]})], "line 1: no usable endings among the fields"),
+        ([json.dumps({k: v for k, v in GOOD.items() if k != "ctx_b"})], "line 1: ctx_b is missing"),
+        ([json.dumps({**GOOD, "ctx_a": ""})], "line 1: ctx_a='': string should have at least 1 character"),
+        ([json.dumps({**GOOD, "endings": ["c", " "]})], "line 1: endings.1=' ': value error, is empty"),
+        ([json.dumps({**GOOD, "endings": ["c", " [title] "]})], "line 1: endings.1="),
+        ([json.dumps({**GOOD, "endings": ["c"]})], "line 1: endings=.*at least 2"),
         ([""], "there is nothing in it"),
     ],
 )
@@ -214,18 +218,18 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path, lines, message):
 
 @pytest.mark.clients
 def test_items_come_from_the_hub_or_else_from_their_address(tmp_path):
-    """In a process of its own, with a stand-in for the network; the Hub has labels as text."""
+    """In a new process, with a replacement of the Hub; the Hub has labels as text."""
     program = (
         "import sys; from eval.hellaswag import read_items; from data_prep.common.command_line import run\n"
-        "for place in sys.argv[1:]: run(lambda: print(read_items(None, *place.split(','))))"
+        "for source in sys.argv[1:]: run(lambda: print(read_items(None, *source.split(','))))"
     )
     hub, address = {**GOOD, "label": "1", "ctx": "from the hub"}, {**GOOD, "ctx": "from its address"}
     files = {"data/validation.jsonl": json.dumps(hub).encode(), "x.jsonl": json.dumps(address).encode()}
     with serve_dataset("someone/swag", files) as (endpoint, _):
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         url = f"{endpoint}/datasets/someone/swag/resolve/main/x.jsonl"
-        places = ["someone/swag,none", f"someone/other,{url}", f"someone/other,{url}x"]
-        done = run_command(sys.executable, "-c", program, *places, cwd=ROOT, env=env, expect=2)
+        sources = ["someone/swag,none", f"someone/other,{url}", f"someone/other,{url}x"]
+        done = run_command(sys.executable, "-c", program, *sources, cwd=ROOT, env=env, expect=2)
     first, second = done.stdout.splitlines()
     assert "from the hub" in first and "'label': '1'" in first and "from its address" in second
     assert done.stderr.startswith("error: HellaSwag: neither the data set someone/other")

@@ -1,13 +1,18 @@
-"""The metrics as `evaluate` loads them from this repository, in one process and in two."""
+"""The metrics as `evaluate` loads them, on one and on two processes, and in the commands."""
 
+import importlib
 import json
 import math
 import subprocess
 import sys
+import types
 
 import evaluate
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
+
+from data_prep.common.command_line import UserError
+from eval.common.scores import load_metric
 
 METRICS = ROOT / "eval" / "metrics"
 NATS, TOKENS, BYTES = [10.0, 2.5, 7.25], [4, 1, 5], [16, 3, 9]
@@ -56,3 +61,31 @@ print(json.dumps([metric.compute(), choice.compute()]))
     first, second = (json.loads(process.communicate(timeout=120)[0]) for process in ranks)
     assert first == [pytest.approx(LM), pytest.approx(CHOICE)]
     assert second == [None, None]
+
+
+@pytest.mark.parametrize("missing", ["evaluate", "datasets"])
+def test_a_missing_library_gets_one_line(missing, monkeypatch):
+    for name in ("evaluate", missing):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=f"{missing}.*; pip install evaluate datasets"):
+        load_metric("multiple_choice")
+
+
+@pytest.mark.parametrize("module", ["eval.loss", "eval.hellaswag"])
+def test_the_commands_report_through_the_metrics(module, tiny_run, data_folder, swag_file, monkeypatch, capsys):
+    """With a metric of fixed scores the commands print these."""
+    scores, data, expected = {
+        "eval.loss": ({"loss": 1.5, "perplexity": 2.5, "bits_per_byte": 3.5}, data_folder, "loss 1.5000 nats per"),
+        "eval.hellaswag": ({"acc": 0.125, "acc_norm": 0.75}, swag_file, "acc_norm 0.7500 ± 0.2165, acc 0.1250"),
+    }[module]
+    metric = types.SimpleNamespace(add_batch=lambda **batch: None, compute=lambda: scores)
+    monkeypatch.setattr(f"{module}.load_metric", lambda name: metric)
+    monkeypatch.setattr("sys.argv", [module, str(tiny_run.checkpoints[-1]), "--data", str(data)])
+    importlib.import_module(module).main()
+    assert expected in capsys.readouterr().out
+
+
+def test_libraries_of_training_stay_free_of_evaluate():
+    program = "import sys, eval.loss, eval.hellaswag; print({'evaluate', 'datasets'} & sys.modules.keys())"
+    assert run_command(sys.executable, "-c", program, cwd=ROOT).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""Reports: read back from what real runs and other trainers have logged."""
+"""Reports of the logs of real runs and of other trainers."""
 
 import email.message
 import json
@@ -66,7 +66,7 @@ def test_what_the_curves_say(tiny_run):
 
 
 def test_batches_that_grow_and_steps_without_one(tmp_path):
-    """Tokens and time of a run that branched off at step 4, with a ramp, whose step 6 passed over its batch."""
+    """Tokens and time of a run that branched off at step 4, with a ramp, whose step 6 skipped its batch."""
     lines = [(4, 1000, 100, 50.0), (5, 1200, 200, 100.0), (7, 1600, 200, 50.0)]
     keys = ("step", "tokens", "batch_tokens", "tokens_per_second")
     text = [json.dumps(dict(zip(keys, line, strict=True))) for line in lines]
@@ -77,7 +77,7 @@ def test_batches_that_grow_and_steps_without_one(tmp_path):
     assert [run.seconds().at(step) for step in (4, 5, 6, 8)] == [0, 2, 4, 8]
 
 
-def test_logs_of_the_peers(tmp_path):
+def test_logs_of_other_trainers(tmp_path):
     (tmp_path / "log.txt").write_text(NANOGPT_LOG)
     (tmp_path / "main.log").write_text(LLM_C_LOG)
     run = read_run(tmp_path / "log.txt")

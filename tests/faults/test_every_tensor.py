@@ -26,7 +26,7 @@ CHANGES = {
 
 
 def rehash(checkpoint: Path, name: str) -> None:
-    """Let the mark have the hash of a changed file: what is wrong is not the disk's doing."""
+    """Puts the hash of a changed file into the sentinel: the problem is not the disk."""
     hashes = json.loads((checkpoint / "COMPLETE").read_text())
     hashes[name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
     (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
@@ -41,7 +41,7 @@ def change(checkpoint: Path, name: str, act) -> None:
 
 @pytest.fixture
 def copy(tiny_run, tmp_path) -> Path:
-    """A run with one checkpoint, to go on from or to begin from."""
+    """A run with one checkpoint, to resume from or to start from."""
     home = tmp_path / "runs" / "tiny"
     home.mkdir(parents=True)
     shutil.copy(tiny_run.folder / "config.yaml", home)
@@ -58,8 +58,8 @@ def test_weights_are_all_accounted_for(copy, data_folder, tmp_path, what):
     if what != "renamed":  # one of them goes through real processes
         return
     for words in (
-        ["--init_from", copy, "--data", data_folder, "--run_name", "new"],
-        ["--run_name", "tiny", "--resume", "--max_steps", "30", "--override", "max_steps"],
+        ["--model_name_or_path", copy, "--data", data_folder, "--run_name", "new"],
+        ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30", "--override", "max_steps"],
     ):
         code, text = begin(words, tmp_path).ended()
         assert code == 2 and message in text and "Traceback" not in text, text
@@ -85,7 +85,7 @@ OPTIMIZER_CHANGES = {
 def test_the_optimizers_state_is_all_accounted_for(copy, tmp_path, what):
     act, message = OPTIMIZER_CHANGES[what]
     change(copy, "training_state/optimizer.safetensors", act)
-    words = ["--run_name", "tiny", "--resume", "--max_steps", "30", "--override", "max_steps"]
+    words = ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30", "--override", "max_steps"]
     code, text = begin(words, tmp_path).ended()
     assert code == 2 and message in text and "Traceback" not in text, text
 
@@ -94,6 +94,6 @@ def test_the_optimizers_state_is_all_accounted_for(copy, tmp_path, what):
 def test_a_bad_state_of_random_numbers_is_refused(copy, tmp_path, content):
     save_file(content, copy / "training_state" / "rng_0.safetensors")
     rehash(copy, "training_state/rng_0.safetensors")
-    words = ["--run_name", "tiny", "--resume", "--max_steps", "30", "--override", "max_steps"]
+    words = ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30", "--override", "max_steps"]
     code, text = begin(words, tmp_path).ended()
     assert code == 2 and "cannot be resumed from (" in text and "Traceback" not in text, text

@@ -1,4 +1,4 @@
-"""What can go wrong goes wrong, for real: what the user is told, what is left, and how the run goes on."""
+"""Real failures: the message to the user, the files that are left, and the run after it."""
 
 import contextlib
 import json
@@ -31,9 +31,18 @@ pytestmark = pytest.mark.processes
 def command(data_folder):
     """The command of a run: twelve steps of sixteen sequences in a fixed order, a checkpoint after every third."""
     flags = ["--data", data_folder, *TINY_MODEL, "--mixed_precision", "no", "--order", "sequential"]
-    flags += ["--batch_tokens", SEQUENCES * LENGTH, "--micro_batch", "8", "--max_steps", STEPS, "--warmup_steps", "3"]
-    flags += ["--learning_rate", "1e-2", "--val_tokens", "2048", "--val_every", "6", "--save_every", "3"]
-    flags += ["--sample_every", "0", "--run_name", "run", "--auto_resume", "--keep_last", "2"]
+    flags += [
+        "--batch_tokens",
+        SEQUENCES * LENGTH,
+        "--per_device_train_batch_size",
+        "8",
+        "--max_steps",
+        STEPS,
+        "--warmup_steps",
+        "3",
+    ]
+    flags += ["--learning_rate", "1e-2", "--val_tokens", "2048", "--eval_steps", "6", "--save_steps", "3"]
+    flags += ["--sample_every", "0", "--run_name", "run", "--auto_resume", "--save_total_limit", "2"]
     return list(map(str, flags))
 
 
@@ -90,19 +99,18 @@ DAMAGES = {
     "a flipped bit of the optimizer": lambda folder: flip(folder / "training_state" / "optimizer.safetensors"),
     "a truncated file": lambda folder: os.truncate(folder / "model.safetensors", 1000),
     "a missing file": lambda folder: (folder / "training_state" / "state.json").unlink(),
-    "an empty mark": lambda folder: (folder / "COMPLETE").write_text(""),
+    "an empty sentinel": lambda folder: (folder / "COMPLETE").write_text(""),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside(half, whole, command, damage):
-    DAMAGES[damage](half.checkpoints[-1])
+@pytest.mark.parametrize("corruption", DAMAGES)
+def test_a_damaged_checkpoint_is_quarantined(half, whole, command, corruption):
+    DAMAGES[corruption](half.checkpoints[-1])
     root = half.folder.parents[1]
     resumed = begin(command, root).finished("run")
-    aside = half.folder / "checkpoints" / "damaged_step_00000006"
-    assert f"{aside.relative_to(root)} is damaged (" in resumed.stdout and "from step 3" in resumed.stdout
-    assert aside.is_dir()
-    shutil.rmtree(aside)
+    assert "step_00000006 is damaged (" in resumed.stdout and "from step 3" in resumed.stdout
+    assert "and was renamed to damaged_step_00000006" in resumed.stdout
+    shutil.rmtree(half.folder / "checkpoints" / "damaged_step_00000006")
     assert_same(whole, resumed)
 
 
@@ -115,8 +123,8 @@ def test_a_run_is_not_begun_anew_because_all_of_it_is_damaged(half, command):
     assert (half.folder / "metrics.jsonl").read_text() == log
 
 
-def test_a_folder_without_the_mark_is_no_checkpoint(half, whole, command):
-    """And is left alone, though it is in the way of one."""
+def test_a_folder_without_the_sentinel_is_no_checkpoint(half, whole, command):
+    """It is left alone, though a checkpoint has to be saved there."""
     folder = half.checkpoints[-1]
     (folder / "COMPLETE").unlink()
     before = sorted(path.name for path in folder.iterdir())
@@ -128,7 +136,7 @@ def test_a_folder_without_the_mark_is_no_checkpoint(half, whole, command):
 
 def test_a_damaged_checkpoint_is_refused_by_name(half, command):
     flip(half.checkpoints[-1] / "model.safetensors")
-    flags = ["--resume", half.checkpoints[-1], "--run_name", "branch"]
+    flags = ["--resume_from_checkpoint", half.checkpoints[-1], "--run_name", "branch"]
     code, text = begin(flags, half.folder.parents[1]).ended()
     assert code == 2 and "is damaged, or no complete checkpoint (not as written: model.safetensors)" in text
     assert half.checkpoints[-1].name == "step_00000006"
@@ -144,8 +152,8 @@ def test_a_truncated_shard_is_refused(command, data_folder, tmp_path):
 
 
 def test_a_disk_that_fills_up(command, whole, small_disk):
-    """Each checkpoint that does not fit is tried again and given up; what was there stays; with room, it goes on."""
-    ballast, flags = small_disk / "ballast", [*command, "--runs_dir", small_disk]
+    """Each checkpoint that does not fit is tried again and given up; older ones stay; with room, the run resumes."""
+    ballast, flags = small_disk / "ballast", [*command, "--output_dir", small_disk / "run"]
     code, text = begin(flags, small_disk.parent, partial(disk_fills_up, ballast)).ended()
     assert code == 2 and "No space left on device" in text, text
     assert "giving up until the next checkpoint" in text
@@ -176,7 +184,7 @@ def disk_fills_up(ballast: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to(command, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    code, text = begin([*command, "--runs_dir", small_disk / "runs"], small_disk.parent).ended()
+    code, text = begin([*command, "--output_dir", small_disk / "runs" / "run"], small_disk.parent).ended()
     assert code == 2 and text.startswith("error: [Errno 30] Read-only file system") and text.count("\n") == 1, text
 
 
@@ -210,7 +218,9 @@ def test_asked_to_stop_it_leaves_a_checkpoint(command, whole, tmp_path, kind, co
     run = begin(command, tmp_path, partial(signalled, kind, count, tmp_path / "runs" / "run", what))
     code, text = run.ended()
     assert code == 0, text
-    stopped = re.search(r"stopped after step (\d+) \((\w+)\); the same command with --resume goes on from (\S+)", text)
+    stopped = re.search(
+        r"stopped after step (\d+) \((\w+)\); the same command with --resume_from_checkpoint continues from (\S+)", text
+    )
     assert stopped is not None and 0 < int(stopped[1]) < STEPS
     assert stopped[2] == what.name and (tmp_path / stopped[3] / "COMPLETE").exists()
     assert stopped[3].endswith(f"step_{int(stopped[1]):08d}")
@@ -265,7 +275,7 @@ def test_one_two_one_processes(command, whole, tmp_path):
     ]
 
 
-def test_a_batch_that_is_not_finite_is_passed_over(command, data_folder, tmp_path):
+def test_a_batch_that_is_not_finite_is_skipped(command, data_folder, tmp_path):
     """The numbers of its sequences are kept."""
     plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES + 13), float("nan"))
     run = begin(command, tmp_path, plant).finished("run")
@@ -276,7 +286,7 @@ def test_a_batch_that_is_not_finite_is_passed_over(command, data_folder, tmp_pat
     assert losses[-1] < losses[0] - 0.5
 
 
-NOT_FINITE = "step 4: the loss is nan; the weights are as they were, and sequences 64 to 79 are passed over"
+NOT_FINITE = "step 4: the loss is nan; the weights are unchanged, sequences 64 to 79 are skipped"
 
 
 def test_what_happens_to_one_rank_is_seen_by_the_other(command, data_folder, tmp_path):
@@ -289,7 +299,7 @@ def test_what_happens_to_one_rank_is_seen_by_the_other(command, data_folder, tmp
     losses = run.losses()
     assert losses[4] is None and len(losses) == 8 and losses[7] < losses[0] - 0.3
     assert [path.name for path in run.checkpoints] == ["step_00000003", "step_00000006"]
-    assert "process 0 lost its connection to another process of the run" in done.stderr
+    assert "rank 0 lost its connection to another rank" in done.stderr
     cause = done.stderr.partition("Root Cause")[2]
     assert re.search(r"rank +: 1 .*RuntimeError: the disk of this process is gone", cause, re.DOTALL)
 
@@ -300,9 +310,9 @@ def bad_batch_and_failure(sequence: list[int]) -> None:
 
 
 def test_what_skipping_leaves_is_what_a_loop_without_the_batch_gives(command, data_folder, whole, tmp_path):
-    """Plain AdamW around stock GPT-2, which never sees the batch: weights and moments are untouched by it."""
+    """Plain AdamW around stock GPT-2, which never sees the batch: weights and optimizer state do not change."""
     plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES + 13), float("inf"))
-    run = begin([*command, "--max_steps", "7", "--schedule", "constant"], tmp_path, plant).finished("run")
+    run = begin([*command, "--max_steps", "7", "--lr_scheduler_type", "constant"], tmp_path, plant).finished("run")
     torch.manual_seed(1337)
     from modeling import GPTConfig, GPTModel
 
@@ -344,11 +354,11 @@ def sequence_and_label(data_folder: Path, position: int) -> list[int]:
     ],
     ids=["nan", "spike"],
 )
-def test_going_back_passes_over_the_batch(command, data_folder, whole, tmp_path, flags, planted_in, what):
+def test_a_rollback_skips_the_batch(command, data_folder, whole, tmp_path, flags, planted_in, what):
     """From the last checkpoint it is as if the step had no batch; also after a kill, and in the log."""
     plant = partial(bad_batch, sequence(data_folder, 7 * SEQUENCES + 3), *planted_in)
     run = begin([*command, *flags], tmp_path, plant).finished("run")
-    assert re.search(rf"step 7: {what}.*back to step 6, and sequences 112 to 127 are passed over", run.stdout)
+    assert re.search(rf"step 7: {what}.*rolled back to step 6, sequences 112 to 127 are skipped", run.stdout)
     metrics = run.metrics()
     assert metrics[7]["skipped"] == [112, 128] and "loss" not in metrics[7]
     assert sorted(metrics) == list(range(13))
@@ -363,21 +373,23 @@ def test_going_back_passes_over_the_batch(command, data_folder, whole, tmp_path,
     assert code == -signal.SIGKILL
     state = tmp_path / "runs" / "run" / "checkpoints" / "step_00000006" / "training_state" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"skipped": [[112, 128]]}))
-    marks = state.parents[1] / "COMPLETE"
+    sentinel = state.parents[1] / "COMPLETE"
     import hashlib
 
-    hashes = json.loads(marks.read_text())
+    hashes = json.loads(sentinel.read_text())
     hashes["training_state/state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
-    marks.write_text(json.dumps(hashes))
+    sentinel.write_text(json.dumps(hashes))
     told = begin([*command, *flags], tmp_path).finished("run")
     assert [told.metrics()[s].get("loss") for s in range(12)] == [metrics[s].get("loss") for s in range(12)]
 
 
-def test_without_a_checkpoint_to_go_back_to_the_run_goes_on(command, data_folder, tmp_path):
+def test_without_a_checkpoint_to_roll_back_to_the_run_continues(command, data_folder, tmp_path):
     plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES), 100.0, "LayerNorm", 4)
-    flags = [*command, "--spike_zscore", "9", "--spike_window", "3", "--save_every", "6"]
+    flags = [*command, "--spike_zscore", "9", "--spike_window", "3", "--save_steps", "6"]
     run = begin(flags, tmp_path, plant).finished("run")
-    assert re.search("step 4: the loss is .* there is no checkpoint to go back to yet, and the run goes on", run.stdout)
+    assert re.search(
+        "step 4: the loss is .* the run continues, as there is no checkpoint to roll back to yet", run.stdout
+    )
     assert sorted(run.metrics()) == list(range(13)) and None not in run.losses()
 
 
@@ -389,6 +401,6 @@ def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder
     assert said[0] == "error: step 4: the loss is nan, and on_nonfinite='halt'"
     assert said[1] == "  layer  the first result that is not finite is that of transformer.h.1.mlp"
     assert said[2].startswith("  batch  python -m data_prep.inspect ") and said[2].endswith("--sequences 64:80")
-    assert said[3] == "  left   runs/run/checkpoints/step_00000003; --resume goes on from it"
+    assert said[3] == "  left   runs/run/checkpoints/step_00000003; --resume_from_checkpoint continues from it"
     code, text = begin([*command, "--max_skipped", "0"], tmp_path, plant).ended()
-    assert code == 2 and "step 4: the loss is nan, and max_skipped=0 batches were passed over" in text
+    assert code == 2 and "step 4: the loss is nan, and max_skipped=0 batches are skipped" in text

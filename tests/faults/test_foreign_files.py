@@ -1,4 +1,4 @@
-"""What is not ours is neither changed, nor removed, nor taken for ours."""
+"""Foreign files are neither changed, nor removed, nor taken for ours."""
 
 import hashlib
 import json
@@ -26,7 +26,10 @@ NEAR_NAMES = [
 
 @pytest.fixture(scope="session")
 def flags(short_steps) -> list[str]:
-    return [*short_steps, *["--val_every", "3", "--save_every", "3", "--keep_last", "1", "--schedule", "wsd"]]
+    return [
+        *short_steps,
+        *["--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "1", "--lr_scheduler_type", "wsd"],
+    ]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -46,10 +49,10 @@ def contents(folder: Path) -> dict[str, str]:
 def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
     """Put a hundred foreign files, folders and links, with names near ours, into a run's folder: what they are."""
     rng = random.Random(seed)
-    places = [run, run / "checkpoints", run / "report", run / "hub"]
+    folders = [run, run / "checkpoints", run / "report", run / "hub"]
     salted: dict[Path, dict[str, str]] = {}
     while len(salted) < 100:
-        place = rng.choice(places)
+        place = rng.choice(folders)
         place.mkdir(parents=True, exist_ok=True)
         name = rng.choice(NEAR_NAMES) + rng.choice(["", "", ".txt", "_old", "2"])
         path = place / name
@@ -63,7 +66,7 @@ def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
         else:
             path.mkdir()
             (path / "results.json").write_text(json.dumps(rng.random()))
-            if kind == "checkpoint":  # a copy that somebody has made, marks and all
+            if kind == "checkpoint":  # a copy that somebody has made, sentinel included
                 (path / "COMPLETE").write_text("{}")
                 (path / "training_state").mkdir()
         salted[path] = {} if kind in ("file", "link") else contents(path)
@@ -102,7 +105,7 @@ def test_nothing_foreign_is_touched(flags, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     more = [*common, "--max_steps", "15", "--override", "max_steps"]
     with serve() as hub:
-        again = [*more, "--push_to_hub", "user/salted", "--hub_strategy", "all"]
+        again = [*more, "--push_to_hub", "--hub_model_id", "user/salted", "--hub_strategy", "all"]
         code, text = begin(again, tmp_path, online, hub.environment()).ended()
         assert "is damaged (" in text, text
         if code:  # the best was the damaged one: nothing whole is left, and nothing is begun anew
@@ -115,24 +118,29 @@ def test_cooling_down_from_a_run_leaves_it_alone(flags, tmp_path):
     last = trunk.checkpoints[-1]
     salt(trunk.folder, seed=1)
     before = contents(trunk.folder)
-    words = ["--resume", last, "--run_name", "ended", "--cooldown_steps", "3", "--override"]
+    words = ["--resume_from_checkpoint", last, "--run_name", "ended", "--cooldown_steps", "3", "--override"]
     begin([*words, "max_steps", "cooldown_steps"], tmp_path).finished("ended")
     assert contents(trunk.folder) == before
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", " ", "a/b", "../x", "/tmp/x", ".hidden", "link", "\0"])
 @pytest.mark.parametrize("more", [(), ("--preflight",)], ids=["run", "preflight"])
-def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more):
+@pytest.mark.parametrize("setting", ["run_name", "output_dir"])
+def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more, setting, monkeypatch):
     from data_prep.common.command_line import UserError
-    from training.settings.parsing import parse_config
-    from training.settings.validation import check_config
+    from training.settings.validation import load_config
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(elsewhere)
-    with pytest.raises(UserError, match=r"run_name(=|: is empty)"):
-        check_config(parse_config([*flags, "--runs_dir", str(tmp_path / "runs"), "--run_name", name, *more]), 1)
+    monkeypatch.chdir(tmp_path)
+    if setting == "output_dir" and name in ("a/b", "/tmp/x", "../x", "."):  # plain names at their ends
+        load_config([*flags, "--output_dir", f"runs/{name}", *more], 1)
+        return
+    value = name if setting == "run_name" or not name.strip() else f"runs/{name}"
+    with pytest.raises(UserError, match=rf"{setting}(=|: is empty)"):
+        load_config([*flags, f"--{setting}", value, *more], 1)
 
 
 def test_a_dangerous_name_deletes_nothing(flags, tmp_path):
@@ -162,14 +170,14 @@ def test_a_killed_preflight_does_not_block_the_next(flags, tmp_path):
     code, _ = begin(words, tmp_path, partial(die_in_preflight)).ended()
     assert code == -9 and (tmp_path / "runs" / ".preflight" / "run").exists()
     code, text = begin(words, tmp_path).ended()
-    assert code == 0 and "all of it works" in text, text
+    assert code == 0 and "every part works" in text, text
     assert not (tmp_path / "runs" / ".preflight" / "run").exists()
 
 
 def die_in_preflight() -> None:
     from training.resilience import preflight
 
-    preflight.damage = lambda folder: die()
+    preflight.find_corruption = lambda folder: die()
 
 
 def test_a_folder_in_the_place_of_a_checkpoint_is_left_there(flags, tmp_path):
@@ -193,7 +201,7 @@ def test_a_copy_of_a_checkpoint_does_not_make_a_run_go_back(flags, tmp_path, cop
         (last.parent / copy).symlink_to(last.name)
     else:
         shutil.copytree(last, last.parent / copy)
-    more = ["--run_name", "run", "--resume", "--max_steps", "9", "--override", "max_steps"]
+    more = ["--run_name", "run", "--resume_from_checkpoint", "--max_steps", "9", "--override", "max_steps"]
     resumed = begin([*flags, *more], tmp_path).finished("run")
     assert "from step 6" in resumed.stdout
     assert (last.parent / copy).exists() or copy == "step_latest"
@@ -255,7 +263,7 @@ def test_the_users_files_beside_a_report_stay(flags, tmp_path):
 
 
 def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
-    from training.checkpointing.storage import damage
+    from training.checkpointing.storage import find_corruption
 
     run: Finished = begin([*flags, "--run_name", "run", "--max_steps", "3"], tmp_path).finished("run")
     (checkpoint,) = run.checkpoints
@@ -264,12 +272,12 @@ def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
         (checkpoint / name).write_text("ours")
         hashes[name] = hashlib.sha256(b"ours").hexdigest()
     (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
-    assert damage(checkpoint) is None
+    assert find_corruption(checkpoint) is None
     from training.publish import Destination, _add_card
-    from training.publishing.queue import put
+    from training.publishing.queue import enqueue
 
-    waiting = put(checkpoint, run.folder)
-    assert os.path.samefile(waiting / "README.md", checkpoint / "README.md")
-    _add_card(waiting, 3, run.folder, Destination("user/x", "all", False, False, "mit"))
-    assert "Use" in (waiting / "README.md").read_text()
-    assert damage(checkpoint) is None and (checkpoint / "README.md").read_text() == "ours"
+    pending = enqueue(checkpoint, run.folder)
+    assert os.path.samefile(pending / "README.md", checkpoint / "README.md")
+    _add_card(pending, 3, run.folder, Destination("user/x", "all", False, False, "mit"))
+    assert "Use" in (pending / "README.md").read_text()
+    assert find_corruption(checkpoint) is None and (checkpoint / "README.md").read_text() == "ours"

@@ -148,13 +148,13 @@ def read_tokenizer(world: Path) -> None:
 
 
 def read_checkpoint(world: Path) -> None:
-    from training.checkpointing.storage import complete_checkpoints, damage, load_state
+    from training.checkpointing.storage import complete_checkpoints, find_corruption, load_state
     from training.resilience.resume import newest_intact
     from training.settings.parsing import saved_progress
 
     checkpoints = world / "runs" / "tiny" / "checkpoints"
     for checkpoint in complete_checkpoints(checkpoints):
-        damage(checkpoint)
+        find_corruption(checkpoint)
     state = load_state(checkpoints / "step_00000020")
     assert saved_progress(checkpoints / "step_00000020") == (state.step, state.position)
     assert newest_intact
@@ -183,12 +183,12 @@ def read_run_files(world: Path) -> None:
 def read_settings(world: Path) -> None:
     from data_prep.inspect import sequences
     from training.settings.parsing import parse_config
-    from training.settings.validation import check_config
+    from training.settings.validation import load_config
 
     run = world / "runs" / "tiny"
-    check_config(parse_config(["--runs_dir", str(world / "runs"), "--run_name", "tiny", "--resume"]), 1)
-    check_config(parse_config([str(run / "config.yaml")]), 1)
-    parse_config(["--resume", str(run / "checkpoints" / "step_00000020"), "--cooldown_steps", "3"])
+    load_config(["--output_dir", str(world / "runs" / "tiny"), "--resume_from_checkpoint"], 1)
+    load_config([str(run / "config.yaml")], 1)
+    parse_config(["--resume_from_checkpoint", str(run / "checkpoints" / "step_00000020"), "--cooldown_steps", "3"])
     list(sequences([str(world / "small")], run, 0, 1))
 
 
@@ -354,7 +354,17 @@ def test_a_run_on_changed_files_goes_on_or_says_why_not(world, tmp_path, name):
         shutil.copytree(world, here)
         file = here / name
         file.write_bytes(change(file.read_bytes()))
-        words = ["--run_name", "tiny", "--resume", "--max_steps", "22", "--override", "max_steps", "--data", "small"]
+        words = [
+            "--run_name",
+            "tiny",
+            "--resume_from_checkpoint",
+            "--max_steps",
+            "22",
+            "--override",
+            "max_steps",
+            "--data",
+            "small",
+        ]
         code, text = begin(words, here).ended()
         assert "Traceback" not in text, text
         assert code in (0, 2) and (code == 0 or "error: " in text)

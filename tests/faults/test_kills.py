@@ -20,10 +20,30 @@ pytestmark = pytest.mark.processes
 
 RECIPE = ["--data_weights", "3", "1", "--order", "shuffled", "--document_mask", "true", "--dropout", "0.1"]
 RECIPE += ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--n_positions", "32", "--mixed_precision", "no"]
-RECIPE += ["--optimizer", "muon", "--learning_rate", "1e-2", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
-RECIPE += ["--schedule", "wsd", "--warmup_tokens", "1000", "--batch_ramp_start", "1024", "--batch_ramp_tokens", "8192"]
-RECIPE += ["--batch_tokens", "4096", "--micro_batch", "16", "--max_steps", "15", "--val_tokens", "4096"]
-RECIPE += ["--val_every", "2", "--save_every", "3", "--keep_last", "1", "--keep_every", "6", "--sample_every", "5"]
+RECIPE += ["--optim", "muon", "--learning_rate", "1e-2", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
+RECIPE += [
+    "--lr_scheduler_type",
+    "wsd",
+    "--warmup_tokens",
+    "1000",
+    "--batch_ramp_start",
+    "1024",
+    "--batch_ramp_tokens",
+    "8192",
+]
+RECIPE += ["--batch_tokens", "4096", "--per_device_train_batch_size", "16", "--max_steps", "15", "--val_tokens", "4096"]
+RECIPE += [
+    "--eval_steps",
+    "2",
+    "--save_steps",
+    "3",
+    "--save_total_limit",
+    "1",
+    "--keep_every",
+    "6",
+    "--sample_every",
+    "5",
+]
 RECIPE += ["--sample_tokens", "4", "--sample_prompts", "def", "--spike_zscore", "100", "--spike_window", "4"]
 
 
@@ -36,7 +56,7 @@ def command(data_folder, other_data, swag_file):
 
 @pytest.fixture(scope="session")
 def undisturbed(command, tmp_path_factory):
-    """The run that nothing happens to, and the number of moments of each kind at which something could."""
+    """The undisturbed run, and the number of calls of each kind at which a process can be killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run = begin(command("whole"), folder, partial(counted, folder / "runs" / "whole", folder / "counts"))
     return run.finished("whole"), json.loads((folder / "counts").read_text())

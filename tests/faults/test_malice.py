@@ -11,13 +11,13 @@ from forks import begin
 from data_prep.common.command_line import UserError
 from data_prep.sharding.manifest import Manifest
 from eval.common.models import load_model
-from training.checkpointing.storage import damage, load_state
+from training.checkpointing.storage import find_corruption, load_state
 
 PROGRAM = "open({file!r}, 'w').close()\nclass GPT2LMHeadModel: ...\nclass Tokenizer: ...\n"
 
 
 class Bomb:
-    """What does something as soon as it is unpickled."""
+    """An object that acts as soon as it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -47,14 +47,14 @@ def test_weights_that_are_a_pickle_are_refused(copy, trap, data_folder, tmp_path
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(trap)))
     with pytest.raises(UserError, match="model '"):
         load_model(str(copy))
-    code, text = begin(["--init_from", copy, "--data", data_folder], tmp_path).ended()
+    code, text = begin(["--model_name_or_path", copy, "--data", data_folder], tmp_path).ended()
     assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
     assert not trap.exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng_0.safetensors", "state.json"])
 def test_a_state_that_is_a_pickle_is_refused(copy, trap, data_folder, tmp_path, name):
-    """Even where its mark has the hash of it."""
+    """Even with its hash in the sentinel."""
     import hashlib
 
     file = copy / "training_state" / name
@@ -62,10 +62,12 @@ def test_a_state_that_is_a_pickle_is_refused(copy, trap, data_folder, tmp_path, 
     hashes = json.loads((copy / "COMPLETE").read_text())
     hashes[f"training_state/{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (copy / "COMPLETE").write_text(json.dumps(hashes))
-    assert damage(copy) is None
+    assert find_corruption(copy) is None
     home = shutil.copytree(copy, tmp_path / "runs" / "tiny" / "checkpoints" / copy.name)
     shutil.copy(Path(load_config(data_folder, tmp_path)), home.parents[1] / "config.yaml")
-    code, text = begin(["--resume", home, "--run_name", "branch", "--max_steps", "30"], tmp_path).ended()
+    code, text = begin(
+        ["--resume_from_checkpoint", home, "--run_name", "branch", "--max_steps", "30"], tmp_path
+    ).ended()
     assert code == 2 and "error: " in text and "Traceback" not in text, text
     assert not trap.exists()
     assert not (tmp_path / "runs" / "branch").exists()

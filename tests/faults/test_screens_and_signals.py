@@ -20,7 +20,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="session")
 def flags(short_steps) -> list[str]:
-    words = "--val_every 3 --save_every 6 --max_steps 6 --run_name run --log_every 1 --auto_resume"
+    words = "--eval_steps 3 --save_steps 6 --max_steps 6 --run_name run --logging_steps 1 --auto_resume"
     return [*short_steps, *words.split()]
 
 
@@ -62,7 +62,7 @@ def test_a_screen_that_is_gone_does_not_end_a_run(flags, tmp_path, plant):
     assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists() and (run / "report" / "report.md").exists()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     said = [line["message"] for line in lines if "message" in line]
-    assert len(said) == 1 and "stdout is gone (" in said[0] and "the run goes on without it" in said[0]
+    assert len(said) == 1 and "stdout is gone (" in said[0] and "the run continues without it" in said[0]
     assert sum("loss" in line for line in lines) == 6
 
 
@@ -85,7 +85,7 @@ def test_a_reader_that_has_seen_enough_ends_nothing(flags, tmp_path):
 @pytest.mark.parametrize("what", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda what: what.name)
 def test_these_signals_leave_a_checkpoint_too(flags, tmp_path, what):
     code, text = begin(flags, tmp_path, partial(signalled, "forward", 150, tmp_path / "runs" / "run", what)).ended()
-    assert code == 0 and f"({what.name}); the same command with --resume goes on from" in text, text
+    assert code == 0 and f"({what.name}); the same command with --resume_from_checkpoint continues from" in text, text
     assert list((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/COMPLETE"))
 
 
@@ -125,7 +125,7 @@ def test_data_that_go_bad_in_mid_run_end_it_with_a_checkpoint(flags, data_folder
     # In order, so that the next shard is opened at a known step: 20,011 tokens after its start.
     words = [*flags, "--data", data, "--order", "sequential", "--batch_tokens", "4096", "--max_steps", "20"]
     code, text = begin(words, tmp_path, partial(plant, 2, data)).ended()
-    assert code == 2 and message in text and "--resume goes on from the last checkpoint" in text, text
+    assert code == 2 and message in text and "--resume_from_checkpoint continues from the last checkpoint" in text, text
     assert "Traceback" not in text
     saved = sorted((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/COMPLETE"))
     metrics = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What `forward` is called with: the cache under both of its names, and nothing that is ignored."""
+"""Arguments of `forward`: both names of the cache, and the refusal of unknown ones."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints of other trainers, against stock transformers: the same weights written the way each of them does."""
+"""Checkpoints of other trainers against stock transformers with the same weights."""
 
 import subprocess
 import sys
@@ -96,14 +96,14 @@ def test_build_nanogpt(tmp_path, monkeypatch, capsys):
 
 
 class Runs:
-    """What a pickle can do."""
+    """A pickle that runs code."""
 
     def __reduce__(self):
         return open, ("was_here", "w")
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
-    """In one line each, and nothing that is in a file is run."""
+    """In one line each, without running code in the file."""
     monkeypatch.chdir(tmp_path)
     settings = {"block_size": 16, "vocab_size": 128, **SIZES}
     good = as_they_write(stock("gelu"))

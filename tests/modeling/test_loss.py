@@ -75,8 +75,8 @@ def test_compiled_it_is_the_same():
     """Also with a last chunk that is shorter than the others."""
     hidden, weight, labels = problem(count=2 * chunk_tokens(torch.device("cpu")) + 50)
     results = []
-    for of_logits in (None, torch.compile(nats_and_gradient, dynamic=False)):
-        loss, z_part = linear_cross_entropy(hidden, weight, labels, z_loss=1e-2, of_logits=of_logits)
+    for loss_kernel in (None, torch.compile(nats_and_gradient, dynamic=False)):
+        loss, z_part = linear_cross_entropy(hidden, weight, labels, z_loss=1e-2, loss_kernel=loss_kernel)
         results.append((loss, z_part, *torch.autograd.grad(loss, (hidden, weight))))
     torch.testing.assert_close(results[1], results[0])
 
@@ -96,12 +96,12 @@ def test_z_loss_is_that_of_its_paper(monkeypatch, chunk):
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (hidden, weight)))
 
 
-def test_going_backward_twice_is_refused():
-    """The gradients are scaled in their place."""
+def test_a_second_backward_is_refused():
+    """The first one scales the gradients in place."""
     hidden, weight, labels = problem()
     loss, _ = linear_cross_entropy(hidden, weight, labels)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="gone backward through already"):
+    with pytest.raises(RuntimeError, match="was called twice"):
         loss.backward()
 
 

@@ -1,4 +1,4 @@
-"""`GPTModel` against stock GPT-2: arithmetic, generation, the format on disk."""
+"""`GPTModel` against stock GPT-2: arithmetic, generation, format on disk."""
 
 import copy
 import json

@@ -16,7 +16,7 @@ from standin_hub import StandIn, serve
 from data_prep.common.hub import repository_problem
 from modeling import GPTModel
 from training.checkpointing.storage import step_of
-from training.publishing.queue import put, recover, taken, waiting
+from training.publishing.queue import claim, enqueue, pending, release_claims
 from training.settings.parsing import parse_config
 
 pytestmark = pytest.mark.clients  # of the Hub
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling import GPTModel
 from training.settings.parsing import parse_config
 from training.checkpointing.storage import step_of
-from training.publishing.queue import put, recover, taken, waiting
+from training.publishing.queue import enqueue, release_claims, claim, pending
 name, revision, output, card = sys.argv[1:]
 exec(open(card).read().split("```python")[1].split("```")[0])  # its own way of using the model
 tokens = torch.arange(1, 25)[None]
@@ -41,14 +41,14 @@ torch.save({"logits": logits, "words": words}, output)
 @pytest.fixture
 def recipe(data_folder, swag_file):
     common = ["--data", data_folder, *TINY_MODEL, "--batch_tokens", "512", "--mixed_precision", "no"]
-    common += ["--learning_rate", "1e-2", "--warmup_steps", "3", "--keep_last", "9"]
-    common += ["--max_steps", "20", "--save_every", "5", "--val_every", "5", "--val_tokens", "4096"]
+    common += ["--learning_rate", "1e-2", "--warmup_steps", "3", "--save_total_limit", "9"]
+    common += ["--max_steps", "20", "--save_steps", "5", "--eval_steps", "5", "--val_tokens", "4096"]
     common += ["--sample_every", "10", "--sample_tokens", "4", "--hellaswag_every", "10", "--hellaswag_data", swag_file]
     return lambda name, *flags: ["--run_name", name, *common, *flags]
 
 
 def command(module: str, *words: object, hub: StandIn, cwd: Path, expect: int = 0) -> str:
-    """What `python -m MODULE WORDS` says, to which the stand-in is the Hub."""
+    """The output of `python -m MODULE WORDS`, with the stand-in as the Hub."""
     environment = os.environ | hub.environment() | {"HF_HOME": str(cwd / "cache")}
     done = run_command(sys.executable, "-m", module, *words, cwd=cwd, env=environment, expect=expect)
     return done.stdout + done.stderr
@@ -67,7 +67,15 @@ def loaded(repository: str, revision: str, hub: StandIn, cwd: Path) -> dict:
 def test_trained_killed_resumed_published_and_loaded_by_name(recipe, tmp_path):
     """Every checkpoint is there under its step, as it was saved."""
     with serve() as hub:
-        flags = ["--push_to_hub", "user/killed", "--hub_strategy", "all", "--hub_revisions", "--auto_resume"]
+        flags = [
+            "--push_to_hub",
+            "--hub_model_id",
+            "user/killed",
+            "--hub_strategy",
+            "all",
+            "--hub_revisions",
+            "--auto_resume",
+        ]
         argv, environment = recipe("killed", *flags), hub.environment()
         code, _ = begin(argv, tmp_path, partial(online, partial(in_step, 12, 0, die)), environment).ended()
         assert code == -9
@@ -87,7 +95,10 @@ def test_trained_killed_resumed_published_and_loaded_by_name(recipe, tmp_path):
         assert not [name for name in files if "training_state" in name or name == "COMPLETE"]
         settings = yaml.safe_load(files["training_config.yaml"])
         assert settings["max_steps"] == 20 and "push_to_hub" not in settings  # for whoever runs it again
-        assert parse_config(["--resume", str(run.checkpoints[1]), "--run_name", "b"]).hub.push_to_hub is None
+        assert (
+            parse_config(["--resume_from_checkpoint", str(run.checkpoints[1]), "--run_name", "b"]).hub.hub_model_id
+            is None
+        )
         loss = run.metrics()[10]["val_loss"]
         assert f"| Validation loss, nats per token | {loss:.4f} |" in files["README.md"].decode()
         assert f"{run.metrics()[15]['val_loss']:.4f}" not in files["README.md"].decode()
@@ -113,7 +124,9 @@ def test_a_hub_that_fails_does_not_touch_the_run(recipe, tmp_path, what, message
         elif what != "gone":
             hub.failing = {"errors": 500, "hang": "hang"}[what]
         plant = partial(online, partial(in_step, 12, 0, partial(wait_until_gone, port)) if what == "gone" else None)
-        training = begin(recipe("failing", "--push_to_hub", "user/failing"), tmp_path, plant, hub.environment())
+        training = begin(
+            recipe("failing", "--push_to_hub", "--hub_model_id", "user/failing"), tmp_path, plant, hub.environment()
+        )
         if what != "gone":
             run = training.finished("failing")
     if what == "gone":
@@ -141,8 +154,8 @@ def test_what_is_published(recipe, tmp_path):
     other = begin(recipe("other", "--seed", "5", "--max_steps", "5"), tmp_path).finished("other")
     with serve() as hub:
         said = command("training.publish", run.folder, hub=hub, cwd=tmp_path, expect=2)
-        assert "has no push_to_hub; say where to: --push_to_hub USER/NAME" in said
-        to = ["--push_to_hub", "user/done", "--hub_license", "apache-2.0"]
+        assert "has no hub_model_id; name the repository: --hub_model_id USER/NAME" in said
+        to = ["--hub_model_id", "user/done", "--hub_license", "apache-2.0"]
         said = command("training.publish", run.folder, *to, "--step", "7", hub=hub, cwd=tmp_path, expect=2)
         assert "step=7: " in said
         config = run.folder / "config.yaml"  # the best is the last, of which its own checkpoint does not know yet
@@ -153,43 +166,52 @@ def test_what_is_published(recipe, tmp_path):
         command("training.publish", run.folder, *to, hub=hub, cwd=tmp_path)
         assert repository.messages == ["Step 20"]  # nothing has changed
         tagged = [*to, "--hub_revisions", "--step", "5"]
-        put(run.checkpoints[2], run.folder)
+        enqueue(run.checkpoints[2], run.folder)
         command("training.publish", run.folder, *tagged, hub=hub, cwd=tmp_path)
-        assert repository.messages[1:] == ["Step 5"] and [step_of(left) for left in waiting(run.folder)] == [15]
+        assert repository.messages[1:] == ["Step 5"] and [step_of(left) for left in pending(run.folder)] == [15]
         first = repository.tags["step_00000005"]
         command("training.publish", other.folder, *tagged, hub=hub, cwd=tmp_path)
         assert repository.tags["step_00000005"] not in (first, None)
         weights = repository.commits[repository.tags["step_00000005"]]["model.safetensors"]
         assert weights == (other.checkpoints[0] / "model.safetensors").read_bytes()
-        checking = [run.folder, "--check", "--push_to_hub", "someone/else"]
+        checking = [run.folder, "--check", "--hub_model_id", "someone/else"]
         said = command("training.publish", *checking, hub=hub, cwd=tmp_path, expect=2)
         assert "the token is that of user, who may write to user" in said
 
 
 def test_what_is_being_uploaded_cannot_be_lost(recipe, tmp_path):
     """Replaced meanwhile, failed, or left behind by a killed process: what waits in the end is the newest of a step."""
-    run = begin([*recipe("outbox"), "--max_steps", "5"], tmp_path).finished("outbox")
-    place = put(run.checkpoints[0], run.folder)
-    with taken(place) as folder:
-        assert not place.exists() and waiting(run.folder) == [place]
+    run = begin([*recipe("upload_queue"), "--max_steps", "5"], tmp_path).finished("upload_queue")
+    place = enqueue(run.checkpoints[0], run.folder)
+    with claim(place) as folder:
+        assert not place.exists() and pending(run.folder) == [place]
         assert (folder / "model.safetensors").samefile(run.checkpoints[0] / "model.safetensors")
-        put(run.checkpoints[0], run.folder)
+        enqueue(run.checkpoints[0], run.folder)
         (place / "newer").touch()
     assert (place / "newer").exists() and not folder.exists()
-    with pytest.raises(OSError, match="the network"), taken(place):
+    with pytest.raises(OSError, match="the network"), claim(place):
         raise OSError("the network")
     assert (place / "newer").exists()
     place.rename(folder)  # as a killed process leaves it
-    recover(run.folder)
-    assert waiting(run.folder) == [place] and (place / "newer").exists()
+    release_claims(run.folder)
+    assert pending(run.folder) == [place] and (place / "newer").exists()
 
 
 @pytest.mark.slow
 def test_the_best_checkpoint_is_the_released_one(recipe, tmp_path):
     """A run that learns its one batch by heart: main ends at the best step, not at the last."""
-    flags = ["--push_to_hub", "user/best", "--hub_strategy", "best", "--overfit_single_batch", "--max_steps", "80"]
+    flags = [
+        "--push_to_hub",
+        "--hub_model_id",
+        "user/best",
+        "--hub_strategy",
+        "best",
+        "--overfit_single_batch",
+        "--max_steps",
+        "80",
+    ]
     with serve() as hub:
-        run = begin(recipe("best", *flags, "--save_every", "20"), tmp_path, online, hub.environment()).finished("best")
+        run = begin(recipe("best", *flags, "--save_steps", "20"), tmp_path, online, hub.environment()).finished("best")
         losses = {step: line["val_loss"] for step, line in run.metrics().items() if step in (20, 40, 60, 80)}
         best = min(losses, key=losses.get)
         assert best < 80
@@ -200,7 +222,7 @@ def test_the_best_checkpoint_is_the_released_one(recipe, tmp_path):
 
 def test_preflight_asks_the_hub(recipe, tmp_path):
     with serve() as hub:
-        argv = recipe("asked", "--preflight", "--push_to_hub", "user/asked")
+        argv = recipe("asked", "--preflight", "--push_to_hub", "--hub_model_id", "user/asked")
         code, text = begin(argv, tmp_path, online, hub.environment()).ended()
         assert code == 0 and "a checkpoint there and back, access to user/asked" in text
         assert not hub.repositories
@@ -232,11 +254,11 @@ def test_data_is_used_from_the_hub(data_folder, recipe, tmp_path):
 def test_what_cannot_be_a_repository(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HOME", "/nonexistent")
-    assert "is not of the form USER/NAME" in repository_problem("push_to_hub", "name")
-    assert "'a/b/c'" in repository_problem("push_to_hub", "a/b/c")
-    assert "HF_HUB_OFFLINE=1; unset it" in repository_problem("push_to_hub", "a/b")
+    assert "is not of the form USER/NAME" in repository_problem("hub_model_id", "name")
+    assert "'a/b/c'" in repository_problem("hub_model_id", "a/b/c")
+    assert "HF_HUB_OFFLINE=1; unset it" in repository_problem("hub_model_id", "a/b")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert "needs a token that may write" in repository_problem("push_to_hub", "a/b")
+    assert "needs a token that may write" in repository_problem("hub_model_id", "a/b")
 
 
 def test_publishing_needs_no_torch():

@@ -68,7 +68,7 @@ def test_losses_are_those_of_build_nanogpts_loop(tiny_run, data_folder, tmp_path
 
 @pytest.mark.processes
 def test_two_processes_do_not_change_the_losses(tiny_run, train):
-    flags = ["--max_steps", "20", "--micro_batch", "4", "--val_every", "5"]
+    flags = ["--max_steps", "20", "--per_device_train_batch_size", "4", "--eval_steps", "5"]
     other = train("two_processes", *flags, launch_file="cpu_ddp")
     assert json.loads((other.folder / "environment.json").read_text())["num_processes"] == 2
     difference = np.array(other.losses()) - np.array(tiny_run.losses())
@@ -78,10 +78,30 @@ def test_two_processes_do_not_change_the_losses(tiny_run, train):
 
 
 # Everything that a step's number or position decides: the batch, the learning rates, Muon's momentum, the order.
-RECIPE = ["--order", "shuffled", "--micro_batch", "4", "--max_steps", "10", "--val_every", "5", "--save_every", "5"]
-RECIPE += ["--optimizer", "muon", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
-RECIPE += ["--schedule", "wsd", "--warmup_tokens", "1000", "--batch_ramp_start", "256", "--batch_ramp_tokens", "2048"]
-RECIPE += ["--batch_tokens", "1024", "--activation_checkpointing", "selective", "--keep_last", "9"]
+RECIPE = [
+    "--order",
+    "shuffled",
+    "--per_device_train_batch_size",
+    "4",
+    "--max_steps",
+    "10",
+    "--eval_steps",
+    "5",
+    "--save_steps",
+    "5",
+]
+RECIPE += ["--optim", "muon", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
+RECIPE += [
+    "--lr_scheduler_type",
+    "wsd",
+    "--warmup_tokens",
+    "1000",
+    "--batch_ramp_start",
+    "256",
+    "--batch_ramp_tokens",
+    "2048",
+]
+RECIPE += ["--batch_tokens", "1024", "--gradient_checkpointing", "selective", "--save_total_limit", "9"]
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +134,9 @@ def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
     """Settings, weights and position are the trunk's; the learning rate falls to its end over what is added."""
     trunk = recipe.folder / "checkpoints" / "step_00000005"
     root = recipe.folder.parents[1]
-    branch = begin(["--resume", trunk, "--cooldown_steps", "4", "--run_name", "cooled"], root).finished("cooled")
+    branch = begin(["--resume_from_checkpoint", trunk, "--cooldown_steps", "4", "--run_name", "cooled"], root).finished(
+        "cooled"
+    )
     metrics = branch.metrics()
     assert sorted(metrics) == [5, 6, 7, 8, 9] and "val_loss" in metrics[9]
     assert metrics[5]["loss"] == recipe.metrics()[5]["loss"]  # of the same weights, on the same batch
@@ -129,15 +151,17 @@ def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
 def test_a_run_begins_from_a_checkpoint(train, tiny_run):
     """With its sizes, unless told otherwise; as from the Hub, without a state of training."""
     last = tiny_run.checkpoints[-1]
-    other = train("begun", "--init_from", last, "--max_steps", "3", "--micro_batch", "auto")
+    other = train("begun", "--model_name_or_path", last, "--max_steps", "3", "--per_device_train_batch_size", "auto")
     assert other.metrics()[0]["val_loss"] == pytest.approx(tiny_run.metrics()[20]["val_loss"], abs=1e-6)
     assert f"from {last}" in other.stdout
-    assert yaml.safe_load((other.folder / "config.yaml").read_text())["micro_batch"] == 512 // 32  # all has room
+    assert (
+        yaml.safe_load((other.folder / "config.yaml").read_text())["per_device_train_batch_size"] == 512 // 32
+    )  # all has room
 
 
 def test_one_batch_is_learned_by_heart(train, tiny_run):
     debug = ["--overfit_single_batch", "--profile", "--detect_anomaly"]
-    run = train("overfit", *debug, "--max_steps", "20", "--micro_batch", "8", "--val_every", "20")
+    run = train("overfit", *debug, "--max_steps", "20", "--per_device_train_batch_size", "8", "--eval_steps", "20")
     losses, of_text = run.losses(), tiny_run.losses()
     assert losses[0] == of_text[0] and losses[-1] < of_text[-1] - 0.5
     with gzip.open(run.folder / "profile" / "trace.json.gz") as trace:
@@ -146,9 +170,9 @@ def test_one_batch_is_learned_by_heart(train, tiny_run):
 
 
 def test_what_is_evaluated_does_not_change_the_losses(train, tiny_run, swag_file):
-    evaluated = ["--val_every", "1", "--sample_every", "2", "--sample_tokens", "4", "--save_every", "4"]
+    evaluated = ["--eval_steps", "1", "--sample_every", "2", "--sample_tokens", "4", "--save_steps", "4"]
     evaluated += ["--hellaswag_every", "3", "--hellaswag_data", swag_file]
-    busy = train("busy", "--max_steps", "20", "--micro_batch", "8", *evaluated)
+    busy = train("busy", "--max_steps", "20", "--per_device_train_batch_size", "8", *evaluated)
     assert busy.losses() == tiny_run.losses()
     scored = [step for step, line in busy.metrics().items() if "hellaswag/completion/acc" in line]
     assert scored == [*range(0, 20, 3), 20]
@@ -227,12 +251,12 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
             (folder / "COMPLETE").write_text("{}")
     for name in (".step_00000060.partial", ".step_00000005.removing"):  # of kills
         (tmp_path / name).mkdir()
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=0, best_step=10)
+    prune_checkpoints(tmp_path, save_total_limit=2, keep_every=0, best_step=10)
     assert [path.name for path in complete_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (10, 30, 40)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (10, 30, 40, 50)]
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=20, best_step=50)  # which could not be written
+    prune_checkpoints(tmp_path, save_total_limit=1, keep_every=20, best_step=50)  # which could not be written
     assert len(complete_checkpoints(tmp_path)) == 3
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=20, best_step=40)
+    prune_checkpoints(tmp_path, save_total_limit=1, keep_every=20, best_step=40)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000040"]
 
 
@@ -250,22 +274,47 @@ def test_state_holds_nothing_but_what_json_can(tiny_run):
 
 REFUSALS = [
     (["--run_name", "tiny"], "runs/tiny holds a run already (its last checkpoint is step_00000020)"),
-    (["--run_name", "none", "--resume"], "runs/none has no complete checkpoint to resume from"),
+    (["--run_name", "none", "--resume_from_checkpoint"], "runs/none has no complete checkpoint to resume from"),
     (
-        ["--run_name", "tiny", "--resume"],
-        "is at step 20 of max_steps=20; to go on, raise it and give --override",
+        ["--run_name", "tiny", "--resume_from_checkpoint"],
+        "is at step 20 of max_steps=20; to continue, raise it and give --override",
     ),
-    (["--run_name", "tiny", "--resume", "--n_head", "2"], "is another model (n_head=4, not 2)"),
+    (["--run_name", "tiny", "--resume_from_checkpoint", "--n_head", "2"], "is another model (n_head=4, not 2)"),
     (
-        ["--run_name", "tiny", "--resume", "--max_steps", "30"],
+        ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30"],
         "give another result (max_steps=30, not 20); ",
     ),
     (
-        ["--run_name", "tiny", "--resume", "--max_steps", "30", "--seed", "3", "--override", "max_steps"],
-        "(seed=3, not 1337); resume with those in runs/tiny/config.yaml, or say that you mean it: --override seed",
+        [
+            "--run_name",
+            "tiny",
+            "--resume_from_checkpoint",
+            "--max_steps",
+            "30",
+            "--seed",
+            "3",
+            "--override",
+            "max_steps",
+        ],
+        "(seed=3, not 1337); resume with those in runs/tiny/config.yaml, or confirm the change: --override seed",
     ),
-    (["--run_name", "tiny", "--resume", "--override", "max_step"], "override: unknown 'max_step'; did you mean 'max_s"),
-    (["--run_name", "long", "--n_positions", "30000", "--batch_tokens", "30000", "--micro_batch", "1"], "do not fill"),
+    (
+        ["--run_name", "tiny", "--resume_from_checkpoint", "--override", "max_step"],
+        "override: unknown 'max_step'; did you mean 'max_s",
+    ),
+    (
+        [
+            "--run_name",
+            "long",
+            "--n_positions",
+            "30000",
+            "--batch_tokens",
+            "30000",
+            "--per_device_train_batch_size",
+            "1",
+        ],
+        "do not fill",
+    ),
     (["--run_name", "x", "--attn_implementation", "flesh"], "cannot make the model: "),
     (["--run_name", "x", "--n_layerz", "2"], "unknown '--n_layerz'; did you mean '--n_layer'?"),
 ]
@@ -280,7 +329,17 @@ def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, 
     root = tiny_run.folder.parents[1]
     monkeypatch.chdir(root)
     given = ["--data", str(data_folder), "--order", "sequential", "--n_positions", "32", "--batch_tokens", "512"]
-    given += [*TINY_MODEL, "--max_steps", "20", "--micro_batch", "8", "--warmup_steps", "3", "--mixed_precision", "no"]
+    given += [
+        *TINY_MODEL,
+        "--max_steps",
+        "20",
+        "--per_device_train_batch_size",
+        "8",
+        "--warmup_steps",
+        "3",
+        "--mixed_precision",
+        "no",
+    ]
     given += ["--learning_rate", "1e-2"]
     monkeypatch.setattr("sys.argv", ["train.py", *given, *flags])
     before = sorted(root.rglob("*"))
@@ -302,12 +361,12 @@ def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_file
     config = parse_config(["--data", str(tmp_path / "other"), "--max_steps", "30", *TINY_MODEL])
     identity = load_data(config).identity(config)
     with pytest.raises(UserError, match="trained on the data of another tokenizer"):
-        resumed_state(config, tiny_run.checkpoints[-1], RunState(identity, config.deciding("no"), 1))
+        resumed_state(config, tiny_run.checkpoints[-1], RunState(identity, config.result_affecting_settings("no"), 1))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="refused only where there is no accelerator")
 def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path):
-    """What ddp.yaml's launcher sets."""
+    """The environment that the launcher sets for ddp.yaml."""
     launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     code, text = begin(["--data", data_folder, "--batch_tokens", "4096"], tmp_path, env=launched).ended()
     assert code == 2 and text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
@@ -318,12 +377,21 @@ def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path)
 @pytest.mark.parametrize(
     ("launch_file", "options", "message"),
     [
-        ("fsdp2", ("--num_processes", "2", "--gpu_ids=-1,-1"), "the launch file asks for FSDP, Accelerate gives"),
+        ("fsdp2", ("--num_processes", "2", "--gpu_ids=-1,-1"), "the Accelerate config asks for FSDP, Accelerate gives"),
         ("cpu", ("--num_processes", "2"), "the launch asked for several processes and got one"),
     ],
 )
 def test_a_launch_that_cannot_be_had_is_refused(data_folder, tmp_path, launch_file, options, message):
-    flags = ["--data", data_folder, "--n_positions", "32", "--batch_tokens", "1024", "--micro_batch", "8"]
+    flags = [
+        "--data",
+        data_folder,
+        "--n_positions",
+        "32",
+        "--batch_tokens",
+        "1024",
+        "--per_device_train_batch_size",
+        "8",
+    ]
     done = launch(*flags, cwd=tmp_path, launch_file=launch_file, options=options, expect=None)
     assert f"error: {message}" in done.stderr
     assert not list(tmp_path.iterdir())

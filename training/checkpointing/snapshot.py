@@ -1,4 +1,4 @@
-"""Checkpoints: an ordinary HF GPT-2 folder with its tokenizer, and beside it what it takes to go on.
+"""The content of a checkpoint: an ordinary HF GPT-2 folder with its tokenizer, and the training state.
 
 step_00000500/
   model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import file_hash
@@ -36,18 +37,18 @@ from training.checkpointing.storage import (
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is written from, in memory that training does not touch.
+    """The content of a checkpoint, in memory that training does not touch.
 
     Attributes:
-        shell: a model without weights, which knows the format on disk.
-        weights, moments: of the model and of its optimizer.
-        random: the random numbers' state of each process.
+        meta_model: a model without weights, which knows the format on disk.
+        weights, optimizer_state: tensors of the model and of its optimizer.
+        random: the state of the random number generators of each rank.
         tokenizer: its files, read when the run began: the data folder may be gone by now.
     """
 
-    shell: GPTModel
+    meta_model: GPTModel
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
     random: list[dict[str, Tensor]]
     state: RunState
     tokenizer: dict[str, bytes]
@@ -60,20 +61,20 @@ def take_snapshot(
     state: RunState,
     tokenizer: dict[str, bytes],
 ) -> Snapshot | None:
-    """Copy all that a checkpoint holds; called by all processes together, and None but on the main one."""
+    """Copies the content of a checkpoint. Collective. Returns None on other ranks."""
     weights = accelerator.get_state_dict(model)
     for tied in accelerator.unwrap_model(model).all_tied_weights_keys:  # a sharded model gives each of them a copy
         weights.pop(tied, None)
     main = accelerator.is_main_process
-    moments = optimizer_tensors(model, optimizer, copied=main)
+    optimizer_state = optimizer_tensors(model, optimizer, copied=main)
     random = gather_object([_random_state(accelerator.device)])
     if not main:
         return None
     if accelerator.scaler is not None:
         state.grad_scaler = accelerator.scaler.state_dict()
     with torch.device("meta"):
-        shell = GPTModel(accelerator.unwrap_model(model).config)
-    return Snapshot(shell, _copied(weights), moments, random, copy.deepcopy(state), tokenizer)
+        meta_model = GPTModel(accelerator.unwrap_model(model).config)
+    return Snapshot(meta_model, _copied(weights), optimizer_state, random, copy.deepcopy(state), tokenizer)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,11 +87,11 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
-    """Write `step_NNNNNNNN` under `checkpoints`: under another name, hashed, marked as complete and brought to the disk
-    before it is moved into place. A failed attempt leaves nothing behind.
+    """Writes `step_NNNNNNNN` in `checkpoints`: under a temporary name, with its hashes in the sentinel `COMPLETE`,
+    flushed to the disk, then renamed. A failed attempt leaves nothing behind.
 
     Raises:
-        UserError: where something else of that name is in the way.
+        UserError: if something else has that name.
     """
     folder = checkpoint_folder(checkpoints, snapshot.state.step)
     partial = partial_folder(folder)
@@ -100,12 +101,12 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         raise UserError(f"{folder} is in the way: it was not made by this program (no {COMPLETE}); move it")
     try:
         (partial / STATE).mkdir(parents=True)
-        for name, content in snapshot.tokenizer.items():  # first: nothing of the data replaces anything of ours
+        for name, content in snapshot.tokenizer.items():  # first: no file of the data replaces one of ours
             (partial / name).write_bytes(content)
-        snapshot.shell.save_pretrained(partial, state_dict=snapshot.weights)
+        snapshot.meta_model.save_pretrained(partial, state_dict=snapshot.weights)
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
-        save_file(snapshot.moments, partial / STATE / "optimizer.safetensors")
+        save_file(snapshot.optimizer_state, partial / STATE / "optimizer.safetensors")
         (partial / STATE / "state.json").write_text(
             json.dumps(asdict(snapshot.state), allow_nan=False) + "\n", encoding="utf-8"
         )
@@ -114,10 +115,10 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         }
         (partial / COMPLETE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
-            if path.suffix == ".safetensors":  # which are written for their owner's eyes alone
+            if path.suffix == ".safetensors":  # written without rights for others
                 path.chmod((partial / STATE / "state.json").stat().st_mode)
             _flush(path)
-        if is_checkpoint(folder):  # of the run before it went back
+        if is_checkpoint(folder):  # of the run before a rollback
             remove_checkpoint(folder)
         partial.rename(folder)
     except BaseException:
@@ -128,7 +129,7 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the system's memory to the disk."""
+    """Flushes a file, or the names in a folder, from the system's memory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,14 +140,14 @@ def _flush(path: Path) -> None:
 def load_training_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, folder: Path
 ) -> None:
-    """Restore optimizer, loss scale and random numbers; the weights are loaded by `GPTModel.from_pretrained`."""
+    """Restores optimizer, loss scale and random numbers. The weights are loaded by `GPTModel.from_pretrained`."""
     try:
         tensors = load_file(folder / STATE / "optimizer.safetensors")
-        # Before the first update there is nothing in it; a step whose batch was skipped makes none, nor does one that
-        # fp16's loss scale, which looks for its size, has passed over.
+        # Before the first update it is empty. A skipped batch makes no update, nor does an overflow by which the loss
+        # scale of fp16 finds its size.
         if tensors or (state.step > len(state.skipped) and not state.grad_scaler):
             restore_optimizer(model, optimizer, tensors)
-        # A process that the saved run did not have keeps the generator it was seeded with.
+        # A rank that the saved run did not have keeps its own seed.
         random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"
         if random_state.exists():
             _restore_random_state(load_file(random_state), accelerator.device)
@@ -157,23 +158,22 @@ def load_training_state(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied: bool = True) -> dict[str, Tensor]:
-    """The optimizer's state as whole tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`.
+    """The optimizer's state as full tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`.
 
     Args:
-        copied: onto the CPU. Where a sharded model is gathered from all processes, those that do not keep the result
-            take part all the same.
+        copied: onto the CPU. Ranks that do not keep the result still take part in gathering a sharded model.
     """
     tensors = {}
     for name, parameter in _named_parameters(model):
         for key, value in optimizer.state[parameter].items():
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            full = value.full_tensor() if isinstance(value, DTensor) else value
             if copied:
-                tensors[f"{name}/{key}"] = whole.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{name}/{key}"] = full.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave back in place, sharded as the parameters are.
+    """Restores the tensors of `optimizer_tensors`, sharded as the parameters are.
 
     Raises:
         ValueError: naming the tensors that are missing, unknown, or of another shape than their parameter's.
@@ -201,9 +201,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     tensor = tensor.to(parameter.device)
-    if tensor.shape == parameter.shape and hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
+    if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
 

@@ -1,10 +1,11 @@
-"""The folders of checkpoints: which there are, which are whole, what each says of its run, which may go.
+"""The folders of checkpoints: their names, their completeness, their state, and which are removed.
 
-A checkpoint of ours is a real folder, called exactly `step_` and eight digits, with `COMPLETE` in it. Whatever else
-lies beside it is invisible here, and left alone.
+A checkpoint is a real folder named exactly `step_` and eight digits, with the sentinel `COMPLETE` in it. Everything
+else beside it is ignored, and left alone.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,26 +19,26 @@ from data_prep.common.schema import STRICT, Count, Positive, Sha256, read_json
 
 COMPLETE = "COMPLETE"
 STATE = Path("training_state")
-_COMMITTED = "committed.json"  # in the run's folder: that it has saved a checkpoint, whatever has become of it
+_COMMITTED = "committed.json"  # in the run's folder: it has saved a checkpoint, which may be lost by now
 _NAME = re.compile(r"step_(\d{8})")
-_HALF_MADE = re.compile(r"\.step_\d{8}\.(partial|removing)")
+_PARTIAL = re.compile(r"\.step_\d{8}\.(partial|removing)")
 _DAMAGED = re.compile(r"damaged_step_\d{8}(_\d+)?")
 _NEEDED = {"config.json", "tokenizer.json", str(STATE / "state.json"), str(STATE / "optimizer.safetensors")}
 
 
 @dataclass
 class RunState:
-    """All that changes during a run besides weights, optimizer and random numbers.
+    """Everything that changes during a run besides weights, optimizer and random numbers.
 
     Attributes:
-        data: what decides the order of data.
-        settings: those that decide the result.
-        num_processes: that the state was saved by.
+        data: `Data.identity`, on which the order of data depends.
+        settings: the settings that affect the result.
+        num_processes: that saved the state.
         step: optimizer steps done.
         position: training sequences consumed.
         best_val_loss, best_step: the lowest validation loss of a saved checkpoint, in nats per token.
-        skipped: batches that made no update, as the positions of their first sequence and of the one after their last.
-        recent: loss and norm of the gradient of the last steps, as far back as a spike is measured against.
+        skipped: batches without an update, as the positions of their first sequence and of the one after their last.
+        recent: loss and gradient norm of the last `spike_window` steps.
         grad_scaler: the loss scale of fp16.
     """
 
@@ -54,49 +55,54 @@ class RunState:
     recent: list[tuple[float, float]] = field(default_factory=list)
     grad_scaler: dict[str, int | float] = field(default_factory=dict)
 
+    def update_best(self, val_loss: float) -> None:
+        """Notes the validation loss of the checkpoint of this step, if it is the lowest so far."""
+        if math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss):
+            self.best_val_loss, self.best_step = val_loss, self.step
+
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or will be."""
+    """The folder of a step's checkpoint, which may not exist yet."""
     return checkpoints / f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of ours, by its name and its mark."""
-    mark = folder / COMPLETE
+    """Whether a folder is a complete checkpoint, by its name and its sentinel."""
+    sentinel = folder / COMPLETE
     return (
         _NAME.fullmatch(folder.name) is not None
         and folder.is_dir()
         and not folder.is_symlink()
-        and mark.is_file()
-        and not mark.is_symlink()
+        and sentinel.is_file()
+        and not sentinel.is_symlink()
     )
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """The checkpoints that were written to the end, oldest first.
+    """The complete checkpoints, oldest first.
 
     Raises:
-        OSError: where the folder is there and cannot be read, which is not the same as none.
+        OSError: for a folder that exists and cannot be read, which is not the same as an empty one.
     """
     return sorted(path for path in _entries(checkpoints) if is_checkpoint(path))
 
 
-def in_the_way(checkpoints: Path) -> list[Path]:
-    """What has the name of a checkpoint and is none of ours: where that step would have to be saved."""
+def foreign_checkpoints(checkpoints: Path) -> list[Path]:
+    """Entries with the name of a checkpoint that this program did not make: it could not save that step there."""
     return [path for path in _entries(checkpoints) if _NAME.fullmatch(path.name) and not is_checkpoint(path)]
 
 
-def half_made(checkpoints: Path) -> list[Path]:
-    """What a killed run has left of a checkpoint that it was writing or removing, by its exact name."""
+def partial_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoints that a killed run was writing or removing, by their exact names."""
     return [
         path
         for path in _entries(checkpoints)
-        if _HALF_MADE.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        if _PARTIAL.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
 
 
@@ -110,25 +116,25 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def mark_committed(run_folder: Path, step: int) -> None:
-    """Note that the run has saved a checkpoint, the first time at that step."""
+    """Records that the run has saved a checkpoint, with the step of the first one."""
     if not (run_folder / _COMMITTED).exists():
         write_text(run_folder / _COMMITTED, json.dumps({"step": step}) + "\n")
 
 
 def has_committed(run_folder: Path) -> bool:
-    """Whether the run has ever saved a checkpoint, also where none is left."""
+    """Whether the run has ever saved a checkpoint, even if none is left."""
     names = [path.name for path in _entries(run_folder / "checkpoints")]
     damaged = any(_DAMAGED.fullmatch(name) for name in names)
     return damaged or (run_folder / _COMMITTED).exists() or bool(complete_checkpoints(run_folder / "checkpoints"))
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it is moved into place."""
+    """The folder in which a checkpoint is written before it is renamed."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint: renamed first, so that a half-removed one is never taken for whole."""
+    """Removes a checkpoint; it is renamed first, so that a half-removed one is never taken for complete."""
     removing = folder.with_name(f".{folder.name}.removing")
     if removing.exists():
         shutil.rmtree(removing)
@@ -136,28 +142,27 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(removing)
 
 
-def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep_last`, the best and, unless 0, those of each `keep_every` steps; and
-    what kills have left half-made. To be called when nothing is being written.
+def prune_checkpoints(checkpoints: Path, save_total_limit: int, keep_every: int, best_step: int | None) -> None:
+    """Removes all checkpoints but the newest `save_total_limit`, the best, and those of every `keep_every` steps (0:
+    none); and the partial ones of killed runs. Nothing may be being written.
 
-    While the best has not been written (its disk was full, say), the one that was the best before it may be any: all
-    stay.
+    If the best could not be written (on a full disk, say), any other may be the best one on the disk: all stay.
     """
-    for remains in half_made(checkpoints):
-        shutil.rmtree(remains)
+    for partial in partial_checkpoints(checkpoints):
+        shutil.rmtree(partial)
     if best_step is not None and not is_checkpoint(checkpoint_folder(checkpoints, best_step)):
         return
-    for folder in complete_checkpoints(checkpoints)[:-keep_last]:
+    for folder in complete_checkpoints(checkpoints)[:-save_total_limit]:
         step = step_of(folder)
         if step != best_step and not (keep_every and step % keep_every == 0):
             remove_checkpoint(folder)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None for one that is as it was written.
+def find_corruption(folder: Path) -> str | None:
+    """The problem of a checkpoint's files; None if they are as they were written.
 
     Raises:
-        OSError: where the disk cannot be read at the moment, which says nothing of the checkpoint.
+        OSError: if the disk cannot be read at the moment, which says nothing about the checkpoint.
     """
     try:
         hashes = read_json(folder / COMPLETE, dict[str, Sha256])
@@ -172,7 +177,7 @@ def damage(folder: Path) -> str | None:
 
 
 def load_state(folder: Path) -> RunState:
-    """The `RunState` of a checkpoint, which is taken to be whole.
+    """The `RunState` of a complete checkpoint.
 
     Raises:
         UserError: for a folder without one.

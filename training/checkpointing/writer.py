@@ -1,4 +1,4 @@
-"""Checkpoints written in the background, one at a time, while training goes on."""
+"""Checkpoints written in the background, one at a time, while training continues."""
 
 import os
 import sys
@@ -13,68 +13,68 @@ from training.checkpointing.snapshot import Snapshot, write_checkpoint
 from training.checkpointing.storage import complete_checkpoints, mark_committed
 
 _PAUSES = (1, 5)  # seconds before another attempt
-_NICENESS = 15  # a thirtieth of the time of a core that training wants too
+_NICENESS = 15  # about a thirtieth of a core that training wants too
 
 
 class Saver:
-    """Writes checkpoints of a run in a thread; what it has to say waits until it is asked for.
+    """Writes the checkpoints of a run in a thread.
 
-    A checkpoint that cannot be written is tried again, and given up loudly: the ones before it are still there, and
-    training goes on to the next. Only the last one of a run must succeed.
+    A checkpoint that cannot be written is tried again, then given up with a message: the earlier ones are still there,
+    and training continues to the next. Only the last one of a run must succeed.
     """
 
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints = checkpoints
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver", initializer=_stand_back)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver", initializer=_lower_priority)
         self.tasks: list[Future[None]] = []
-        self.said: SimpleQueue[str] = SimpleQueue()
+        self.results: SimpleQueue[str] = SimpleQueue()
         self.failure: str | None = None  # of the last checkpoint
         self.ending = threading.Event()
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a checkpoint, once the one before it is done."""
+        """Starts to write a checkpoint, after the one before it is done."""
         self.wait()
         self.tasks.append(self.thread.submit(self._save, snapshot))
 
-    def afterwards(self, what: str, task: Callable[[], None]) -> None:
-        """Do something once the checkpoint that is being written is done.
+    def afterwards(self, failure: str, task: Callable[[], None]) -> None:
+        """Runs a task after the checkpoint that is being written.
 
         Args:
-            what: to say of it where it fails, which does no harm.
+            failure: the message if it fails, which does no harm.
         """
 
         def attempt() -> None:
             try:
                 task()
             except (OSError, UserError, ValueError) as error:
-                self.said.put(f"{what}: {first_line(error)}")
+                self.results.put(f"{failure}: {first_line(error)}")
 
         self.tasks.append(self.thread.submit(attempt))
 
     def messages(self) -> list[str]:
-        """What has been done since this was last asked."""
-        return [self.said.get() for _ in range(self.said.qsize())]
+        """The messages since the last call."""
+        return [self.results.get() for _ in range(self.results.qsize())]
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Waits until nothing is being written."""
         for task in self.tasks:
             task.result()
         self.tasks.clear()
 
     def finish(self) -> None:
-        """Wait, and see that the last checkpoint has been written.
+        """Waits, and checks that the last checkpoint was written.
 
         Raises:
-            UserError: if it has not.
+            UserError: if it was not.
         """
         self.wait()
         if self.failure is not None:
             before = complete_checkpoints(self.checkpoints)
             last = f"the last one is {before[-1]}" if before else "there is none before it"
-            raise UserError(f"{self.failure}; {last}. Mend this, and --resume goes on from there")
+            raise UserError(f"{self.failure}; {last}. Correct this, and --resume_from_checkpoint continues from there")
 
     def close(self) -> None:
-        """End the thread, after the checkpoint that it is writing."""
+        """Ends the thread, after the checkpoint that it is writing."""
         self.ending.set()
         self.thread.shutdown(cancel_futures=True)
 
@@ -83,21 +83,21 @@ class Saver:
             try:
                 folder = write_checkpoint(snapshot, self.checkpoints)
                 mark_committed(self.checkpoints.parent, snapshot.state.step)
-            except Exception as error:  # whatever it is, training must not end by it
+            except Exception as error:  # of any kind: training must not end by it
                 self.failure = (
                     f"step {snapshot.state.step} could not be saved: {type(error).__name__}: {first_line(error)}"
                 )
-                again = "giving up until the next checkpoint" if pause is None else f"again in {pause} s"
-                self.said.put(f"{self.failure}; {again}")
+                next_try = "giving up until the next checkpoint" if pause is None else f"again in {pause} s"
+                self.results.put(f"{self.failure}; {next_try}")
                 if pause is not None:
                     self.ending.wait(pause)
             else:
                 self.failure = None
-                self.said.put(f"step {snapshot.state.step:>6}  saved {folder}")
+                self.results.put(f"step {snapshot.state.step:>6}  saved {folder}")
                 return
 
 
-def _stand_back() -> None:
-    """Let this thread have the cores that training leaves; nobody waits for it until the next checkpoint."""
-    if sys.platform == "linux":  # elsewhere it is the whole process whose priority would be lowered
+def _lower_priority() -> None:
+    """Lets training have the cores; nobody waits for this thread until the next checkpoint."""
+    if sys.platform == "linux":  # elsewhere the priority of the whole process would change
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -17,11 +17,12 @@ from training.settings.schema import QUICKSTART_DATA, TrainingConfig
 
 @dataclass(frozen=True)
 class Data:
-    """Shard folders of one tokenizer, each with its share.
+    """Data folders of one tokenizer.
 
     Attributes:
-        names: as the settings have them; `folders`, where those are.
-        shares: of each folder in the training tokens, summing to 1.
+        names: as in the settings.
+        folders: on this machine.
+        shares: of each folder in the training tokens; their sum is 1.
     """
 
     names: list[str]
@@ -31,7 +32,7 @@ class Data:
 
     @property
     def tokenizer(self) -> TokenizerRecord:
-        """What the manifests say of the tokenizer, all of them the same."""
+        """The tokenizer in the manifests, the same in all of them."""
         return self.manifests[0].tokenizer
 
     @property
@@ -43,7 +44,7 @@ class Data:
         return sum(manifest.tokens(split) for manifest in self.manifests)
 
     def identity(self, config: TrainingConfig) -> dict[str, Any]:
-        """All that the order of training data depends on."""
+        """Everything that the order of training data depends on."""
         return {
             "tokenizer": self.tokenizer.sha256,
             "shards": [[shard.sha256 for shard in manifest.shards] for manifest in self.manifests],
@@ -64,7 +65,7 @@ class Data:
         return Batches(mixture, document_start)
 
     def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
-        """How far each folder has been read at a position: its `share`, `tokens` and `epochs`."""
+        """The part of each folder that is read up to a position: its `share`, `tokens` and `epochs`."""
         mixture = batches.mixture
         return {
             name: {"share": share, "tokens": count * source.length, "epochs": count / source.per_epoch}
@@ -75,8 +76,8 @@ class Data:
 
 
 def load_data(config: TrainingConfig) -> Data:
-    """Read the manifests of the data folders and check them; the quickstart's folder is made if it is not there, and
-    those on the Hub are downloaded.
+    """Reads and checks the manifests of the data folders; prepares the quickstart's if it is missing, and downloads
+    those on the Hub.
 
     Raises:
         UserError: for a damaged or unfinished folder, folders of different tokenizers, and one smaller than a sequence.
@@ -107,7 +108,7 @@ def _prepared(folder: Path) -> Manifest:
 
 
 def validation_sequences(batches: Batches, tokens: int) -> int:
-    """How many sequences a validation of about `tokens` has: at most so many that no source is read beyond its end."""
+    """The number of sequences in a validation of about `tokens`, limited so that no source is read beyond its end."""
     mixture = batches.mixture
     count = tokens // mixture.sources[0].length
     ends = [(source.stream.tokens_per_epoch - 1) // source.length for source in mixture.sources]

@@ -1,4 +1,4 @@
-"""The precision and the strategy of distribution: what the launch asked for, and what it got."""
+"""The Accelerator of a run, and decisions that all ranks share."""
 
 import os
 import sys
@@ -23,21 +23,23 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of this process.
 
     Raises:
-        UserError: where the launch file asks for something that this machine silently does not give, or that this
-            trainer does not work with.
+        UserError: if the Accelerate config asks for something that this machine does not have, or that this trainer
+            does not work with.
     """
     for variable, name in _OTHER_STRATEGIES.items():
         if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(f"the launch file asks for {name}; use accelerate_configs/fsdp2.yaml, which shards as well")
-    if config.run.deterministic:
+            raise UserError(
+                f"the Accelerate config asks for {name}; use accelerate_configs/fsdp2.yaml, which shards as well"
+            )
+    if config.run.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     accelerator = devices.make_accelerator(
-        mixed_precision=chosen_precision(config.run.mixed_precision),
-        log_with=None if config.run.report_to == "none" else config.run.report_to,
+        mixed_precision=chosen_precision(config.devices.mixed_precision),
+        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
         project_dir=str(config.run_folder),
-        timeout=config.run.ddp_timeout,
+        timeout=config.devices.ddp_timeout,
         kwargs_handlers=[_data_parallel(config)],
     )
     _check_strategy(accelerator)
@@ -47,34 +49,35 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def sharded_precision(mixed_precision: str) -> MixedPrecisionPolicy:
-    """What a sharded model computes in and adds up in.
+    """FSDP2's precision: computation in `mixed_precision`, gradients summed in float32.
 
-    Accelerate's own policy sums gradients, and gives the loss, in the precision of the products.
+    Accelerate's own policy would sum gradients, and return the loss, in the precision of the computation.
     """
     if mixed_precision == "no":
         return MixedPrecisionPolicy()
-    computed = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
-    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
+    compute_dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
 
 
-def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What the main process decides, on all of them. Its `UserError` or `OSError` ends all of them, said once."""
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """The result of `decide` on the first rank, on all ranks. Collective. Its `UserError` or `OSError` ends all ranks,
+    and is printed once."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = decide()
         except (UserError, OSError) as error:
             outcome[1] = UserError(str(error))
-    result, error = broadcast_object_list(outcome)
-    if error is not None:
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
         if not accelerator.is_main_process:
             sys.exit(2)
-        raise error
+        raise failure
     return result
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error is that of a process which waits for another that has ended."""
+    """Whether an error is that of a rank whose connection to another rank is lost."""
     return any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
     )
@@ -88,7 +91,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def _data_parallel(config: TrainingConfig) -> DistributedDataParallelKwargs:
-    compression = config.run.gradient_compression
+    compression = config.devices.gradient_compression
     return DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         comm_hook=DDPCommunicationHookType(compression.replace("none", "no")),
@@ -98,8 +101,8 @@ def _data_parallel(config: TrainingConfig) -> DistributedDataParallelKwargs:
 def _check_strategy(accelerator: Accelerator) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
         raise UserError(
-            f"the launch file asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
+            f"the Accelerate config asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
             f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
         )
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
-        raise UserError("the launch file asks for FSDP's first version; say fsdp_version: 2, as fsdp2.yaml does")
+        raise UserError("the Accelerate config asks for FSDP's first version; say fsdp_version: 2, as fsdp2.yaml does")

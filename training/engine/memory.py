@@ -1,4 +1,4 @@
-"""How the memory of activations is kept within bounds: recomputation, and the size of a micro-batch."""
+"""Memory of activations: recomputation, and the largest micro-batch that fits."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from data_prep.common.command_line import UserError
 from eval.common.devices import peak_memory
 from modeling import GPTModel
 
-# What the backward pass keeps under selective checkpointing: what costs most to compute again.
+# Selective checkpointing keeps the results that cost most to compute again.
 _KEPT = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -21,11 +21,11 @@ _KEPT = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-_SPARE = 0.1  # of the memory, for what differs from one step to the next
+_SPARE = 0.1  # of the memory: steps differ
 
 
 def checkpoint_activations(model: GPTModel, kind: Literal["selective", "full"]) -> None:
-    """Let the blocks compute again in the backward pass what they have not kept (arXiv:1604.06174)."""
+    """Makes the blocks recompute activations in the backward pass (arXiv:1604.06174)."""
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
@@ -40,17 +40,18 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 def largest_micro_batch(
     attempt: Callable[[int], None], sizes: list[int], device: torch.device, all_agree: Callable[[bool], bool]
 ) -> int:
-    """The largest of `sizes` that every process has memory for: tried one after the other, as long as what the next
-    will take, foretold from the two before it, is there on all of them. Collective.
+    """The largest of `sizes` that fits in the memory of every rank. Collective.
+
+    Sizes are tried in order. The memory of the next one is predicted from the two before it; the search ends when the
+    prediction exceeds the memory of any rank, or an attempt fails.
 
     Args:
-        attempt: goes through a step of so many sequences; one that runs out of memory must not need the others, nor be
-            needed by them, or else must not return.
+        attempt: runs a step of N sequences. If it runs out of memory, it must not leave other ranks waiting.
         sizes: in ascending order.
-        all_agree: whether every process says so.
+        all_agree: whether the argument is true on every rank.
 
     Raises:
-        UserError: where not even the smallest has room.
+        UserError: if not even the smallest size fits.
     """
     room = (1 - _SPARE) * memory_for_this_process(device)
     peaks: list[int] = []
@@ -58,8 +59,8 @@ def largest_micro_batch(
         done = len(peaks)
         fits = True
         if done >= 2:
-            for_one = (peaks[-1] - peaks[-2]) / (sizes[done - 1] - sizes[done - 2])
-            fits = peaks[-1] + (size - sizes[done - 1]) * for_one <= room
+            per_sequence = (peaks[-1] - peaks[-2]) / (sizes[done - 1] - sizes[done - 2])
+            fits = peaks[-1] + (size - sizes[done - 1]) * per_sequence <= room
         if not all_agree(fits):
             break
         try:
@@ -71,14 +72,14 @@ def largest_micro_batch(
         peaks.append(peak_memory(device))
     if not peaks:
         raise UserError(
-            f"micro_batch=auto: memory has no room for {sizes[0]} sequence; take a smaller model, shorter sequences or "
-            f"--activation_checkpointing full"
+            f"per_device_train_batch_size=auto: no memory for {sizes[0]} sequence; take a smaller model, shorter "
+            f"sequences or --gradient_checkpointing full"
         )
     return sizes[len(peaks) - 1]
 
 
 def memory_for_this_process(device: torch.device) -> int:
-    """Bytes that this process can have: of its GPU, or of what the machine has left beside what it has already."""
+    """Bytes that this process can have: of its GPU, or its own and its part of the free memory of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

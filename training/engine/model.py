@@ -1,4 +1,4 @@
-"""The model of a run: new, or from a checkpoint; its kernels, and the micro-batch that fits."""
+"""The model of a run: new or from a checkpoint, its kernels, and the micro-batch that fits."""
 
 import contextlib
 import math
@@ -22,19 +22,19 @@ from training.engine.optimizer import set_learning_rate
 from training.engine.step import training_step
 from training.settings.schema import MODEL_SIZES, TrainingConfig
 
-# Up to this length a CPU is faster with whole attention matrices than with the fused kernel (docs/benchmarks.md).
+# Up to this length a CPU is faster with full attention matrices than with the fused kernel (docs/benchmarks.md).
 _EAGER_TOKENS = 512
 
 
 def make_model(config: TrainingConfig, data: Data, source: str | Path | None) -> GPTModel:
-    """A model with the data's vocabulary: the one in `source`, or a new one, its weights drawn from the run's seed."""
+    """A model with the data's vocabulary: the one in `source`, or a new one with weights from the run's seed."""
     settings = config.model
-    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+    dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
     kernel = {"attn_implementation": attention_kernel(config)}
     try:
         if source is None:
             eos = data.tokenizer.eos_token_id
-            sizes = {name: getattr(settings, name) for name in MODEL_SIZES}
+            sizes: dict[str, Any] = {name: getattr(settings, name) for name in MODEL_SIZES}
             model_config = GPTConfig(
                 vocab_size=data.tokenizer.vocab_size, **sizes, **dropout, bos_token_id=eos, eos_token_id=eos
             )
@@ -45,35 +45,39 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "" if source is None else f" of {source}"
         raise UserError(f"cannot make the model{where}: {' '.join(str(error).split())}") from error
-    if settings.activation_checkpointing != "none":
-        checkpoint_activations(model, settings.activation_checkpointing)
-    if config.run.compile == "on" or (config.run.compile == "auto" and torch.cuda.is_available() and not on_cpu()):
+    devices = config.devices
+    if devices.gradient_checkpointing != "none":
+        checkpoint_activations(model, devices.gradient_checkpointing)
+    on_cuda = torch.cuda.is_available() and not on_cpu()
+    if on_cuda if devices.torch_compile == "auto" else devices.torch_compile:
         compile_blocks(model)
     return model.train()
 
 
 def attention_kernel(config: TrainingConfig) -> str:
-    """The attention kernel that the settings name, or the faster one."""
+    """The attention kernel of the settings; for `auto` the faster one."""
     if config.model.attn_implementation != "auto":
         return config.model.attn_implementation
     return "eager" if on_cpu() and config.sequence_length <= _EAGER_TOKENS else "sdpa"
 
 
-def check_initial_model(config: TrainingConfig, data: Data, tokenizer: Any) -> None:
-    """Refuse an `init_from` of other sizes, or whose tokenizer is not the one that the data was written with."""
-    name = config.model.init_from
+def check_initial_model(name: str, config: TrainingConfig, data: Data, tokenizer: Any) -> None:
+    """Checks that `model_name_or_path` has the sizes of the settings and the tokenizer of the data (`UserError`)."""
     check_folder(name)
     saved = read_config(name)
     if different := different_sizes(config, saved.to_dict()):
-        raise UserError(f"init_from={name!r} is another model ({'; '.join(different)}); leave those settings out")
+        raise UserError(
+            f"model_name_or_path={name!r} is another model ({'; '.join(different)}); leave those settings out"
+        )
     if hf_tokenizer(name).get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"init_from={name!r} has another tokenizer than {data.folders[0]}; prepare the data with --tokenizer {name}"
+            f"model_name_or_path={name!r} has another tokenizer than {data.folders[0]}; prepare the data with "
+            f"--tokenizer {name}"
         )
 
 
 def different_sizes(config: TrainingConfig, saved: dict[str, Any]) -> list[str]:
-    """What of the model's sizes is not as `saved`."""
+    """The sizes of the model that differ from the `saved` ones, one line each."""
     asked = {name: getattr(config.model, name) for name in MODEL_SIZES}
     return [f"{name}={saved[name]}, not {size}" for name, size in asked.items() if saved[name] != size]
 
@@ -85,11 +89,11 @@ def find_micro_batch(
     optimizer: torch.optim.Optimizer,
     train_data: Batches,
 ) -> int:
-    """The largest micro-batch that every process has memory for, found by steps that change nothing. Collective.
+    """The largest micro-batch that fits in the memory of every rank, found by steps that change nothing. Collective.
 
     Raises:
-        UserError: where not even one sequence has room, and where a sharded model has none for the next size: its
-            processes cannot do without each other in the midst of a step.
+        UserError: if not even one sequence fits; and if a sharded model runs out of memory: its ranks need each other
+            within a step, so that the search cannot continue.
     """
     settings = config.optimizer
     sharded = accelerator.distributed_type == "FSDP"
@@ -101,13 +105,15 @@ def find_micro_batch(
     def attempt(size: int) -> None:
         batch = train_data.sequences(0, size)
         try:
-            # A process that runs out of memory must not leave the others in an exchange of gradients.
+            # A rank that runs out of memory must not leave the others waiting for its gradients.
             with contextlib.nullcontext() if sharded else accelerator.no_sync(model):
                 training_step(accelerator, model, optimizer, [batch], settings.max_grad_norm)
         except torch.OutOfMemoryError as error:
             if not sharded:
                 raise
-            raise UserError(f"micro_batch=auto: no memory for {size} sequences; give --micro_batch a number") from error
+            raise UserError(
+                f"per_device_train_batch_size=auto: no memory for {size} sequences; give a number"
+            ) from error
 
     def all_agree(answer: bool) -> bool:
         return bool(accelerator.gather(torch.tensor([answer], device=accelerator.device)).all())
@@ -127,6 +133,6 @@ def find_micro_batch(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     if compiled:
-        torch.compiler.reset()  # what is compiled for any size is slower than for one
+        torch.compiler.reset()  # code for any size is slower than code for one
         compile_blocks(bare)
     return largest

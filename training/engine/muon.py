@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -12,28 +14,28 @@ _ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Momentum whose update is made orthogonal, scaled to the size of AdamW's (arXiv:2502.16982, section 2.2).
+    """Momentum with an orthogonalized update of the size of AdamW's (arXiv:2502.16982, section 2.2).
 
-    Where `found_inf`, which training sets on the device, is 1, a step changes neither weights nor momentum, and the
-    host does not wait to hear of it. A sharded matrix is gathered once a step, in bfloat16.
+    If `found_inf`, which training sets on the device, is 1, a step changes neither weights nor momentum; the host does
+    not wait for it. A sharded matrix is gathered once a step, in bfloat16.
 
     Args:
-        params: matrices `[A, B]`.
+        params: groups of matrices `[A, B]`.
         lr: the learning rate; the root mean square of an update is about 0.2 of it.
         weight_decay: decoupled, as in AdamW.
         momentum: of the gradients' running mean, with Nesterov's look ahead.
     """
 
-    _step_supports_amp_scaling = True  # what torch calls an optimizer that acts on found_inf
+    _step_supports_amp_scaling = True  # torch's name for an optimizer that acts on found_inf
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Update each matrix that has a gradient.
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates each matrix that has a gradient.
 
         Raises:
             ValueError: for a closure, and for gradients that are still multiplied by a loss scale.
@@ -43,17 +45,19 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["weight_decay"], group["momentum"])
+                    self._update(parameter, parameter.grad, group["lr"], group["weight_decay"], group["momentum"])
 
-    def _update(self, parameter: nn.Parameter, lr: float, weight_decay: float, momentum: float) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
+    def _update(
+        self, parameter: nn.Parameter, gradient: Tensor, lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"]
         kept: Tensor | float = 1.0
         if self.found_inf is not None:
             kept = 1.0 - self.found_inf
-            gradient = torch.where(self.found_inf > 0, buffer, gradient)  # a mean with itself stays as it is
+            gradient = torch.where(self.found_inf > 0, buffer, gradient)  # then the mean stays as it is
         buffer.lerp_(gradient, 1 - momentum)
         update = orthogonalize_sharded(gradient.lerp(buffer, momentum).bfloat16())
         parameter.mul_(1 - kept * (lr * weight_decay))
@@ -61,18 +65,16 @@ class Muon(Optimizer):
 
 
 def orthogonalize_sharded(matrix: Tensor) -> Tensor:
-    """`orthogonalize` for a matrix that may be sharded: one all-gather, and each process computes all of it."""
-    if not hasattr(matrix, "full_tensor"):
+    """`orthogonalize` for a matrix that may be sharded: one all-gather; each rank computes all of it. Collective."""
+    if not isinstance(matrix, DTensor):
         return orthogonalize(matrix)
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = orthogonalize(matrix.full_tensor())
-    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
+    result = orthogonalize(matrix.full_tensor())
+    return distribute_tensor(result, matrix.device_mesh, matrix.placements, src_data_rank=None)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a matrix `[A, B]` near to 1, by Newton-Schulz iterations of fifth order in bfloat16
-    (the post named above, section "Newton-Schulz")."""
+    """A matrix `[A, B]` with singular values near 1, by Newton-Schulz iterations of fifth order in bfloat16 (the post
+    above, section "Newton-Schulz")."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).bfloat16()
     x = x / x.norm().clamp(min=1e-7)

@@ -1,4 +1,4 @@
-"""A recording of a few steps with torch's own profiler."""
+"""A profile of a few steps, by torch's profiler."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ _BEFORE, _RECORDED = 3, 3  # steps: compilation and allocation are over after th
 
 @contextmanager
 def profiling(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Record steps 4 to 6 into `folder`: `trace.json.gz` for ui.perfetto.dev, and a table of operations.
+    """Records steps 4 to 6 into `folder`: `trace.json.gz` for ui.perfetto.dev, and a table of operations.
 
     Args:
-        folder: None to record nothing.
+        folder: None for no profile.
 
     Yields:
-        What to call after each step.
+        A function to call after each step.
     """
     if folder is None:
         yield lambda: None

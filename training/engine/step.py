@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.engine.batches import Batch, on_device
 
@@ -12,23 +14,23 @@ from training.engine.batches import Batch, on_device
 def training_step(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AcceleratedOptimizer,
     micro_batches: Sequence[Batch],
     max_grad_norm: float,
     z_loss: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Accumulate the gradients of one global batch, clip them and update the weights.
+    """Accumulates the gradients of one global batch, clips them and updates the weights. Collective.
 
-    A loss or a gradient that is not finite, on whichever process, makes `grad_norm` so on all of them, and no update:
-    that is decided on the device, and the host learns of it with the numbers. (fp16's loss scale sees to it itself.)
+    If a loss or a gradient is not finite on any rank, `grad_norm` is not finite on all ranks, and nothing is updated.
+    The device decides that; the host sees it when it reads the metrics. (With fp16 the loss scale does it.)
 
     Args:
-        micro_batches: this process's share, `[B, T]` each, on any device. They may be more or fewer than last time.
+        micro_batches: this rank's part, `[B, T]` each, on any device. Their number may change between steps.
         z_loss: weight of the squared log-normalizer in what is minimised; see `GPTModel.forward`.
 
     Returns:
-        `loss`, the mean over this process's tokens, and `z_loss`, what was added to it; `grad_norm`, of the global
-        batch, before clipping: float32 scalars on the device, so that whoever reads them decides when to wait.
+        Metrics by name: `loss`, the mean over this rank's tokens; `z_loss`, its part of the objective; `grad_norm`, of
+        the global batch, before clipping. They are float32 scalars on the device: the caller decides when to wait.
     """
     accelerator.gradient_accumulation_steps = len(micro_batches)
     accelerator.step = 0  # counts the micro-batches of this step only
@@ -36,13 +38,13 @@ def training_step(
     for batch in micro_batches:
         with accelerator.accumulate(model):
             outputs = model(**on_device(batch, accelerator.device), use_cache=False, skip_logits=True, z_loss=z_loss)
-            # A loss that overflows may still have a finite gradient, which the others would take for a good one.
+            # A loss that overflows may have a finite gradient, which the other ranks could not tell from a good one.
             accelerator.backward(outputs.loss * torch.where(outputs.loss.detach().isfinite(), 1.0, torch.nan))
             losses.append(torch.stack((outputs.loss.detach(), outputs.z_loss)))
             if accelerator.sync_gradients:
-                grad_norm = _whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+                grad_norm = _full_norm(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
                 if accelerator.scaler is None:
-                    # What torch's gradient scaler tells an optimizer, which then leaves weights and moments alone.
+                    # As torch's gradient scaler does: with found_inf the optimizer changes no weights and no state.
                     optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
             optimizer.step()
             optimizer.zero_grad()
@@ -50,6 +52,6 @@ def training_step(
     return {"loss": loss - z_part, "z_loss": z_part, "grad_norm": grad_norm}
 
 
-def _whole(norm: Tensor) -> Tensor:
+def _full_norm(norm: Tensor) -> Tensor:
     """The norm over all shards of a sharded model."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

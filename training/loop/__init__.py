@@ -1,1 +1,1 @@
-"""What the loop works with."""
+"""The run, its end, and requests to stop it."""

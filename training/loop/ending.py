@@ -1,15 +1,18 @@
-"""The end of a run: its report, and what it says last."""
+"""The end of a run: its report, and the last lines on screen."""
+
+from pathlib import Path
+
+from accelerate.tracking import GeneralTracker
 
 from data_prep.common.command_line import first_line
 from eval.report import FILE_NAME
 from eval.reporting.sections import CAPTIONS
 from training.checkpointing.storage import checkpoint_folder
 from training.loop.run import Run
-from training.records.run_log import log_pictures
 
 
-def report(run: Run) -> None:
-    """Write the report of the run, and show its pictures in the trackers."""
+def write_run_report(run: Run) -> None:
+    """Writes the report of the run, and sends its pictures to the trackers."""
     run.log.close()
     if not run.accelerator.is_main_process:
         return
@@ -18,47 +21,71 @@ def report(run: Run) -> None:
 
     try:
         folder = write_report([read_run(run.config.run_folder)], run.config.report_folder).parent
-    except Exception as error:  # records that were changed meanwhile: the run is none the worse for it
+    except Exception as error:  # the records were changed meanwhile; the run itself has succeeded
         print(f"no report: {first_line(error)}")
         return
     pictures = [folder / name for name in CAPTIONS if (folder / name).exists()]
-    for tracker in run.accelerator.trackers if run.tracking else ():
+    for tracker in run.accelerator.trackers:
         try:
-            log_pictures(tracker, pictures, run.state.step)
-        except Exception as error:  # the tracker's, of whatever kind
+            _log_pictures(tracker, pictures, run.state.step)
+        except Exception as error:  # each tracker has errors of its own
             print(f"{tracker.name} does not take the report's pictures: {type(error).__name__}: {first_line(error)}")
 
 
-def _best(run: Run) -> str:
-    if run.state.best_step is None:
-        return "none: no validation loss was finite"
-    folder = checkpoint_folder(run.checkpoints, run.state.best_step)
-    return f"{folder if folder.exists() else 'was not written'} (validation loss {run.state.best_val_loss:.4f})"
+def _log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> None:
+    """Sends pictures to a tracker that shows them."""
+    if tracker.name == "trackio":
+        import trackio
+
+        tracker.log({path.stem: trackio.Image(path) for path in pictures}, step=step)
+        return
+    if not hasattr(tracker, "log_images"):
+        return
+    import numpy as np
+    from PIL import Image
+
+    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    for path in pictures:
+        with Image.open(path) as image:
+            tracker.log_images({path.stem: np.array(image.convert("RGB"))[None]}, step=step, **options)
 
 
-def finish(run: Run) -> None:
-    """Say what has become of the run, and what can be done with it."""
+def print_ending(run: Run) -> None:
+    """Prints where the run has ended, its results, and commands to try next."""
     if not run.accelerator.is_main_process:
         return
     folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
     if run.stopping:
-        why = run.stop.reason or "another process was asked to"
-        goes_on = (
-            f"the same command with --resume goes on from {last}" if last.exists() else "no step has been done yet"
+        reason = run.stop.reason or "another process was asked to"
+        remedy = (
+            f"the same command with --resume_from_checkpoint continues from {last}"
+            if last.exists()
+            else "no step has been done yet"
         )
-        print(f"\nstopped after step {run.state.step} ({why}); {goes_on}")
+        print(f"\nstopped after step {run.state.step} ({reason}); {remedy}")
         return
-    published = run.config.hub.push_to_hub
+    repository = run.config.hub.hub_model_id
     report = run.config.report_folder / FILE_NAME
-    publishing = f"python -m training.publish {folder} --push_to_hub USER/NAME"
+    longer = (
+        f"  accelerate launch training/train.py {folder / 'config.yaml'} --output_dir {folder}_longer "
+        f"--max_steps {2 * run.config.max_steps}"
+    )
+    if run.config.hub.push_to_hub:
+        longer += f" --hub_model_id {repository}_longer"
+    else:
+        longer += f"\n  python -m training.publish {folder} --hub_model_id USER/NAME"
     print(
         f"\nreport           {report if report.exists() else 'was not written'}\n"
         f"last checkpoint  {last}\n"
-        f"best checkpoint  {_best(run)}\n"
+        f"best checkpoint  {_best_checkpoint(run)}\n"
         f"\nNow try\n"
-        f"  python -m eval.generate {last} --prompt {run.config.run.sample_prompts[0]!r}\n"
-        f"  python -m eval.loss {last} --data {run.data.names[0]}\n"
-        f"  accelerate launch training/train.py {folder / 'config.yaml'} --run_name {folder.name}_longer "
-        f"--max_steps {2 * run.config.max_steps}"
-        + (f" --push_to_hub {published}_longer" if published else f"\n  {publishing}")
+        f"  python -m eval.generate {last} --prompt {run.config.evaluation.sample_prompts[0]!r}\n"
+        f"  python -m eval.loss {last} --data {run.data.names[0]}\n{longer}"
     )
+
+
+def _best_checkpoint(run: Run) -> str:
+    if run.state.best_step is None:
+        return "none: no validation loss was finite"
+    folder = checkpoint_folder(run.checkpoints, run.state.best_step)
+    return f"{folder if folder.exists() else 'was not written'} (validation loss {run.state.best_val_loss:.4f})"

@@ -1,47 +1,60 @@
-"""`Run`: all that the training loop works with."""
+"""`Run`: everything that the training loop works with."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from data_prep.common.command_line import first_line
-from eval.hellaswag import HellaSwag
 from modeling import GPTModel, flops_per_token
 from training.checkpointing.storage import RunState
 from training.checkpointing.writer import Saver
-from training.engine.batches import Batches, Prefetcher
+from training.engine.batches import Prefetcher
 from training.engine.data import Data
 from training.engine.distributed import describe_device
 from training.loop.stopping import StopRequest
 from training.publishing.uploader import Uploads
 from training.records.flops import peak_flops
 from training.records.run_log import RunLog
-from training.records.step_metrics import Meter
+from training.records.step_metrics import StepTimer
 from training.settings.schedule import BatchPlan, Schedule
 from training.settings.schema import TrainingConfig
 
 
+class Evaluation(Protocol):
+    """Something that is evaluated every N steps, and after the last one.
+
+    Attributes:
+        every: steps between two evaluations; 0 for never.
+        at_start: also before the first step.
+        at_checkpoints: also whenever a checkpoint is saved.
+    """
+
+    every: int
+    at_start: bool
+    at_checkpoints: bool
+
+    def run(self, run: "Run") -> dict[str, Any]:
+        """Evaluates the model and returns its metrics by name; texts are for trackers only. Collective."""
+
+
 @dataclass
 class Run:
-    """What the training loop works with.
+    """Everything that the training loop works with.
 
     Attributes:
         model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
-        batch_plan, schedule: the tokens and the learning rate of each step.
-        prefetcher: this rank's share of a global batch, by its position.
-        tokenizer_files: their contents by their names, which go into each checkpoint.
-        val_sequences: sequences of a validation, always the first ones of the validation split.
-        val_bytes: bytes of text that their labels stand for.
-        hellaswag: its items under each rule that is asked for.
-        task_manager: what the lm-evaluation-harness knows of its tasks; None if none are asked for.
-        uploads: to the Hub; None if there are none, and but on the main process.
-        tracking: whether the trackers still take what they are given.
-        stop: this process's request to end the run, and `stopping`, what all of them have agreed on.
-        meter: of the steps, with the one that has not been recorded yet.
+        batch_plan, schedule: batch size and learning rate of each step.
+        tokenizer_files: their contents by their names; they go into each checkpoint.
+        prefetcher: this rank's part of a global batch, by its position.
+        evaluations: in the order in which they run.
+        uploads: to the Hub; None without them, and on other ranks than the first.
+        stop: the request to this process to end the run.
+        timer: of the steps; it holds the launched step whose metrics have not been read yet.
+        stopping: whether the ranks have agreed to stop.
     """
 
     config: TrainingConfig
@@ -50,24 +63,17 @@ class Run:
     optimizer: torch.optim.Optimizer
     batch_plan: BatchPlan
     schedule: Schedule
-    tokenizer: Any
     tokenizer_files: dict[str, bytes]
     data: Data
-    train_data: Batches
     prefetcher: Prefetcher
-    val_data: Batches
-    val_sequences: int
-    val_bytes: int
-    hellaswag: list[HellaSwag]
-    task_manager: Any
+    evaluations: list[Evaluation]
     state: RunState
     log: RunLog
     saver: Saver
     uploads: Uploads | None
     stop: StopRequest
-    meter: Meter
+    timer: StepTimer
     stopping: bool = False
-    tracking: bool = True
 
     @property
     def checkpoints(self) -> Path:
@@ -78,33 +84,57 @@ class Run:
         """The model without wrappers, for what needs no gradients."""
         return self.accelerator.unwrap_model(self.model)
 
-    def flops_utilisation(self, tokens_per_second: float) -> float | None:
-        """The share of all devices' peak that training's arithmetic takes (MFU); None where the peak is not known."""
+    def due_evaluations(self, saving: bool) -> list[Evaluation]:
+        """The evaluations that are due before the next step.
+
+        Args:
+            saving: whether a checkpoint is saved here.
+        """
+        step = self.state.step
+        last = step == self.config.max_steps
+        return [
+            evaluation
+            for evaluation in self.evaluations
+            if evaluation.every
+            and (
+                last
+                or (saving and evaluation.at_checkpoints)
+                or (step % evaluation.every == 0 and (step > 0 or evaluation.at_start))
+            )
+        ]
+
+    def log_metrics(self, values: dict[str, Any], step: int) -> None:
+        """Logs values to every tracker. One that fails is dropped, unless it is the run's own log."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:  # each tracker has errors of its own
+                if tracker is self.log:
+                    raise
+                self.accelerator.trackers.remove(tracker)
+                self.log.print(f"{tracker.name} is switched off: {type(error).__name__}: {first_line(error)}")
+
+    def flops_utilization(self, tokens_per_second: float) -> float | None:
+        """The model FLOPs utilization (MFU) of all devices; None where their peak is not known."""
         peak = peak_flops(describe_device(self.accelerator.device), self.accelerator.mixed_precision)
         if peak is None:
             return None
         flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
-    def track(self, values: dict[str, Any], step: int) -> None:
-        """Give values of a step to the trackers; once one of them fails, the run goes on without them."""
-        if not self.tracking:
-            return
-        try:
-            self.accelerator.log(values, step=step)
-        except Exception as error:  # theirs, of whatever kind
-            self.tracking = False
-            self.log.print(f"the trackers get nothing any more: {type(error).__name__}: {first_line(error)}")
+    def sum_over_processes(self, *values: float) -> list[float]:
+        """The sum of each value over all ranks, in float64 where the device has it. Collective."""
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        return self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.accelerator.device)).tolist()
 
     def close(self, failed: bool = False) -> None:
-        """End the threads, the logs, the trackers and the process group.
+        """Ends the threads, the logs, the trackers and the process group.
 
-        The wrapped model goes first: as the last owner of the process group it would wait for the group's threads while
-        holding the interpreter's lock, which they may be waiting for.
+        The wrapped model goes first. As the last owner of the process group it would wait for the group's threads while
+        it holds the interpreter's lock, which they may be waiting for.
 
         Args:
-            failed: leave the process group as it is, whose other processes may be waiting for this one: its end is what
-                tells them.
+            failed: leave the process group as it is: other ranks may be waiting for this one, and its end tells them.
         """
         self.prefetcher.close()
         self.log.close()
@@ -113,11 +143,4 @@ class Run:
                 self.uploads.close()
             return
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
-        if not self.tracking:
-            self.accelerator.trackers = []  # which would fail again
         self.accelerator.end_training()
-
-    def sum_over_processes(self, *values: float) -> list[float]:
-        """Each of `values` summed over all processes, in float64 where the device has it."""
-        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        return self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.accelerator.device)).tolist()

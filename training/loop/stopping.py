@@ -1,4 +1,4 @@
-"""Requests to end a run early: signals, and the clock."""
+"""Requests to end a run early: signals and the time limit."""
 
 import contextlib
 import ctypes
@@ -9,15 +9,15 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# Two Ctrl-C so close together are one: launchers pass on what the terminal has sent to every process already.
+# Two signals this close are one Ctrl-C: the terminal sends it to every process, and launchers pass it on.
 _SAME_SIGNAL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
-# A scheduler's or launcher's end, Slurm's warnings, a lost terminal, the end of the processor time.
+# From schedulers and launchers, Slurm's warnings, a lost terminal, the limit of processor time.
 _KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 
 
 class StopRequest:
-    """Whether this process has been asked to end, and by what. The processes of a run agree on it before they act."""
+    """A request to this process to stop: true once it is made, with its reason. Ranks agree before they act on it."""
 
     def __init__(self, max_minutes: float | None) -> None:
         self.reason: str | None = None
@@ -31,13 +31,13 @@ class StopRequest:
         return self.reason is not None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Take note; a second Ctrl-C ends the process at once."""
+        """Makes the request; a second Ctrl-C ends the process at once."""
         if number == signal.SIGINT:
             now = time.monotonic()
             if self.interrupted_at is None:
                 self.interrupted_at = now
                 if os.environ.get("RANK", "0") == "0":
-                    # Not print(): the signal may have come in the middle of one.
+                    # Not print(): the signal may interrupt one.
                     with contextlib.suppress(OSError):  # the screen is gone
                         os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
             elif now - self.interrupted_at > _SAME_SIGNAL_SECONDS:
@@ -47,8 +47,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests(max_minutes: float | None) -> Iterator[StopRequest]:
-    """Take Ctrl-C, the end of the launcher, the end of `max_minutes` and the signals of `_KINDS` as requests to stop;
-    under `nohup`, which has processes ignore SIGHUP, not that one."""
+    """Handles Ctrl-C, the end of the launcher, the end of `max_minutes` and the signals of `_KINDS` as requests to
+    stop. Under `nohup` SIGHUP stays ignored."""
     request = StopRequest(max_minutes)
     _follow_launcher()
     before = {kind: signal.getsignal(kind) for kind in _KINDS}
@@ -63,7 +63,7 @@ def stop_requests(max_minutes: float | None) -> Iterator[StopRequest]:
 
 
 def _follow_launcher() -> None:
-    """Have the system send SIGTERM when the launcher dies: that of a single process passes no signal on, and would
-    leave an orphan behind that holds the devices."""
+    """Makes the system send SIGTERM when the launcher dies. The launcher of a single process passes no signal on: this
+    process would stay and hold the devices."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""RUN/hub: checkpoints that wait to be uploaded, out of reach of whatever removes older ones."""
+"""RUN/hub: the queue of checkpoints to upload, which the removal of older checkpoints does not touch."""
 
 import contextlib
 import os
@@ -11,27 +11,28 @@ from data_prep.common.schema import Sha256, read_json
 from training.checkpointing.storage import COMPLETE
 
 FOLDER = "hub"
-_TAKEN = ".uploading_"
-MARK = "made_by_gpt_accelerate"  # in each of the folders, which are nobody else's
+SENTINEL = "made_by_gpt_accelerate"  # in each folder of the queue: other folders are left alone
+_CLAIMED = ".uploading_"
 _NAME = re.compile(r"(\.uploading_)?step_\d{8}")
 
 
-def put(checkpoint: Path, run_folder: Path) -> Path:
-    """Let a complete checkpoint wait to be uploaded, by links to its files where the disk has them: they take no room.
-    What it takes to train on is left out. Another one of that step that waits is replaced.
+def enqueue(checkpoint: Path, run_folder: Path) -> Path:
+    """Queues a complete checkpoint for upload, without its training state; one of the same step is replaced.
+
+    Its files are links where the disk has them, and take no room.
 
     Returns:
-        Where it waits.
+        Its folder in the queue.
     """
-    outbox = run_folder / FOLDER
-    place, partial = outbox / checkpoint.name, outbox / f".{checkpoint.name}.partial"
+    queue = run_folder / FOLDER
+    place, partial = queue / checkpoint.name, queue / f".{checkpoint.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / MARK).touch()
+    (partial / SENTINEL).touch()
     for name in read_json(checkpoint / COMPLETE, dict[str, Sha256]):
-        if Path(name).name == name:  # neither what it takes to train on, nor what lies elsewhere
+        if Path(name).name == name:  # not in a sub-folder, as the training state is, nor outside
             _link(checkpoint / name, partial / name)
-    if place in _entries(outbox):
+    if place in _entries(queue):
         shutil.rmtree(place)
     return partial.rename(place)
 
@@ -43,37 +44,39 @@ def _link(file: Path, name: Path) -> None:
         shutil.copy2(file, name)
 
 
-def waiting(run_folder: Path) -> list[Path]:
-    """The checkpoints that wait to be uploaded, or are being, oldest first."""
-    outbox = run_folder / FOLDER
-    return [outbox / name for name in sorted({path.name.removeprefix(_TAKEN) for path in _entries(outbox)})]
+def pending(run_folder: Path) -> list[Path]:
+    """The queued checkpoints, those that are being uploaded included, oldest first."""
+    queue = run_folder / FOLDER
+    return [queue / name for name in sorted({path.name.removeprefix(_CLAIMED) for path in _entries(queue)})]
 
 
-def _entries(outbox: Path) -> list[Path]:
-    """The folders of checkpoints in it, by their exact names and their mark; what else lies there is left alone."""
-    names = sorted(os.listdir(outbox)) if outbox.is_dir() else []
-    paths = [outbox / name for name in names if _NAME.fullmatch(name)]
-    return [path for path in paths if not path.is_symlink() and (path / MARK).is_file()]
+def _entries(queue: Path) -> list[Path]:
+    """The folders with the exact name of a checkpoint and a sentinel in them."""
+    names = sorted(os.listdir(queue)) if queue.is_dir() else []
+    paths = [queue / name for name in names if _NAME.fullmatch(name)]
+    return [path for path in paths if not path.is_symlink() and (path / SENTINEL).is_file()]
 
 
 @contextlib.contextmanager
-def taken(checkpoint: Path) -> Iterator[Path]:
-    """Take a waiting checkpoint out of reach of one that replaces it, under the name that is yielded. It is removed if
-    all goes well, else it waits again."""
-    folder = checkpoint.rename(checkpoint.with_name(_TAKEN + checkpoint.name))
+def claim(checkpoint: Path) -> Iterator[Path]:
+    """Claims a queued checkpoint, so that a newer one of its step does not replace it, under the name that is yielded.
+
+    It is removed on success; on an error it is pending again.
+    """
+    folder = checkpoint.rename(checkpoint.with_name(_CLAIMED + checkpoint.name))
     try:
         yield folder
         shutil.rmtree(folder)
     finally:
-        recover(checkpoint.parents[1])
+        release_claims(checkpoint.parents[1])
 
 
-def recover(run_folder: Path) -> None:
-    """Let what was taken, and neither uploaded nor put back, wait again, unless it has been replaced."""
+def release_claims(run_folder: Path) -> None:
+    """Makes claimed checkpoints pending again, unless a newer one has taken their place."""
     for folder in _entries(run_folder / FOLDER):
-        if not folder.name.startswith(_TAKEN):
+        if not folder.name.startswith(_CLAIMED):
             continue
-        name = folder.with_name(folder.name.removeprefix(_TAKEN))
+        name = folder.with_name(folder.name.removeprefix(_CLAIMED))
         if name.exists():
             shutil.rmtree(folder)
         else:

@@ -1,4 +1,4 @@
-"""Uploads to the Hub while training goes on: each by a process of its own, which cannot harm the run."""
+"""Uploads to the Hub during training: each by a process of its own, which cannot harm the run."""
 
 import os
 import subprocess
@@ -12,76 +12,75 @@ from pathlib import Path
 from data_prep.common.command_line import UserError, first_line
 from training.checkpointing.storage import is_checkpoint, step_of
 from training.checkpointing.writer import Saver
-from training.publishing.queue import put, waiting
+from training.publishing.queue import enqueue, pending
 
-_NICENESS = 15  # a thirtieth of the time of a core that training wants too
+_NICENESS = 15  # about a thirtieth of a core that training wants too
 _POLL_SECONDS = 0.1
 
 
 class Uploads:
-    """Has `training.publish` upload what waits to be, and says what has come of it.
+    """Runs `training.publish` for queued checkpoints, whenever there is a new one.
 
-    It is tried whenever there is something new; what could not be uploaded waits for the next attempt, of this run or
-    by hand.
+    A checkpoint whose upload fails stays in the queue for the next attempt, of this run or by hand.
 
     Args:
         saver: of the run's checkpoints.
-        flush: brings the records of the run, which model cards are made from, to their files.
+        flush: writes the records of the run, from which model cards are made, to their files.
     """
 
     def __init__(self, run_folder: Path, saver: Saver, flush: Callable[[], None]) -> None:
         self.run_folder, self.saver, self.flush = run_folder, saver, flush
         self.process: subprocess.Popen[bytes] | None = None
         self.output = tempfile.TemporaryFile()  # noqa: SIM115  closed by close
-        self.expected: Path | None = None
-        self.newest: Path | None = next(reversed(waiting(run_folder)), None)
+        self.requested: Path | None = None
+        self.newest: Path | None = next(reversed(pending(run_folder)), None)
         self.tried: Path | None = None
-        self.said, self.checking = self._start("--check"), True
+        self.messages, self.checking = self._start("--check"), True
 
-    def expect(self, checkpoint: Path) -> None:
-        """Have a checkpoint uploaded, once it is written and all records of its step are there."""
-        self.expected = checkpoint
+    def enqueue(self, checkpoint: Path) -> None:
+        """Queues a checkpoint, after it is written and all metrics of its step are recorded."""
+        self.requested = checkpoint
 
-    def look(self, recorded: int) -> list[str]:
-        """What has come of the uploads since this was last asked; what waits is set about.
+    def poll(self, recorded: int) -> list[str]:
+        """Polls the upload, returns new messages, starts the next.
 
         Args:
-            recorded: the last step that all records are there of.
+            recorded: the last step whose metrics are all recorded.
         """
-        if self.expected is not None and step_of(self.expected) <= recorded:
+        if self.requested is not None and step_of(self.requested) <= recorded:
             self.flush()
-            self.saver.afterwards("a checkpoint could not be set aside for the Hub", partial(self._put, self.expected))
-            self.expected = None
-        said = self.said + self._ended("tried again with the next checkpoint")
-        self.said = []
+            self.saver.afterwards("a checkpoint could not be queued for upload", partial(self._enqueue, self.requested))
+            self.requested = None
+        messages = self.messages + self._results("tried again with the next checkpoint")
+        self.messages = []
         newest = self.newest
         if self.process is None and newest not in (None, self.tried):
             self.tried, self.checking = newest, False
-            said += self._start()
-        return said
+            messages += self._start()
+        return messages
 
     def finish(self, stopping: Callable[[], bool]) -> Iterator[str]:
-        """Upload what waits, unless or until the run is to stop; yields what has come of it."""
-        again = f"this tries again: python -m training.publish {self.run_folder}"
-        if self.expected is not None:
+        """Uploads the queue, until it is empty or the run is to stop; yields messages."""
+        remedy = f"this tries again: python -m training.publish {self.run_folder}"
+        if self.requested is not None:
             try:
-                self._put(self.expected)
+                self._enqueue(self.requested)
             except (OSError, UserError, ValueError) as error:
-                yield f"not published: {first_line(error)}; {again}"
+                yield f"not published: {first_line(error)}; {remedy}"
         if self.checking:
             self._terminate()
         yield from self._wait(stopping, "tried again at the end")
         failed = ""
-        if (left := waiting(self.run_folder)) and not stopping():
+        if (left := pending(self.run_folder)) and not stopping():
             yield f"uploading {left[-1].name}; Ctrl-C leaves that for later"
-            for failed in (*self._start(), *self._wait(stopping, again)):
+            for failed in (*self._start(), *self._wait(stopping, remedy)):
                 yield failed
         self.close()
-        if (left := waiting(self.run_folder)) and again not in failed:
-            yield f"{left[-1].name} has not been published; {again}"
+        if (left := pending(self.run_folder)) and remedy not in failed:
+            yield f"{left[-1].name} has not been published; {remedy}"
 
     def close(self) -> None:
-        """End the upload that is under way; what has not been uploaded waits."""
+        """Ends the running upload; its checkpoint stays in the queue."""
         self._terminate()
         self.output.close()
 
@@ -91,12 +90,12 @@ class Uploads:
             self.process.wait()
             self.process = None
 
-    def _put(self, checkpoint: Path) -> None:
+    def _enqueue(self, checkpoint: Path) -> None:
         if is_checkpoint(checkpoint):  # if it could be written
-            self.newest, self.tried = put(checkpoint, self.run_folder), None
+            self.newest, self.tried = enqueue(checkpoint, self.run_folder), None
 
     def _start(self, *options: str) -> list[str]:
-        """Begin an upload, or say why that is not possible."""
+        """Starts an upload; returns the reason if that is not possible."""
         words = _command(self.run_folder, *options)
         try:
             self.output.seek(0)
@@ -107,24 +106,24 @@ class Uploads:
             return [f"not published: {first_line(error)}"]
         return []
 
-    def _wait(self, stopping: Callable[[], bool], otherwise: str) -> list[str]:
+    def _wait(self, stopping: Callable[[], bool], on_failure: str) -> list[str]:
         while self.process is not None and self.process.poll() is None and not stopping():
             time.sleep(_POLL_SECONDS)
-        return self._ended(otherwise)
+        return self._results(on_failure)
 
-    def _ended(self, otherwise: str) -> list[str]:
-        """What the process has said, if it has ended: what it has published, and why it could not."""
+    def _results(self, on_failure: str) -> list[str]:
+        """The messages of the process, if it has ended: each upload, and the reason of a failure."""
         if self.process is None or self.process.poll() is None:
             return []
         self.output.seek(0)
         lines = self.output.read().decode(errors="replace").splitlines()
         failed, self.process = self.process.returncode != 0, None
         published = [line for line in lines if line.startswith("step ")]
-        return published + ([f"not published: {_reason(lines)}; {otherwise}"] if failed else [])
+        return published + ([f"not published: {_reason(lines)}; {on_failure}"] if failed else [])
 
 
 def check_access(run_folder: Path) -> None:
-    """See that the Hub would take what a run is to upload.
+    """Checks that the Hub would take the uploads of a run.
 
     Raises:
         UserError: if not.

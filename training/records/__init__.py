@@ -1,1 +1,1 @@
-"""What a run writes down."""
+"""Records of a run: logs, metrics, environment."""

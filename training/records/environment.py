@@ -1,4 +1,4 @@
-"""What a run was made with: `config.yaml` and `environment.json`."""
+"""`config.yaml` and `environment.json` of a run."""
 
 import json
 import platform
@@ -25,8 +25,8 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "n
 def write_environment(
     config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, flops_per_token: int
 ) -> None:
-    """Write the resolved settings, and the versions, revision, hardware and data, into the run's folder."""
-    begun_from = config.model.init_from
+    """Writes the settings, and the versions, git revision, hardware and data, into the run's folder."""
+    base_model = config.model.model_name_or_path
     settings = {name: value for name, value in config.to_dict().items() if name not in START}
     environment = {
         "command": list(map(redact, sys.argv)),
@@ -38,7 +38,7 @@ def write_environment(
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
-        "base_model": None if begun_from is None or Path(begun_from).exists() else begun_from,  # on the Hub
+        "base_model": None if base_model is None or Path(base_model).exists() else base_model,  # on the Hub
         "parameters": parameters,
         "flops_per_token": flops_per_token,
         "data": [
@@ -68,7 +68,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The commit of this project, with "+" where files differ from it; None outside of a clone."""
+    """The commit of this project, with "+" if files differ from it; None outside of a clone."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(

@@ -1,4 +1,4 @@
-"""The screen of a run: what is printed can never end it."""
+"""Standard output that cannot end a run."""
 
 import io
 import os
@@ -8,11 +8,11 @@ from typing import TextIO
 
 
 class Screen(io.TextIOBase):
-    """A stream that goes on in silence once the one behind it is gone: a closed pipe, a full disk, a lost terminal.
+    """A stream that ignores further output after the stream behind it fails: a closed pipe, full disk, lost terminal.
 
     Args:
         name: of the stream, for the message.
-        stream: None where the process was started without one.
+        stream: None if the process was started without one.
     """
 
     def __init__(self, name: str, stream: TextIO | None) -> None:
@@ -23,7 +23,7 @@ class Screen(io.TextIOBase):
             self._note("it was closed at the start")
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def writable(self) -> bool:
@@ -38,10 +38,10 @@ class Screen(io.TextIOBase):
         return self.stream.fileno()
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)  # `buffer` and the like, which libraries may ask for
+        return getattr(self.stream, name)  # such as `buffer`, which libraries may use
 
     def write(self, text: str) -> int:
-        # Terminals that know ASCII only get the rest escaped.
+        # For terminals with ASCII only, the rest is escaped.
         shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
         self._attempt(lambda stream: stream.write(shown))
         return len(text)
@@ -60,27 +60,27 @@ class Screen(io.TextIOBase):
             self._note(str(error))
 
     def _note(self, reason: str) -> None:
-        self.message = f"{self.name} is gone ({reason}); the run goes on without it"
+        self.message = f"{self.name} is gone ({reason}); the run continues without it"
 
     def take_message(self) -> str | None:
-        """That the stream is gone, once; None if it is there, or this has been said."""
+        """The message about a failed stream, once; else None."""
         message, self.message = self.message, None
         return message
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what is left in a stream's buffer, and what libraries write to it by themselves, to nowhere."""
+    """Redirects the rest of a stream's buffer, and everything that libraries still write to it, to the null device."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-    except (OSError, ValueError):  # it has no descriptor any more: nothing can be written to it
+    except (OSError, ValueError):  # no descriptor: nothing can be written to it
         return
 
 
 def install() -> None:
-    """Put a `Screen` in place of this process's stdout and stderr, once."""
-    for number in (0, 1, 2):  # or else the next file that is opened gets what libraries write to these
+    """Replaces stdout and stderr of this process by a `Screen`, once."""
+    for number in (0, 1, 2):  # else the next file that is opened would get these numbers, and the output of libraries
         try:
             os.fstat(number)
         except OSError:
@@ -91,6 +91,6 @@ def install() -> None:
 
 
 def messages() -> list[str]:
-    """What there is to say of streams that are gone, each once."""
+    """The messages about failed streams, each once."""
     screens = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Screen)]
     return [message for screen in screens if (message := screen.take_message()) is not None]

@@ -1,4 +1,4 @@
-"""What a step gave and took, read without making the host wait for the step after it."""
+"""Metrics of a training step, read without making the host wait for the next step."""
 
 import time
 from dataclasses import dataclass
@@ -10,11 +10,9 @@ from torch import Tensor
 
 from eval.common.devices import peak_memory
 
-_OF_A_PROCESS = ("loss", "z_loss", "data_wait", "memory", "stop")
-
 
 class Event(Protocol):
-    """A point in the work of a device, as `torch.cuda.Event` has it."""
+    """A point in the work of a device, as `torch.cuda.Event`."""
 
     def record(self) -> None: ...
     def synchronize(self) -> None: ...
@@ -22,13 +20,13 @@ class Event(Protocol):
 
 
 class HostEvent:
-    """The same where the host has waited for the device when it records one."""
+    """An event of a device that the host has waited for."""
 
     def record(self) -> None:
         self.time = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Nothing: it has happened."""
+        """Does nothing: the event has happened."""
 
     def elapsed_time(self, end: "HostEvent") -> float:
         """Milliseconds from this event to `end`."""
@@ -40,7 +38,7 @@ def new_event(device: torch.device) -> Event:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor on the host: from CUDA it is there once an event that is recorded after this has happened."""
+    """A copy on the host; from CUDA it is complete after an event that is recorded after this call."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -48,17 +46,16 @@ def to_host(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step whose numbers have not been read yet.
+    """A launched step whose metrics have not been read yet.
 
     Attributes:
         step: its number, from 0.
         batch: its sequences, as the positions of the first and of the one after the last.
         tokens: of the run, this step's included.
-        batch_tokens: of this step, over all processes.
+        batch_tokens: of this step, over all ranks.
         learning_rate: AdamW's.
         start, end: of the device's work on it.
-        grad_norm: of the global batch, `[1]`.
-        of_processes: `[P, 5]`: each process's `_OF_A_PROCESS`.
+        by_rank: by the name of each metric its values, `[P]`, one for each rank.
     """
 
     step: int
@@ -68,31 +65,35 @@ class LaunchedStep:
     learning_rate: float
     start: Event
     end: Event
-    grad_norm: Tensor
-    of_processes: Tensor
+    by_rank: dict[str, Tensor]
 
     def finish(self) -> tuple[dict[str, Any], bool]:
-        """Wait for the step, and for no work behind it; its metrics, and whether any process is to stop."""
+        """Waits for this step, but not for later work; returns its metrics, and whether any rank is to stop.
+
+        Metrics that have no other rule here are means over the ranks.
+        """
         self.end.synchronize()
         seconds = self.start.elapsed_time(self.end) / 1000
-        columns = dict(zip(_OF_A_PROCESS, self.of_processes.T.tolist(), strict=True))
-        loss, z_loss, waited = (sum(columns[name]) / len(columns[name]) for name in ("loss", "z_loss", "data_wait"))
+        by_rank = {name: values.tolist() for name, values in self.by_rank.items()}
+        stop, memory, grad_norm = (by_rank.pop(name) for name in ("stop", "memory_bytes", "grad_norm"))
+        means = {name: sum(values) / len(values) for name, values in by_rank.items()}
+        waited, z_loss = means.pop("data_wait"), means.pop("z_loss")
         metrics = {
-            "loss": loss,
+            **means,
             **({"z_loss": z_loss} if z_loss else {}),
             "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm.item(),
+            "grad_norm": grad_norm[0],  # of the global batch: the same on all ranks
             "tokens": self.tokens,
             "batch_tokens": self.batch_tokens,
             "tokens_per_second": self.batch_tokens / seconds,
             "data_wait": waited / seconds,
-            "memory_bytes": int(max(columns["memory"])),
+            "memory_bytes": int(max(memory)),
         }
-        return metrics, any(columns["stop"])
+        return metrics, any(stop)
 
 
-class Meter:
-    """Times steps by the device's own clock, one after the other, and holds the one that it may still be at."""
+class StepTimer:
+    """Times steps by the device's clock, one after the other, and holds the last launched one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -100,35 +101,52 @@ class Meter:
         self.start = new_event(device)
 
     def begin(self) -> None:
-        """A step begins: where the one before it ends, or now if there is none on the device."""
+        """Begins a step: at the end of the launched one, or now if there is none."""
         if self.launched is None:
             self.start = new_event(self.device)
             self.start.record()
         else:
             self.start = self.launched.end
 
-    def launch(self, grad_norm: Tensor, of_processes: Tensor, **about: Any) -> LaunchedStep | None:
-        """The step that has begun is on the device, its numbers with it; returns the one before it, if there is one.
+    def launch(self, names: list[str], by_rank: Tensor, **step: Any) -> LaunchedStep | None:
+        """Notes that all work of the step is launched; returns the step before it, if there is one.
 
         Args:
-            about: the other attributes of `LaunchedStep`.
+            names, by_rank: metrics, as `gather_metrics` gives them.
+            step: the other attributes of `LaunchedStep`.
         """
-        numbers = {"grad_norm": to_host(grad_norm.reshape(1)), "of_processes": to_host(of_processes)}
+        host = to_host(by_rank)
         end = new_event(self.device)
         end.record()
-        before, self.launched = self.launched, LaunchedStep(start=self.start, end=end, **numbers, **about)
+        columns = dict(zip(names, host.unbind(dim=1), strict=True))
+        before, self.launched = self.launched, LaunchedStep(start=self.start, end=end, by_rank=columns, **step)
         return before
 
     def take(self) -> LaunchedStep | None:
-        """The step that is on the device, which is no longer held."""
+        """Returns the launched step, and forgets it."""
         launched, self.launched = self.launched, None
         return launched
 
 
-def over_processes(accelerator: Accelerator, results: dict[str, Tensor], waited: float, stop: bool) -> Tensor:
-    """`LaunchedStep.of_processes`, of all processes, on the device, without waiting for it. Collective."""
-    host = torch.tensor([waited, peak_memory(accelerator.device), stop], dtype=torch.float32)
+def gather_metrics(
+    accelerator: Accelerator, results: dict[str, Tensor], waited: float, stop: bool
+) -> tuple[list[str], Tensor]:
+    """The metrics of a step from all ranks, without waiting for the device. Collective.
+
+    Args:
+        results: scalars on the device, by name, as `training_step` returns them.
+        waited: seconds that this rank waited for data.
+        stop: whether this rank is asked to stop.
+
+    Returns:
+        Their N names, and `[P, N]` on the device.
+    """
+    on_host = {"data_wait": waited, "memory_bytes": peak_memory(accelerator.device), "stop": stop}
+    host = torch.tensor(list(on_host.values()), dtype=torch.float32)
     if accelerator.device.type == "cuda":
         host = host.pin_memory().to(accelerator.device, non_blocking=True)
-    mine = torch.cat((results["loss"][None], results["z_loss"][None], host.to(accelerator.device)))
-    return accelerator.gather(mine).view(-1, len(_OF_A_PROCESS))
+    mine = torch.cat(
+        (torch.stack([result.reshape(()) for result in results.values()]).float(), host.to(accelerator.device))
+    )
+    names = [*results, *on_host]
+    return names, accelerator.gather(mine).view(-1, len(names))

@@ -1,4 +1,4 @@
-"""The window of versions that this project was tested with: setup.cfg's ranges, beside what is installed."""
+"""Compares installed versions with the tested ranges of setup.cfg."""
 
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -11,7 +11,7 @@ _SETUP = Path(__file__).parents[2] / "setup.cfg"
 
 
 def untested_versions() -> list[str]:
-    """One line for each installed library that is outside of the tested window; those that are absent are not named."""
+    """One line for each installed library outside of its tested range; absent libraries are skipped."""
     found = []
     for requirement in _requirements():
         try:
@@ -29,7 +29,7 @@ def untested_versions() -> list[str]:
 
 
 def _requirements() -> list[Requirement]:
-    """Those of setup.cfg in a clone, whose installed record may be older; else those of the installed record."""
+    """The requirements in setup.cfg of a clone, else of the installed distribution."""
     if _SETUP.is_file():
         import configparser
 

@@ -1,1 +1,1 @@
-"""What keeps a run alive."""
+"""Resume, recovery from divergence, preflight."""

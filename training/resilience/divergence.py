@@ -1,4 +1,4 @@
-"""Losses and gradients that are not numbers, and those that leap: found, passed over, explained."""
+"""Divergence: losses and gradients that are not finite, or spikes; how a step is checked, and where it went wrong."""
 
 import math
 import statistics
@@ -16,51 +16,46 @@ from training.settings.schema import DivergenceSettings
 
 
 class Diverged(Exception):
-    """A step that the run is to go back for.
+    """A step that the run rolls back for.
 
     Attributes:
-        what: happened, and in which step.
+        problem: what happened, and in which step.
         batch: its sequences, as the positions of the first and of the one after the last.
     """
 
-    def __init__(self, what: str, batch: tuple[int, int]) -> None:
-        super().__init__(what)
-        self.what, self.batch = what, batch
+    def __init__(self, problem: str, batch: tuple[int, int]) -> None:
+        super().__init__(problem)
+        self.problem, self.batch = problem, batch
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What is wrong with a step.
+class Divergence:
+    """A problem of a step; `finite` tells whether the weights were updated."""
 
-    Attributes:
-        what: in words.
-        finite: whether the weights were updated.
-    """
-
-    what: str
+    problem: str
     finite: bool
 
 
-def judge(
+def check_step(
     loss: float, grad_norm: float, recent: list[tuple[float, float]], settings: DivergenceSettings
-) -> Judgement | None:
-    """Whether a step diverged: None for one that did not.
+) -> Divergence | None:
+    """The divergence of a step, None for a good step.
 
-    A leap is a loss, or a norm of the gradient, more than `spike_zscore` standard deviations above the mean of the last
+    A spike is a loss or a gradient norm more than `spike_zscore` standard deviations above the mean of the last
     `spike_window` steps.
 
     Args:
-        recent: losses and norms of the steps before.
+        recent: losses and gradient norms of the steps before.
     """
-    for name, value in (("loss", loss), ("norm of the gradient", grad_norm)):
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            return Judgement(f"the {name} is {value}", finite=False)
+            return Divergence(f"the {name} is {value}", finite=False)
     if settings.spike_zscore and len(recent) >= settings.spike_window:
         losses, norms = zip(*recent, strict=True)
-        for name, value, before in (("loss", loss, losses), ("norm of the gradient", grad_norm, norms)):
+        for name, value, before in (("loss", loss, losses), ("gradient norm", grad_norm, norms)):
             mean, deviation = statistics.fmean(before), statistics.pstdev(before)
             if deviation and value > mean + settings.spike_zscore * deviation:
-                return Judgement(
+                return Divergence(
                     f"the {name} is {value:.4g}, {(value - mean) / deviation:.1f} standard deviations above the mean "
                     f"{mean:.4g} of the last {len(before)} steps",
                     finite=True,
@@ -69,14 +64,15 @@ def judge(
 
 
 def is_skipped(skipped: list[tuple[int, int]], first: int, stop: int) -> bool:
-    """Whether any of the sequences from `first` to before `stop` are to be passed over."""
+    """Whether any of the sequences from `first` to before `stop` are in a skipped batch."""
     return any(first < end and begin < stop for begin, end in skipped)
 
 
-def diagnosis(accelerator: Accelerator, model: GPTModel, micro_batches: list[Batch]) -> str:
-    """Where a batch goes wrong, found by going through it again: the process and the layer.
+def locate_divergence(accelerator: Accelerator, model: GPTModel, micro_batches: list[Batch]) -> str:
+    """The layer, and the rank if there are several, where a batch goes wrong: the batch is run again. Collective.
 
-    Called by all processes together, each with its share of the batch.
+    Args:
+        micro_batches: this rank's part of the batch.
     """
     mine = _first_nonfinite(model, micro_batches, accelerator.device)
     if mine is None and accelerator.distributed_type != "FSDP":
@@ -85,8 +81,7 @@ def diagnosis(accelerator: Accelerator, model: GPTModel, micro_batches: list[Bat
         (rank, *one) for rank, one in enumerate(gather_object([mine or ("no layer stands out", False)]))
     ]
     rank, where, _ = next((one for one in found if one[2]), found[0])
-    process = f" on process {rank}" if accelerator.num_processes > 1 else ""
-    return where + process
+    return where + (f" on rank {rank}" if accelerator.num_processes > 1 else "")
 
 
 @torch.no_grad()
@@ -94,7 +89,7 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
     """The first module whose result is not finite, the innermost of several."""
     found: list[str] = []
 
-    def look(name: str) -> Any:
+    def hook_of(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             result = output[0] if isinstance(output, tuple) else output
             if not found and isinstance(result, Tensor) and not result.isfinite().all():
@@ -102,10 +97,10 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules() if name]
     try:
-        for batch in micro_batches:  # all of them: other processes may wait for this one
-            with torch.compiler.set_stance("force_eager"):  # a compiled block would be compiled anew with its hooks
+        for batch in micro_batches:  # all of them, also after a find: other ranks may wait for this one
+            with torch.compiler.set_stance("force_eager"):  # hooks would make compiled blocks compile again
                 model(**on_device(batch, device), use_cache=False, skip_logits=True)
     finally:
         for hook in hooks:
@@ -114,11 +109,11 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
 
 
 def _largest_gradient(model: GPTModel, micro_batches: list[Batch], device: torch.device) -> tuple[str, bool]:
-    """The parameter whose gradient is not finite, or else the largest."""
+    """The parameter whose gradient is not finite, or else the one with the largest gradient."""
     parameters = dict(model.named_parameters())
     norms = dict.fromkeys(parameters, 0.0)
     for batch in micro_batches:
-        # Not backward(): the hooks of the parameters belong to training.
+        # Not backward(): the hooks on the parameters belong to training.
         loss = model(**on_device(batch, device), use_cache=False, skip_logits=True).loss
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for name, gradient in zip(parameters, gradients, strict=True):

@@ -1,4 +1,4 @@
-"""What a run does about a step that diverged: pass over its batch, go back, or end."""
+"""The response to a step that diverged: skip its batch, roll back, or end the run."""
 
 import sys
 from dataclasses import replace
@@ -10,55 +10,55 @@ from data_prep.common.command_line import UserError
 from eval.common.models import from_pretrained
 from training.checkpointing.snapshot import load_training_state
 from training.checkpointing.storage import complete_checkpoints, load_state
-from training.engine.distributed import agreed
+from training.engine.distributed import decide_on_main
 from training.loop.run import Run
 from training.records.step_metrics import LaunchedStep
-from training.resilience.divergence import Diverged, diagnosis, judge
+from training.resilience.divergence import Diverged, check_step, locate_divergence
 from training.resilience.resume import newest_intact
 
 
-def see_to(run: Run, done: LaunchedStep, metrics: dict[str, Any]) -> None:
-    """Judge a step by its numbers, and do what the settings say of one that went wrong.
+def handle_divergence(run: Run, step: LaunchedStep, metrics: dict[str, Any]) -> None:
+    """Checks a step by its metrics, and responds to divergence as the settings say.
 
     Raises:
-        Diverged: for one that the run is to go back for.
-        UserError: for one that ends the run.
+        Diverged: if the run has to roll back.
+        UserError: if the run has to end.
     """
     settings, state = run.config.divergence, run.state
-    # An overflowing gradient is how fp16's loss scale finds its size.
+    # fp16's loss scale finds its size by gradients that overflow.
     grad_norm = metrics["grad_norm"] if run.accelerator.scaler is None else 0.0
-    wrong = judge(metrics["loss"], grad_norm, state.recent, settings)
-    if wrong is None:
+    divergence = check_step(metrics["loss"], grad_norm, state.recent, settings)
+    if divergence is None:
         if settings.spike_zscore:
             state.recent = [*state.recent, (metrics["loss"], grad_norm)][-settings.spike_window :]
         return
-    what = f"step {done.step}: {wrong.what}"
-    if not wrong.finite and settings.on_nonfinite == "halt":
-        raise _end(run, Diverged(what, done.batch), "on_nonfinite='halt'")
+    problem = f"step {step.step}: {divergence.problem}"
+    if not divergence.finite and settings.on_nonfinite == "halt":
+        raise _end(run, Diverged(problem, step.batch), "on_nonfinite='halt'")
     if len(state.skipped) >= settings.max_skipped:
-        raise _end(run, Diverged(what, done.batch), f"max_skipped={settings.max_skipped} batches were passed over")
-    if wrong.finite or settings.on_nonfinite == "rollback":
+        raise _end(run, Diverged(problem, step.batch), f"max_skipped={settings.max_skipped} batches are skipped")
+    if divergence.finite or settings.on_nonfinite == "rollback":
         run.saver.wait()
-        if agreed(run.accelerator, lambda: bool(complete_checkpoints(run.checkpoints))):
-            raise Diverged(what, done.batch)
-    if wrong.finite:
-        run.log.print(f"{what}; there is no checkpoint to go back to yet, and the run goes on")
+        if decide_on_main(run.accelerator, lambda: bool(complete_checkpoints(run.checkpoints))):
+            raise Diverged(problem, step.batch)
+    if divergence.finite:
+        run.log.print(f"{problem}; the run continues, as there is no checkpoint to roll back to yet")
         return
-    state.skipped.append(done.batch)
-    run.log.print(f"{what}; the weights are as they were, and {_named(done.batch)} passed over")
+    state.skipped.append(step.batch)
+    run.log.print(f"{problem}; the weights are unchanged, {_named(step.batch)} skipped")
 
 
-def go_back(run: Run, diverged: Diverged) -> None:
-    """Restore the last checkpoint, and pass over the batch when the run comes to it again.
+def rollback(run: Run, diverged: Diverged) -> None:
+    """Restores the last checkpoint; the batch is skipped when the run reaches it again. Collective.
 
     Raises:
-        UserError: where all checkpoints are damaged.
+        UserError: if all checkpoints are damaged.
     """
-    checkpoint, found = agreed(run.accelerator, lambda: newest_intact(run.checkpoints))
-    for line in found:
+    checkpoint, messages = decide_on_main(run.accelerator, lambda: newest_intact(run.checkpoints))
+    for line in messages:
         run.log.print(line)
     if checkpoint is None:
-        raise _end(run, diverged, "no checkpoint to go back to is whole")
+        raise _end(run, diverged, "no checkpoint to roll back to is intact")
     before = run.state
     run.state = replace(
         load_state(checkpoint),
@@ -70,29 +70,28 @@ def go_back(run: Run, diverged: Diverged) -> None:
     weights = from_pretrained(checkpoint, use_safetensors=True).state_dict()
     set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
-    run.meter.take()  # of a step that there is no more
-    run.log.cut(run.state.step)
-    run.log.print(
-        f"{diverged.what}; back to step {run.state.step}, and {_named(diverged.batch)} passed over from there"
-    )
+    run.timer.take()  # the launched step is undone
+    run.log.truncate(run.state.step)
+    run.log.print(f"{diverged.problem}; rolled back to step {run.state.step}, {_named(diverged.batch)} skipped")
 
 
 def _named(batch: tuple[int, int]) -> str:
     return f"sequences {batch[0]} to {batch[1] - 1} are"
 
 
-def _end(run: Run, diverged: Diverged, why: str) -> UserError:
-    """The error that ends a run: what happened, in which batch and layer, and what is left of the run."""
-    where = diagnosis(run.accelerator, run.bare_model, run.prefetcher.make(diverged.batch[0]))
+def _end(run: Run, diverged: Diverged, reason: str) -> UserError:
+    """The error that ends a run: its problem, the layer, the batch, and the last checkpoint. Collective."""
+    where = locate_divergence(run.accelerator, run.bare_model, run.prefetcher.make(diverged.batch[0]))
     if not run.accelerator.is_main_process:
-        sys.exit(2)  # the first process says it for all
+        sys.exit(2)  # the first rank prints the error for all
     first, stop = diverged.batch
     folders = " ".join(run.data.names)
     run.saver.wait()
     complete = complete_checkpoints(run.checkpoints)
+    left = f"{complete[-1]}; --resume_from_checkpoint continues from it" if complete else "no checkpoint yet"
     return UserError(
-        f"{diverged.what}, and {why}\n"
+        f"{diverged.problem}, and {reason}\n"
         f"  layer  {where}\n"
         f"  batch  python -m data_prep.inspect {folders} --run {run.config.run_folder} --sequences {first}:{stop}\n"
-        f"  left   {f'{complete[-1]}; --resume goes on from it' if complete else 'no checkpoint yet'}"
+        f"  left   {left}"
     )

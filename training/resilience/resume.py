@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""The checkpoint that a run resumes from, and whether it may."""
 
 from pathlib import Path
 
@@ -8,91 +8,97 @@ from eval.report import FILE_NAME
 from training.checkpointing.storage import (
     RunState,
     complete_checkpoints,
-    damage,
+    find_corruption,
+    foreign_checkpoints,
     has_committed,
-    in_the_way,
     load_state,
     step_of,
 )
 from training.engine.model import different_sizes
+from training.settings.old_names import translate
 from training.settings.schema import NEWEST, TrainingConfig
 
-# The names of settings that parts of `Data.identity` come from, where they differ.
+# The settings behind parts of `Data.identity`, where their names differ.
 _SETTING_OF = {"shards": "data", "shares": "data_weights"}
 _OF_A_COOLDOWN = {"max_steps", "max_tokens", "cooldown_steps", "cooldown_tokens"}
 
 
 class AlreadyFinished(Exception):
-    """There is nothing left of a run to go on with."""
+    """All steps of the run are done."""
 
 
 def find_checkpoint(config: TrainingConfig) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None to start anew, and what there is to say of others.
+    """The checkpoint to resume from, None for a new run; and messages about other checkpoints.
 
-    A run that is there is never overwritten unasked. Of its own checkpoints the newest that is whole is taken; damaged
-    ones are set aside.
+    An existing run is never overwritten. Of its own checkpoints the newest intact one is taken; damaged ones are
+    quarantined.
 
     Raises:
-        UserError: where there is none, or where the run has gone on beyond it.
+        UserError: if there is no such checkpoint, or the run has continued beyond it.
     """
-    chosen, said = _choose(config)
-    others = [f"warning: {path} was not made by this program; step {step_of(path)} cannot be saved there, move it"
-              for path in in_the_way(config.checkpoints)]  # fmt: skip
-    return chosen, [*others, *said]
+    chosen, messages = _choose(config)
+    foreign = [
+        f"warning: {path} was not made by this program; step {step_of(path)} cannot be saved there, move it"
+        for path in foreign_checkpoints(config.checkpoints)
+    ]
+    return chosen, foreign + messages
 
 
 def _choose(config: TrainingConfig) -> tuple[Path | None, list[str]]:
     run, folder = config.run, config.checkpoints
+    asked_for = run.resume_from_checkpoint
     complete, committed = complete_checkpoints(folder), has_committed(config.run_folder)
-    chosen = None if run.resume in (None, NEWEST) else Path(run.resume).resolve()
-    if run.resume == NEWEST or (run.auto_resume and committed):
-        newest, said = newest_intact(folder)
+    chosen = None if asked_for is None or asked_for == NEWEST else Path(asked_for).resolve()
+    if asked_for == NEWEST or (run.auto_resume and committed):
+        newest, messages = newest_intact(folder)
         if newest is not None:
-            return newest, said
-        remedy = "remove that folder to start anew" if committed else "start without --resume"
-        raise UserError("; ".join([*said, f"{config.run_folder} has no complete checkpoint to resume from; {remedy}"]))
-    if chosen is not None and (wrong := damage(chosen)):
-        raise UserError(f"resume={run.resume!r} is damaged, or no complete checkpoint ({wrong}); take an earlier one")
+            return newest, messages
+        remedy = "remove that folder to start anew" if committed else "start without --resume_from_checkpoint"
+        none_left = f"{config.run_folder} has no complete checkpoint to resume from"
+        raise UserError("; ".join([*messages, none_left, remedy]))
+    if chosen is not None and (problem := find_corruption(chosen)):
+        raise UserError(
+            f"resume_from_checkpoint={asked_for!r} is damaged, or no complete checkpoint ({problem}); take an earlier "
+            f"one"
+        )
     newest = complete[-1] if complete else None
     if committed and (chosen is None or newest is None or chosen != newest.resolve()):
-        last = f"its last checkpoint is {newest.name}" if newest else "none of its checkpoints is left whole"
+        last = f"its last checkpoint is {newest.name}" if newest else "none of its checkpoints is intact"
         raise UserError(
-            f"{config.run_folder} holds a run already ({last}); go on with it by --resume, choose another --run_name, "
-            f"or remove that folder"
+            f"{config.run_folder} holds a run already ({last}); continue it with --resume_from_checkpoint, choose "
+            f"another --output_dir, or remove that folder"
         )
     return chosen, []
 
 
 def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are as they were written, and what there is to say of newer ones, of which the
-    damaged are set aside."""
-    said = []
+    """The newest checkpoint whose files are as they were written; newer ones are quarantined, with a message each."""
+    messages: list[str] = []
     for folder in reversed(complete_checkpoints(checkpoints)):
-        if (wrong := damage(folder)) is None:
-            return folder, said
-        said.append(f"{set_aside(folder)} is damaged ({wrong}) and set aside")
-    return None, said
+        if (problem := find_corruption(folder)) is None:
+            return folder, messages
+        messages.append(f"{folder} is damaged ({problem}) and was renamed to {quarantine(folder).name}")
+    return None, messages
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name that is not taken for one; what can be saved of it is not lost."""
+def quarantine(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is not resumed from; what can be saved of it is not lost."""
     number = 0
-    while (aside := checkpoint.with_name(f"damaged_{checkpoint.name}{f'_{number}' if number else ''}")).exists():
+    while (renamed := checkpoint.with_name(f"damaged_{checkpoint.name}{f'_{number}' if number else ''}")).exists():
         number += 1
-    return checkpoint.rename(aside)
+    return checkpoint.rename(renamed)
 
 
 def is_finished(config: TrainingConfig, state: RunState) -> bool:
-    """Whether nothing is left to do: all steps are done, and all that follows the last."""
+    """Whether all steps are done, and the report is written."""
     return state.step >= config.max_steps and (config.report_folder / FILE_NAME).exists()
 
 
 def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> RunState:
-    """The state saved in `checkpoint`, under the data and the settings of now.
+    """The state saved in `checkpoint`, with the data and settings of `now`.
 
     Raises:
-        UserError: where the run would go on as another model, and where data or settings that decide its result have
-            changed without having been named by `override`.
+        UserError: for another model, and for data or settings that change the result, unless `override` names them.
     """
     state = load_state(checkpoint)
     settings_file = checkpoint.parents[1] / "config.yaml"
@@ -105,15 +111,14 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> Ru
     of_another_run = checkpoint.resolve().parent != config.checkpoints.resolve()
     changed = _differences(state, now)
     allowed = {*config.run.override, *(_OF_A_COOLDOWN if of_another_run else ())}
-    if refused := [line for name, line in changed.items() if name not in allowed]:
-        names = " ".join(name for name in changed if name not in allowed)
+    if refused := {name: line for name, line in changed.items() if name not in allowed}:
         raise UserError(
-            f"{checkpoint} was saved under settings that give another result ({'; '.join(refused)}); resume with those "
-            f"in {settings_file}, or say that you mean it: --override {names}"
+            f"{checkpoint} was saved under settings that give another result ({'; '.join(refused.values())}); resume "
+            f"with those in {settings_file}, or confirm the change: --override {' '.join(refused)}"
         )
     if state.step > config.max_steps or (is_finished(config, state) and not config.run.auto_resume):
         raise UserError(
-            f"{checkpoint} is at step {state.step} of max_steps={config.max_steps}; to go on, raise it and give "
+            f"{checkpoint} is at step {state.step} of max_steps={config.max_steps}; to continue, raise it and give "
             f"--override max_steps"
         )
     if of_another_run:
@@ -123,13 +128,14 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> Ru
 
 
 def _differences(saved: RunState, now: RunState) -> dict[str, str]:
-    """By the setting's name, what of the data and of the settings that decide a result is not as it was saved."""
+    """By the name of the setting, each difference of data and settings that changes the result."""
     changed = {
         _SETTING_OF.get(name, name): _SETTING_OF.get(name, f"{name}={value}, not {saved.data.get(name)}")
         for name, value in now.data.items()
         if value != saved.data.get(name)
     }
+    settings = translate(saved.settings)
     for name, value in now.settings.items():
-        if value != saved.settings.get(name):
-            changed[name] = f"{name}={value}, not {saved.settings.get(name)}"
+        if value != settings.get(name):
+            changed[name] = f"{name}={value}, not {settings.get(name)}"
     return changed

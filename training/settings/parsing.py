@@ -1,12 +1,14 @@
-"""Reading the settings of a run: flags over file over preset over defaults."""
+"""Reads the settings of a run: flags over file over preset over the run that is resumed over defaults."""
 
 import argparse
 import dataclasses
-import re
+import os
+import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
+from pydantic import TypeAdapter, ValidationError
 
 from data_prep.common.command_line import (
     EMPTY,
@@ -14,6 +16,7 @@ from data_prep.common.command_line import (
     UserError,
     first_line,
     is_missing,
+    listed,
     raise_all,
     unknown_name,
 )
@@ -21,44 +24,57 @@ from data_prep.common.schema import read_yaml
 from eval.common.models import read_config
 from modeling import PRESETS, GPTConfig, parameter_count
 from training.checkpointing.storage import load_state
-from training.settings.schema import MODEL_SIZES, NEWEST, ModelSettings, RunSettings, TrainingConfig
+from training.settings.old_names import RENAMED, join_output_dir, new_name, notice, translate
+from training.settings.schema import MODEL_SIZES, NEWEST, TrainingConfig
 
-_Option = list[str]  # "--name" and its values
+_DESCRIPTION = "Train a GPT. Flags go over the file, the file over the preset, the preset over the defaults."
+_METAVARS = {int: "N", float: "X", bool: "true|false"}
+_SHOWN = 60  # characters of a value
 
 
-class _ListPresets(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+def read_settings(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
+    """Reads `[CONFIG.yaml] [--name value ...]`.
+
+    Returns:
+        The configuration, and a line for each unknown name and each value of a wrong type or out of its bounds; a
+        setting with such a value has its default.
+
+    Raises:
+        UserError: for a file, a checkpoint or a model that cannot be read.
+    """
+    flags = list(argv)
+    file = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    words = _split_flags(flags)
+    if {"h", "help"} & words.keys():
+        _help_parser().parse_args(["--help"])
+    if "list_presets" in words:
         print(presets_table())
-        parser.exit()
+        sys.exit()
+    problems: list[str] = []
+    in_file = {} if file is None else _read_file(Path(file), problems)
+    in_flags = _from_flags(words, problems)
+    _print_notice(file, in_file)
+    _print_notice("command line", in_flags)
+    given = _over(translate(in_file), translate(in_flags))
+    config = _make_config(join_output_dir(given), problems)
+    if not problems:
+        config = _make_config(join_output_dir(_over(_inherited(config, given), given)), problems)
+    return config, problems
 
 
-class _Parser(HfArgumentParser):
-    def __init__(self) -> None:
-        groups = [field.type for field in dataclasses.fields(TrainingConfig)]
-        super().__init__(
-            groups,
-            prog="accelerate launch training/train.py",
-            usage="%(prog)s [CONFIG.yaml] [--name value ...]",
-            description="Train a GPT. Flags go over the file, the file over the preset, the preset over the defaults.",
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
-        nowhere = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-        self.add_argument(
-            "--list_presets", action=_ListPresets, nargs=0, help="show the published sizes, and exit", **nowhere
-        )
-        self._option_string_actions["--micro_batch"].type = number_or_auto
+def parse_config(argv: list[str]) -> TrainingConfig:
+    """The configuration of `[CONFIG.yaml] [--name value ...]`.
 
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-
-def number_or_auto(word: str) -> int | str:
-    return word if word == "auto" else int(word)
+    Raises:
+        UserError: with every problem that `read_settings` finds.
+    """
+    config, problems = read_settings(argv)
+    raise_all(problems)
+    return config
 
 
 def presets_table() -> str:
-    """The published sizes, one a line, with the batch and the learning rate to train each by."""
+    """The published sizes, one a line, with the batch size and the learning rate for each."""
     lines = [
         f"{'preset':<12}{'parameters':>16}{'layers':>8}{'width':>7}{'heads':>7}{'context':>9}{'batch_tokens':>14}"
         f"{'learning_rate':>15}"
@@ -72,144 +88,212 @@ def presets_table() -> str:
     return "\n".join([*lines, "With GPT-2's vocabulary of 50,257, head tied; --preset NAME trains one."])
 
 
-def parse_config(argv: list[str]) -> TrainingConfig:
-    """Read `[CONFIG.yaml] [--name value ...]`.
-
-    A file, a preset and what a checkpoint says are turned into flags that stand before those of the command line: one
-    reader for all, and the last word wins.
-
-    Raises:
-        UserError: with every unknown name and every value of the wrong type.
-    """
-    parser = _Parser()
-    flags = list(argv)
-    settings = _read_yaml(flags.pop(0)) if flags and not flags[0].startswith("-") else {}
-    options = _to_options(settings) + _split_options(flags)
-    _check_options(parser, options)
-    given = {option[0].removeprefix("--").replace("-", "_"): option[1:] for option in options}
-    options = _said_by_checkpoints(parser, given) + options
-    words = [word for option in options for word in option]
-    return TrainingConfig(*parser.parse_args_into_dataclasses(words, look_for_args_file=False))
-
-
 def saved_progress(checkpoint: Path) -> tuple[int, int]:
-    """The step and the position, in sequences, that a checkpoint was saved at.
+    """The step and the position, in sequences, of a checkpoint.
 
     Raises:
-        UserError: for a folder that is none.
+        UserError: for a folder that is not a checkpoint.
     """
     try:
         state = load_state(checkpoint)
     except UserError as error:
         reason = first_line(error.__cause__ or error)
-        raise UserError(f"resume={str(checkpoint)!r} is not a checkpoint to resume from ({reason})") from error
+        raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is not a checkpoint ({reason})") from error
     return state.step, state.position
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+@cache
+def _types() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """The group and the possible types of each setting, None left out."""
+    found = {}
+    for group in dataclasses.fields(TrainingConfig):
+        for name, hint in get_type_hints(cast(type, group.type)).items():
+            kinds = get_args(hint) if get_origin(hint) not in (list, Literal, None) else (hint,)
+            found[name] = group.name, tuple(kind for kind in kinds if kind is not type(None))
+    return found
+
+
+def _is_list(name: str) -> bool:
+    return any(get_origin(kind) is list for kind in _types()[name][1])
+
+
+def _help_parser() -> argparse.ArgumentParser:
+    """The parser that prints `--help`; values are read by `_make_config`, as those of a file are."""
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch training/train.py",
+        usage="%(prog)s [CONFIG.yaml] [--name value ...]",
+        description=_DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--list_presets", action="store_true", help="show the published sizes, and exit")
+    for group in dataclasses.fields(TrainingConfig):
+        section = parser.add_argument_group(group.name)
+        for setting in dataclasses.fields(cast(type, group.type)):
+            words: list[str] = []
+            for kind in _types()[setting.name][1]:
+                choices = get_args(kind) if get_origin(kind) is Literal else ()
+                words += map(str, choices or [_METAVARS.get(kind, setting.name.upper())])
+            section.add_argument(
+                f"--{setting.name}",
+                metavar="|".join(words),
+                nargs="+" if _is_list(setting.name) else None,
+                default=_default(setting),
+                help=setting.metadata["help"],
+            )
+    return parser
+
+
+def _default(setting: dataclasses.Field[Any]) -> Any:
+    factory = setting.default_factory
+    return setting.default if factory is dataclasses.MISSING else factory()
+
+
+def _split_flags(flags: list[str]) -> dict[str, list[str]]:
+    """The words that follow each flag; of a flag that is given twice, the last."""
+    words: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in flags:
+        if word.startswith("--") or word == "-h":
+            name, _, value = word.lstrip("-").partition("=")
+            current = words[name.replace("-", "_")] = [value] if "=" in word else []
+        elif current is None:
+            raise UserError(unknown_name(word, ()))
+        else:
+            current.append(word)
+    return words
+
+
+def _from_flags(words: dict[str, list[str]], problems: list[str]) -> dict[str, Any]:
+    """The settings of a command line: lists, single words, and True for a flag without a value."""
+    values: dict[str, Any] = {}
+    for name, given in words.items():
+        known = new_name(name)
+        if any(is_missing(name, word) for word in given):
+            problems.append(f"--{name}: {EMPTY}")
+        elif known not in _types():
+            problems.append(_unknown(f"--{name}"))
+        elif _is_list(known):
+            values[name] = given
+        elif len(given) > 1:
+            problems.append(f"--{name} takes one value, not {len(given)}: {' '.join(given)}")
+        elif given:
+            values[name] = given[0]
+        elif known == "resume_from_checkpoint":
+            values[name] = NEWEST
+        elif bool in _types()[known][1]:
+            values[name] = True
+        else:
+            problems.append(f"--{name} needs a value")
+    return values
+
+
+def _unknown(option: str) -> str:
+    dashes = "--" if option.startswith("--") else ""
+    return unknown_name(option, [f"{dashes}{name}" for name in (*_types(), *RENAMED, "list_presets")])
+
+
+def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The settings of a file; those that are null count as not given."""
     try:
-        return read_yaml(Path(path))
+        settings = read_yaml(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        known = new_name(name)
+        if known not in _types():
+            problems.append(_unknown(name))
+        elif value is True and known == "resume_from_checkpoint":
+            values[name] = NEWEST
+        elif isinstance(value, bool) and bool not in _types()[known][1] and name != "push_to_hub":
+            problems.append(f"{name}={value}: it is not a setting of true or false")
+        elif value is not None:
+            values[name] = [value] if _is_list(known) and not isinstance(value, list) else value
+    return values
 
 
-def _to_options(settings: dict[str, Any]) -> list[_Option]:
-    return [_to_option(name, value) for name, value in settings.items() if value not in (None, [])]
+def _print_notice(source: str | None, values: dict[str, Any]) -> None:
+    if (line := notice(values, values)) and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: {line}", file=sys.stderr)
 
 
-def _to_option(name: str, value: Any) -> _Option:
-    if name in ("help", "h", "list_presets"):
-        raise UserError(f"{name} is no setting")
-    if value is True:
-        return [f"--{name}"]
+def _over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others over them. `output_dir` and `run_name` name one folder: the upper one counts."""
+    if "output_dir" in upper:
+        replaced = {"run_name", "runs_dir"}
+    else:
+        replaced = {"output_dir"} if {"run_name", "runs_dir"} & upper.keys() else set()
+    return {name: value for name, value in lower.items() if name not in replaced} | upper
+
+
+@cache
+def _adapter() -> TypeAdapter[TrainingConfig]:
+    return TypeAdapter(TrainingConfig)
+
+
+def _make_config(values: dict[str, Any], problems: list[str]) -> TrainingConfig:
+    """The configuration of flat `values`, checked against types and bounds; wrong values get the default."""
+    groups: dict[str, dict[str, Any]] = {group.name: {} for group in dataclasses.fields(TrainingConfig)}
+    for name, value in values.items():
+        groups[_types()[name][0]][name] = value
+    preset = values.get("preset")
     try:
-        words = [str(one) for one in (value if isinstance(value, list) else [value])]
-        "".join(words).encode()
-    except ValueError as error:  # half of a surrogate pair, a number of thousands of digits
-        raise UserError(f"{name}: {first_line(error)}") from error
-    if flags := [word for word in words if re.match(r"-\D", word) and " " not in word and word not in ("-inf", "-nan")]:
-        raise UserError(f"{name}={flags[0]!r}: a value cannot begin with '-', as an option does")
-    return [f"--{name}", *words]
+        config = _adapter().validate_python(groups)
+    except ValidationError as error:
+        wrong: dict[str, list[str]] = {}
+        for one in error.errors(include_url=False):
+            wrong.setdefault(str(one["loc"][1]), []).append(one["msg"].removeprefix("Input "))
+        for name, reasons in wrong.items():
+            value = repr(values[name])
+            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+            problems.append(f"{name}={shown} {' or '.join(dict.fromkeys(reasons))}")
+        return _make_config({name: value for name, value in values.items() if name not in wrong}, problems)
+    if preset is not None and preset not in PRESETS:
+        problems.append(f"preset: {unknown_name(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+    return config
 
 
-def _split_options(flags: list[str]) -> list[_Option]:
-    """The words of a command line, grouped into options with their values."""
-    options: list[_Option] = []
-    for word in flags:
-        if word.startswith("--") or word == "-h" or not options:
-            options.append(word.split("=", 1))
-        else:
-            options[-1].append(word)
-    return options
+def _inherited(checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run to resume or to branch off from, of a preset, and of the model to start from."""
+    values: dict[str, Any] = {}
+    checkpoint = checked.run.resume_from_checkpoint
+    if checkpoint == NEWEST:
+        file = checked.run_folder / "config.yaml"
+        values |= _from_run(file) if file.exists() else {}
+    elif checkpoint is not None:
+        values |= _from_parent(Path(checkpoint), checked, given)
+    if checked.model.preset is not None:
+        values |= dataclasses.asdict(PRESETS[checked.model.preset])
+    if checked.model.model_name_or_path is not None and checkpoint is None:
+        values |= _sizes_of(checked.model.model_name_or_path)
+    return values
 
 
-def _check_options(parser: _Parser, options: list[_Option]) -> None:
+def _from_run(file: Path) -> dict[str, Any]:
+    """The settings in a run's own `config.yaml`, which another version may have written (`UserError`)."""
     problems: list[str] = []
-    for option in options:
-        if any(is_missing(option[0].removeprefix("--").replace("-", "_"), word) for word in option[1:]):
-            problems.append(f"{option[0]}: {EMPTY}")
-            continue
-        try:
-            *_, unknown = parser.parse_args_into_dataclasses(option, True, look_for_args_file=False)
-        except UserError as error:
-            problems.append(f"{option[0]}: {str(error).partition(': ')[2]}")  # argparse names both its spellings
-            continue
-        if option[0] in unknown:
-            unknown = option[:1]
-        problems += [unknown_name(word, parser._option_string_actions) for word in unknown]
-        if option[0] == "--preset" and len(option) == 2 and option[1] not in PRESETS:
-            problems.append(f"--preset: {unknown_name(option[1], PRESETS)}; known: {', '.join(PRESETS)}")
-    raise_all(problems)
+    settings = _read_file(file, problems)
+    values = join_output_dir(translate(settings))
+    _make_config(values, problems)
+    if problems:
+        raise UserError(f"{file}: {listed(problems)}; it was written by another version, or changed")
+    _print_notice(str(file), settings)
+    return values
 
 
-def _said_by_checkpoints(parser: _Parser, given: dict[str, list[str]]) -> list[_Option]:
-    """What a preset, the run to resume or to branch off from and the model to begin from say of the settings."""
-    options: list[_Option] = []
-    if "resume" in given:
-        checkpoint = next(iter(given["resume"]), NEWEST)
-        if checkpoint == NEWEST:
-            options += _of_run(parser, given)
-        else:
-            options += _of_branch(parser, Path(checkpoint), given)
-    if preset := given.get("preset"):
-        options += _to_options(dataclasses.asdict(PRESETS[preset[0]]))
-    if (model := given.get("init_from")) and "resume" not in given:
-        options += _to_options(_sizes_of(model[0]))
-    return options
-
-
-def _checked_options(parser: _Parser, settings: dict[str, Any], file: Path) -> list[_Option]:
-    """The options of a run's own settings, which another version may have written (`UserError`)."""
-    options = _to_options(settings)
-    try:
-        _check_options(parser, options)
-    except UserError as error:
-        raise UserError(f"{file}: {error}; it was written by another version, or changed") from error
-    return options
-
-
-def _of_run(parser: _Parser, given: dict[str, list[str]]) -> list[_Option]:
-    """The settings of the run itself, so that nothing but its name has to be repeated."""
-    run = RunSettings()
-    place = [(given.get(name) or [getattr(run, name)])[0] for name in ("runs_dir", "run_name")]
-    file = Path(*place) / "config.yaml"
-    return _checked_options(parser, _read_yaml(file), file) if file.exists() else []
-
-
-def _of_branch(parser: _Parser, checkpoint: Path, given: dict[str, list[str]]) -> list[_Option]:
-    """The settings of the run that `checkpoint` is of, ended after the cooldown if one is asked for."""
+def _from_parent(checkpoint: Path, checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that `checkpoint` is of, with a length that ends after the cooldown if one is given."""
     step, position = saved_progress(checkpoint)
-    file = checkpoint.resolve().parents[1] / "config.yaml"
-    settings = _read_yaml(file)
-    options = _checked_options(parser, settings, file)
-    options = [option for option in options if option[0] != "--push_to_hub"]  # where the other run is published
-    length = settings.get("sequence_length") or settings.get("n_positions") or ModelSettings().n_positions
+    values = _from_run(checkpoint.resolve().parents[1] / "config.yaml")
+    for name in ("push_to_hub", "hub_model_id"):  # the repository of the other run
+        values.pop(name, None)
     if "cooldown_tokens" in given and "max_tokens" not in given:
-        options.append(["--max_tokens", str(position * length + int(given["cooldown_tokens"][0]))])
+        length = _make_config(values, []).sequence_length
+        values["max_tokens"] = position * length + (checked.optimizer.cooldown_tokens or 0)
     elif "cooldown_steps" in given and "max_steps" not in given:
-        options = [option for option in options if option[0] != "--max_tokens"]
-        options.append(["--max_steps", str(step + int(given["cooldown_steps"][0]))])
-    return options
+        values.pop("max_tokens", None)
+        values["max_steps"] = step + checked.optimizer.cooldown_steps
+    return values
 
 
 def _sizes_of(name: str) -> dict[str, int]:
@@ -217,5 +301,5 @@ def _sizes_of(name: str) -> dict[str, int]:
     try:
         config = read_config(name)
     except UserError as error:
-        raise UserError(f"init_from={name!r}: {first_line(error.__cause__)}") from error
+        raise UserError(f"model_name_or_path={name!r}: {first_line(error.__cause__ or error)}") from error
     return {size: getattr(config, size) for size in MODEL_SIZES}

@@ -1,229 +1,254 @@
-"""The settings of a run, declared once: names, types, defaults and what each of them means."""
+"""The settings of a run: each with its name, type, bounds, default and meaning, declared once.
+
+Names are those of `transformers.TrainingArguments` where it has the setting (docs/training.md has the table).
+"""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from data_prep.common.schema import Count, Positive
 from modeling import PRESETS
 from training.settings.schedule import BatchPlan, Schedule, ScheduleName
 
 QUICKSTART_DATA = "data/quickstart"
-MODEL_SIZES = ("n_layer", "n_embd", "n_head", "n_positions")  # what a checkpoint decides
-NEWEST = "newest"  # what --resume without a path stands for
-START = ("resume", "auto_resume", "override", "preflight")  # settings of a start, not of the run
-# What begins a run, or changes no more than the rounding of its results.
-_HARMLESS = ("preset", "init_from", "attn_implementation", "activation_checkpointing", "micro_batch")
+MODEL_SIZES = ("n_layer", "n_embd", "n_head", "n_positions")  # decided by a checkpoint
+NEWEST = "newest"  # --resume_from_checkpoint without a path
+START = ("resume_from_checkpoint", "auto_resume", "override", "preflight")  # settings of a start, not of the run
+# They begin a run, or change no more than the rounding of its results.
+_HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
-def _field(default: Any, help: str, **options: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, **options})
+def _help(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class ModelSettings:
-    _argument_group_name = "model"
+    """The model and where its weights come from."""
 
-    preset: str | None = _field(None, "published size that the settings below start from: " + ", ".join(PRESETS))
-    init_from: str | None = _field(
+    preset: str | None = _help(None, "published size that the settings below start from: " + ", ".join(PRESETS))
+    model_name_or_path: str | None = _help(
         None, "GPT-2 checkpoint, a folder or a name on the Hub, that gives the sizes below and the weights"
     )
-    n_layer: int = _field(3, "transformer blocks")
-    n_embd: int = _field(192, "width of the residual stream, in channels")
-    n_head: int = _field(3, "attention heads")
-    n_positions: int = _field(256, "longest context of the model, in tokens")
-    dropout: float = _field(0.0, "dropout of embeddings, attention and residual branches; 0 for pre-training")
-    attn_implementation: str = _field(
+    n_layer: Positive = _help(3, "transformer blocks")
+    n_embd: Positive = _help(192, "width of the residual stream, in channels")
+    n_head: Positive = _help(3, "attention heads")
+    n_positions: Positive = _help(256, "longest context of the model, in tokens")
+    dropout: BelowOne = _help(0.0, "dropout of embeddings, attention and residual branches; 0 for pre-training")
+    attn_implementation: str = _help(
         "auto",
         "attention kernel: sdpa, flash_attention_2, flex_attention, eager, ...; auto: eager for short sequences on a "
         "CPU, else sdpa",
-    )
-    activation_checkpointing: Literal["none", "selective", "full"] = _field(
-        "none",
-        "recompute in the backward pass what is not kept for it. selective: all but the results of matrix products and "
-        "attention; full: all but the input of each block",
     )
 
 
 @dataclass
 class DataSettings:
-    _argument_group_name = "data"
+    """The training data and its order."""
 
-    data: list[str] = dataclasses.field(
-        default_factory=lambda: [QUICKSTART_DATA],
-        metadata={
-            "help": "folders made by data_prep.prepare, or hf://datasets/USER/NAME; the default is prepared if missing"
-        },
+    data: Names = _help(
+        [QUICKSTART_DATA],
+        "folders made by data_prep.prepare, or hf://datasets/USER/NAME; the default is prepared if missing",
     )
-    data_weights: list[float] | None = dataclasses.field(
-        default=None,
-        metadata={"help": "share of each data folder in the training tokens, in any unit; by size if not given"},
+    data_weights: list[Annotated[float, Field(gt=0, lt=1e12)]] | None = _help(
+        None, "share of each data folder in the training tokens, in any unit; by size if not given"
     )
-    sequence_length: int | None = _field(None, "tokens in a training sequence; n_positions if not given")
-    order: Literal["shuffled", "sequential"] = _field(
-        "shuffled", "shards and documents permuted anew each epoch, or as they lie on disk"
+    sequence_length: Positive | None = _help(None, "tokens in a training sequence; n_positions if not given")
+    order: Literal["shuffled", "sequential"] = _help(
+        "shuffled", "shards and documents permuted anew each epoch, or in the order on disk"
     )
-    document_mask: bool = _field(False, "keep attention and positions within documents")
+    document_mask: bool = _help(False, "keep attention and positions within documents")
 
 
 @dataclass
 class OptimizerSettings:
-    _argument_group_name = "optimization"
+    """Length of the run, batch, optimizer and schedule."""
 
-    max_steps: int = _field(800, "optimizer steps in the whole run")
-    max_tokens: int | None = _field(None, "tokens in the whole run, in place of max_steps; up to whole steps")
-    batch_tokens: int = _field(2048, "tokens in a step, over all processes and micro-batches")
-    batch_ramp_tokens: int = _field(0, "tokens over which the batch grows linearly to batch_tokens; 0 for no ramp")
-    batch_ramp_start: int | None = _field(None, "tokens in the first step of the ramp; each batch is a multiple of it")
-    micro_batch: int | str = _field(
-        8, "sequences in one forward pass of one process; auto: the most that memory has room for, found at the start"
+    max_steps: Positive = _help(800, "optimizer steps in the whole run")
+    max_tokens: Positive | None = _help(None, "tokens in the whole run, in place of max_steps; up to whole steps")
+    batch_tokens: Positive = _help(2048, "tokens in a step, over all processes and micro-batches")
+    batch_ramp_tokens: Count = _help(0, "tokens over which the batch grows linearly to batch_tokens; 0 for no ramp")
+    batch_ramp_start: Positive | None = _help(
+        None, "tokens in the first step of the ramp; each batch is a multiple of it"
     )
-    optimizer: Literal["adamw", "muon"] = _field(
-        "adamw", "muon: Muon for the matrices of the blocks, AdamW for all else"
+    per_device_train_batch_size: Literal["auto"] | Positive = _help(
+        8, "sequences in one forward pass of one process (micro-batch); auto: the most that fits in memory"
     )
-    learning_rate: float = _field(3e-3, "peak learning rate")
-    muon_learning_rate: float | None = _field(
+    optim: Literal["adamw", "muon"] = _help("adamw", "muon: Muon for the matrices of the blocks, AdamW for all else")
+    learning_rate: PositiveFloat = _help(3e-3, "peak learning rate")
+    muon_learning_rate: PositiveFloat | None = _help(
         None, "of the matrices under Muon, whose updates are scaled to AdamW's size; learning_rate if not given"
     )
-    muon_momentum: float = _field(0.95, "Muon's momentum (Nesterov's)")
-    weight_decay: float = _field(0.1, "decoupled weight decay, on matrices and embeddings only")
-    adam_beta1: float = _field(0.9, "AdamW's beta1")
-    adam_beta2: float = _field(0.95, "AdamW's beta2")
-    adam_epsilon: float = _field(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm")
-    z_loss: float = _field(0.0, "weight of the squared logarithm of the softmax's normalizer in the loss; 0 for none")
-    schedule: ScheduleName = _field(  # noqa: RUF009
-        "cosine", "of the learning rate after its warmup; wsd: stable, then a linear cooldown at the end"
+    muon_momentum: BelowOne = _help(0.95, "Muon's momentum (Nesterov's)")
+    weight_decay: NonNegative = _help(0.1, "decoupled weight decay, on matrices and embeddings only")
+    adam_beta1: BelowOne = _help(0.9, "AdamW's beta1")
+    adam_beta2: BelowOne = _help(0.95, "AdamW's beta2")
+    adam_epsilon: NonNegative = _help(1e-8, "AdamW's epsilon")
+    max_grad_norm: PositiveFloat = _help(1.0, "gradients are scaled down to this norm")
+    z_loss: NonNegative = _help(0.0, "weight of the squared log of the softmax's normalizer in the loss; 0 for none")
+    lr_scheduler_type: ScheduleName = _help(
+        "cosine", "learning rate after the warmup; wsd: stable, then a linear cooldown at the end"
     )
-    warmup_steps: int = _field(40, "steps of linear warmup")
-    warmup_tokens: int | None = _field(None, "tokens of linear warmup, in place of warmup_steps")
-    decay_steps: int | None = _field(None, "steps until cosine or linear end, from the beginning; all if not given")
-    decay_tokens: int | None = _field(None, "tokens until cosine or linear end, in place of decay_steps")
-    cooldown_steps: int = _field(
-        0, "last steps of a wsd run, in which the learning rate falls; with --resume CHECKPOINT: how many to add to it"
+    warmup_steps: Count = _help(40, "steps of linear warmup")
+    warmup_tokens: Count | None = _help(None, "tokens of linear warmup, in place of warmup_steps")
+    decay_steps: Count | None = _help(
+        None, "steps until cosine or linear end, from the beginning; the whole run if not given"
     )
-    cooldown_tokens: int | None = _field(None, "last tokens of a wsd run, in place of cooldown_steps")
-    min_lr_ratio: float = _field(0.1, "learning rate after the decay, as a fraction of the peak")
+    decay_tokens: Count | None = _help(None, "tokens until cosine or linear end, in place of decay_steps")
+    cooldown_steps: Count = _help(
+        0, "last steps of a wsd run, in which the learning rate falls; with a checkpoint of another run: steps to add"
+    )
+    cooldown_tokens: Count | None = _help(None, "last tokens of a wsd run, in place of cooldown_steps")
+    min_lr_ratio: Fraction = _help(0.1, "learning rate after the decay, as a fraction of the peak")
 
 
 @dataclass
 class RunSettings:
-    _argument_group_name = "run"
+    """Where a run is kept, how it starts and ends."""
 
-    run_name: str = _field("quickstart", "the run's folder is RUNS_DIR/RUN_NAME")
-    runs_dir: str = _field("runs", "where runs are kept")
-    resume: str | None = _field(
+    output_dir: str | None = _help(None, "folder of the run; runs/RUN_NAME if not given")
+    run_name: str | None = _help(None, "name of the run for trackers; the last part of output_dir, or quickstart")
+    resume_from_checkpoint: str | None = _help(
         None,
-        "go on from the newest complete checkpoint of this run; with a checkpoint of another run: branch off from "
-        "there; the settings are those of that run unless others are given",
-        nargs="?",
-        const=NEWEST,
+        "continue from the newest complete checkpoint of this run; with a PATH to a checkpoint of another run: branch "
+        "off there; settings that are not given are those of that run",
     )
-    auto_resume: bool = _field(
-        False, "go on from this run's newest checkpoint where there is one: the command that starts it restarts it too"
+    auto_resume: bool = _help(
+        False, "continue from the newest checkpoint if there is one: the same command starts and restarts a run"
     )
-    override: list[str] = dataclasses.field(
-        default_factory=list,
-        metadata={"help": "settings that a resumed run may have changed, though they change its result"},
+    override: list[str] = _help([], "settings that a resumed run may change, though they change its result")
+    preflight: bool = _help(
+        False, "run every part once, in about a minute, report what the run will take, and leave nothing behind"
     )
-    preflight: bool = _field(
-        False, "go through all of it once, in about a minute, say what the run will take, and leave nothing behind"
+    price_per_hour: NonNegative | None = _help(None, "price of all devices together, for preflight's estimate")
+    max_minutes: PositiveFloat | None = _help(None, "end with a checkpoint after this time, as on SIGTERM")
+    seed: Count = _help(1337, "seed of the initial weights, the order of data, dropout and samples")
+    full_determinism: bool = _help(False, "only operations that give the same bits each time, also on a GPU; slower")
+
+
+@dataclass
+class DeviceSettings:
+    """Precision, compilation, memory and communication."""
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = _help(
+        "auto", "auto: that of the Accelerate config if it names one, else bf16 where the hardware is fast at it"
     )
-    price_per_hour: float | None = _field(None, "of all devices together, for what preflight says of the cost")
-    max_minutes: float | None = _field(None, "end with a checkpoint after so long, as on SIGTERM")
-    seed: int = _field(1337, "of the initial weights, the order of data, dropout and samples")
-    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = _field(
-        "auto", "auto: the launch file's if it names one, else bf16 where the hardware is good at it"
+    torch_compile: Literal["auto"] | bool = _help("auto", "torch.compile each block; auto: on CUDA")
+    gradient_checkpointing: Literal["none", "selective", "full"] = _help(
+        "none",
+        "recompute activations in the backward pass. selective: all but the results of matrix products and attention; "
+        "full: all but the input of each block",
     )
-    compile: Literal["auto", "on", "off"] = _field("auto", "torch.compile each block; auto: on CUDA")
-    ddp_timeout: int = _field(3600, "seconds that a process waits for the others, which may still be downloading")
-    gradient_compression: Literal["none", "bf16"] = _field(
-        "none", "precision that data-parallel processes exchange their gradients in; none: float32"
+    gradient_compression: Literal["none", "bf16"] = _help(
+        "none", "precision in which data-parallel processes exchange gradients; none: float32"
     )
-    log_every: int = _field(20, "steps between two lines of progress where there is no terminal")
-    val_every: int = _field(200, "steps between two validations")
-    val_tokens: int = _field(65536, "tokens in a validation, the same ones each time")
-    sample_every: int = _field(400, "steps between two rounds of samples; 0 for none")
-    sample_prompts: list[str] = dataclasses.field(
-        default_factory=lambda: ["def", "import", "class"], metadata={"help": "texts to continue"}
-    )
-    sample_tokens: int = _field(64, "tokens to continue each of them by")
-    hellaswag_every: int = _field(0, "steps between two evaluations on HellaSwag; 0 for none")
-    hellaswag_data: str | None = _field(None, "hellaswag_val.jsonl; downloaded if not given")
-    hellaswag_limit: int | None = _field(None, "only the first so many of its items")
-    hellaswag_rules: list[str] = dataclasses.field(
-        default_factory=lambda: ["completion"], metadata={"help": "to score by: completion, lm_eval or both"}
-    )
-    lm_eval_every: int = _field(0, "steps between two runs of the lm-evaluation-harness; 0 for none")
-    lm_eval_tasks: list[str] = dataclasses.field(
-        default_factory=lambda: ["lambada_openai", "wikitext"], metadata={"help": "its tasks and groups"}
-    )
-    lm_eval_limit: int | None = _field(None, "only the first so many items of each task")
-    save_every: int = _field(400, "steps between two checkpoints; the last step always has one")
-    keep_last: int = _field(2, "checkpoints to keep beside the one with the best validation loss")
-    keep_every: int = _field(0, "keep those of each so many steps as well; 0 for none")
-    deterministic: bool = _field(False, "only operations that give the same bits each time, also on a GPU; slower")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _field(
+    ddp_timeout: Positive = _help(3600, "seconds that a process waits for the others, which may be downloading")
+
+
+@dataclass
+class EvaluationSettings:
+    """Evaluations during a run, and how often they run."""
+
+    eval_steps: Positive = _help(200, "steps between two validations")
+    val_tokens: Positive = _help(65536, "tokens in a validation, the same ones each time")
+    sample_every: Count = _help(400, "steps between two rounds of samples; 0 for none")
+    sample_prompts: list[str] = _help(["def", "import", "class"], "texts to continue")
+    sample_tokens: Positive = _help(64, "tokens to generate for each prompt")
+    hellaswag_every: Count = _help(0, "steps between two evaluations on HellaSwag; 0 for none")
+    hellaswag_data: str | None = _help(None, "hellaswag_val.jsonl; downloaded if not given")
+    hellaswag_limit: Positive | None = _help(None, "only the first N items")
+    hellaswag_rules: Names = _help(["completion"], "rules to score by: completion, lm_eval or both")
+    lm_eval_every: Count = _help(0, "steps between two runs of the lm-evaluation-harness; 0 for none")
+    lm_eval_tasks: Names = _help(["lambada_openai", "wikitext"], "tasks and groups of the harness")
+    lm_eval_limit: Positive | None = _help(None, "only the first N items of each task")
+
+
+@dataclass
+class CheckpointSettings:
+    """When checkpoints are saved, and which are kept."""
+
+    save_steps: Positive = _help(400, "steps between two checkpoints; the last step always has one")
+    save_total_limit: Positive = _help(2, "newest checkpoints to keep, beside the one with the best validation loss")
+    keep_every: Count = _help(0, "also keep the checkpoints of every N steps; 0 for none")
+
+
+@dataclass
+class LoggingSettings:
+    """Progress lines and trackers."""
+
+    logging_steps: Positive = _help(20, "steps between two lines of progress where there is no terminal")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _help(
         "none", "tracker to report to as well; all: those that are installed"
     )
 
 
 @dataclass
 class HubSettings:
-    _argument_group_name = "publishing"
+    """Uploads to the Hub."""
 
-    push_to_hub: str | None = _field(
-        None,
-        "USER/NAME on the Hub, where checkpoints are uploaded to, with a model card, while training goes on; none: "
-        "nowhere",
-    )
-    hub_strategy: Literal["end", "checkpoint", "best", "all"] = _field(
+    push_to_hub: bool = _help(False, "upload checkpoints to the Hub, with a model card, during training")
+    hub_model_id: str | None = _help(None, "USER/NAME of the repository to upload to")
+    hub_strategy: Literal["end", "checkpoint", "best", "all"] = _help(
         "checkpoint",
-        "what to upload. end: the last checkpoint; checkpoint: the newest, whenever the one before it is up; best: "
+        "checkpoints to upload. end: the last; checkpoint: the newest, whenever the upload before it is done; best: "
         "each that is the best so far; all: every one",
     )
-    hub_revisions: bool = _field(False, "tag each of them with its step, as in step_00000500")
-    hub_private_repo: bool = _field(False, "make the repository a private one, if it is not there yet")
-    hub_license: str = _field("mit", "licence that the model card names, as the Hub spells it")
-
-    def __post_init__(self) -> None:
-        if self.push_to_hub == "none":
-            self.push_to_hub = None
+    hub_revisions: bool = _help(False, "tag each of them with its step, as in step_00000500")
+    hub_private_repo: bool = _help(False, "make the repository private, if it does not exist yet")
+    hub_license: str = _help("mit", "licence in the model card, as the Hub spells it")
 
 
 @dataclass
 class DivergenceSettings:
-    _argument_group_name = "when a step goes wrong"
+    """The response to a loss that is not finite, or a spike."""
 
-    on_nonfinite: Literal["skip", "halt", "rollback"] = _field(
+    on_nonfinite: Literal["skip", "halt", "rollback"] = _help(
         "skip",
-        "what to do about a loss or gradient that is not finite, which never gets into the weights. skip: pass over "
-        "the batch; halt: end the run; rollback: go back to the last checkpoint and pass over the batch from there",
+        "for a loss or gradient that is not finite, which never gets into the weights. skip: skip the batch; halt: end "
+        "the run; rollback: go back to the last checkpoint and skip the batch from there",
     )
-    spike_zscore: float = _field(
-        0.0, "go back like that for a loss or gradient norm so many standard deviations above its mean; 0 for never"
+    spike_zscore: NonNegative = _help(
+        0.0, "roll back for a loss or gradient norm this many standard deviations above its mean; 0 for never"
     )
-    spike_window: int = _field(128, "steps that the mean and the standard deviation are of")
-    max_skipped: int = _field(10, "batches to pass over before the run halts")
+    spike_window: Positive = _help(128, "steps that the mean and the standard deviation are taken over")
+    max_skipped: Count = _help(10, "batches to skip before the run halts")
 
 
 @dataclass
 class DebugSettings:
-    _argument_group_name = "looking for what is wrong"
+    """Tools to find errors."""
 
-    overfit_single_batch: bool = _field(False, "train on the first batch again and again: the loss must go to 0")
-    detect_anomaly: bool = _field(False, "stop where a backward pass makes a NaN, and name the operation; slow")
-    profile: bool = _field(False, "record a few of the first steps with torch's profiler, in RUN/profile")
+    overfit_single_batch: bool = _help(False, "train on the first batch again and again: the loss must go to 0")
+    detect_anomaly: bool = _help(False, "stop where a backward pass makes a NaN, and name the operation; slow")
+    profile: bool = _help(False, "record a few of the first steps with torch's profiler, in RUN/profile")
 
 
 @dataclass
 class TrainingConfig:
     """Every setting of a run, by group."""
 
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False, "coerce_numbers_to_str": True}
+
     model: ModelSettings
     data: DataSettings
     optimizer: OptimizerSettings
     run: RunSettings
+    devices: DeviceSettings
+    evaluation: EvaluationSettings
+    checkpointing: CheckpointSettings
+    logging: LoggingSettings
     hub: HubSettings
     divergence: DivergenceSettings
     debug: DebugSettings
@@ -235,7 +260,13 @@ class TrainingConfig:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.run.runs_dir) / self.run.run_name
+        return Path("runs", self.run_name) if self.run.output_dir is None else Path(self.run.output_dir)
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run for trackers."""
+        default = "quickstart" if self.run.output_dir is None else Path(self.run.output_dir).name
+        return default if self.run.run_name is None else self.run.run_name
 
     @property
     def checkpoints(self) -> Path:
@@ -270,19 +301,19 @@ class TrainingConfig:
         }
         in_tokens = any(tokens is not None for _, tokens in pairs.values())
         total = plan.tokens(self.max_steps) if in_tokens else self.max_steps
-        lengths = {}
+        lengths: dict[str, int] = {}
         for name, (steps, tokens) in pairs.items():
-            if tokens is None and steps is None:
-                lengths[name] = total
-            elif tokens is not None:
+            if tokens is not None:
                 lengths[name] = tokens
+            elif steps is None:
+                lengths[name] = total
             elif in_tokens and name == "cooldown":
                 lengths[name] = total - plan.tokens(self.max_steps - steps)
             else:
                 lengths[name] = plan.tokens(steps) if in_tokens else steps
         return Schedule(
-            name=settings.schedule,
-            unit="tokens" if in_tokens else "steps",
+            settings.lr_scheduler_type,
+            "tokens" if in_tokens else "steps",
             total=total,
             min_ratio=settings.min_lr_ratio,
             **lengths,
@@ -290,22 +321,20 @@ class TrainingConfig:
 
     def accumulation_steps(self, batch_tokens: int, num_processes: int) -> int:
         """Micro-batches that each of `num_processes` processes contributes to a step of `batch_tokens`."""
-        return batch_tokens // (int(self.optimizer.micro_batch) * self.sequence_length * num_processes)
+        sequences = batch_tokens // (self.sequence_length * num_processes)
+        return sequences // int(self.optimizer.per_device_train_batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as one flat dictionary: what `config.yaml` holds and any run can be started from."""
-        flat: dict[str, Any] = {}
-        for group in dataclasses.asdict(self).values():
-            flat |= group
-        return flat
+        """All settings as one flat dictionary: the content of `config.yaml`, from which any run can be started."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
-    def deciding(self, mixed_precision: str) -> dict[str, Any]:
-        """The settings that decide the result of a run beside its data, of which `Data.identity` has what counts.
+    def result_affecting_settings(self, mixed_precision: str) -> dict[str, Any]:
+        """The settings that change the result of a run; those of its data are in `Data.identity`.
 
         Args:
-            mixed_precision: the one in use, whatever was asked for.
+            mixed_precision: the one in use, which `auto` stands for.
         """
         settings = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimizer)
-        settings |= {"mixed_precision": mixed_precision, "gradient_compression": self.run.gradient_compression}
+        settings |= {"mixed_precision": mixed_precision, "gradient_compression": self.devices.gradient_compression}
         settings |= {"overfit_single_batch": self.debug.overfit_single_batch}
         return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *MODEL_SIZES)}

@@ -24,19 +24,19 @@ def lower(character) -> str:
 
 
 def words_of(text) -> list[tuple[str, int, int]]:
-    """Each word, lower-cased and without punctuation, and the place of its first and behind its last character."""
-    words, place = [], 0
-    while place < len(text):
-        if text[place].isspace():
-            place += 1
+    """Each word, lower-cased and without punctuation, and the indices of its first character and after its last."""
+    words, index = [], 0
+    while index < len(text):
+        if text[index].isspace():
+            index += 1
             continue
-        end = place
+        end = index
         while end < len(text) and not text[end].isspace():
             end += 1
-        kept = [i for i in range(place, end) if unicodedata.category(text[i])[0] in "LMN"]
+        kept = [i for i in range(index, end) if unicodedata.category(text[i])[0] in "LMN"]
         if kept:
             words.append(("".join(lower(text[i]) for i in kept), kept[0], kept[-1] + 1))
-        place = end
+        index = end
     return words
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_command
 
 from data_prep.common.command_line import UserError
-from data_prep.register import adopt
+from data_prep.register import register
 from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.shards import ShardFile, open_shard
 from data_prep.verify import verify
@@ -115,10 +115,10 @@ def test_damaged_folders_are_refused(own_copy):
 def test_verify_finds_what_reading_the_manifest_does_not(own_copy):
     assert list(verify(own_copy)) == []
     shards = Manifest.read(own_copy).shards
-    for number, (place, value) in enumerate([(777, 5), (778, 601), (779, 600)], start=1):
+    for number, (index, value) in enumerate([(777, 5), (778, 601), (779, 600)], start=1):
         tokens = np.load(own_copy / shards[number].file)
-        assert tokens[place] != value
-        tokens[place] = value
+        assert tokens[index] != value
+        tokens[index] = value
         np.save(own_copy / shards[number].file, tokens)
     (own_copy / "stray.npy").write_bytes(b"")
     Manifest.read(own_copy)
@@ -163,7 +163,7 @@ def test_commands_show_a_folder(own_copy):
 
 
 def test_published_shards_are_used_as_they_are(data_folder, tmp_path):
-    """A folder of llm.c's files and nothing else, taken on."""
+    """Registers a folder of llm.c's files and nothing else."""
     folder = tmp_path / "retrieval"  # a name with `val` in it, as those of the files
     folder.mkdir()
     manifest = Manifest.read(data_folder)
@@ -171,38 +171,42 @@ def test_published_shards_are_used_as_they_are(data_folder, tmp_path):
         name = shard.file.replace("npy", "bin").replace("small", "medieval")
         bin_file(folder / name, np.load(data_folder / shard.file))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    adopted = adopt(folder, str(data_folder / "tokenizer"))
+    registered = register(folder, str(data_folder / "tokenizer"))
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.iterdir()}.items()
-    assert Manifest.read(folder) == adopted and list(verify(folder)) == []
+    assert Manifest.read(folder) == registered and list(verify(folder)) == []
     for split in ("train", "val"):
-        assert adopted.tokens(split) == manifest.tokens(split)
-    assert adopted.tokenizer.sha256 == manifest.tokenizer.sha256
+        assert registered.tokens(split) == manifest.tokens(split)
+    assert registered.tokenizer.sha256 == manifest.tokenizer.sha256
     with pytest.raises(UserError, match=r"has a manifest\.json already"):
-        adopt(folder)
+        register(folder)
+    text = (folder / "manifest.json").read_text()
+    assert json.loads(text)["source"]["source"] == "registered"
+    (folder / "manifest.json").write_text(text.replace('"source": "registered"', '"source": "adopted"'))
+    assert Manifest.read(folder).is_registered and not manifest.is_registered, "the name until version 0.2"
 
     # Once more, with the tokenizer beside them: it is taken, and left as it is.
     (folder / "manifest.json").unlink()
     (folder / "tokenizer" / "notes.txt").write_text("mine")
-    assert adopt(folder, "gpt2").tokenizer.sha256 == manifest.tokenizer.sha256
+    assert register(folder, "gpt2").tokenizer.sha256 == manifest.tokenizer.sha256
     assert (folder / "tokenizer" / "notes.txt").read_text() == "mine"
 
 
-def test_what_cannot_be_taken_on_is_refused(data_folder, tmp_path):
+def test_what_cannot_be_registered_is_refused(data_folder, tmp_path):
     tokenizer = str(data_folder / "tokenizer")
     bin_file(tmp_path / "x_val_0.bin", [600, 1])
     with pytest.raises(UserError, match=r"no .npy or .bin files with 'val' and with 'train'"):
-        adopt(tmp_path, tokenizer)
+        register(tmp_path, tokenizer)
     bin_file(tmp_path / "x_train_1.bin", [600, 601])
     with pytest.raises(UserError, match=r"its largest id is 601, and those of tokenizer .* end at 600"):
-        adopt(tmp_path, tokenizer)
+        register(tmp_path, tokenizer)
     for name in ("x_val_0.bin", "x_train_1.bin"):
         bin_file(tmp_path / name, [3, 7])
     with pytest.raises(UserError, match="none of the shards has id 600 in it, with which tokenizer"):
-        adopt(tmp_path, tokenizer)
+        register(tmp_path, tokenizer)
     np.save(tmp_path / "x_train_2.npy", np.array([600, 7], dtype=np.uint16))
     with pytest.raises(UserError, match="shards of several kinds"):
-        adopt(tmp_path, tokenizer)
+        register(tmp_path, tokenizer)
     np.save(tmp_path / "x_test_2.npy", np.array([600, 7], dtype=np.uint16))
     with pytest.raises(UserError, match=r"x_test_2\.npy: the name of a shard says either 'val' or 'train'"):
-        adopt(tmp_path, tokenizer)
+        register(tmp_path, tokenizer)
     assert not (tmp_path / "manifest.json").exists()

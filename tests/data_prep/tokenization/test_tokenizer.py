@@ -83,19 +83,19 @@ def hard_characters(rng, count) -> str:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 5000])
 def test_chunks_have_the_ids_of_the_whole(tokenizers, size):
-    """Cut anywhere that has a place to cut, in text full of places that must not be cut."""
+    """Cuts wherever that is allowed, in text full of positions that must not be cut."""
     ours, _ = tokenizers
     rng = random.Random(size)
     cut = 0
     for text in [hard_characters(rng, 300) for _ in range(100)] + [hard_characters(rng, 30_000)]:
         pieces = list(chunks(text, size))
         assert "".join(pieces) == text and all(0 < len(piece) <= size for piece in pieces)
-        places = {i for i in range(1, len(text)) if text[i] in " \n" and not text[i - 1].isspace()}
+        allowed = {i for i in range(1, len(text)) if text[i] in " \n" and not text[i - 1].isspace()}
         cuts = list(itertools.accumulate(map(len, pieces[:-1]), initial=0))
         forced = [
-            stop for start, stop in itertools.pairwise(cuts) if not places & {*range(start + 1, start + size + 1)}
+            stop for start, stop in itertools.pairwise(cuts) if not allowed & {*range(start + 1, start + size + 1)}
         ]
-        assert {*cuts[1:]} - {*forced} <= places
+        assert {*cuts[1:]} - {*forced} <= allowed
         if len(pieces) > 1 and not forced:
             cut += 1
             ids = [number for piece in pieces for number in ours.encode([piece])[1:]]

@@ -21,19 +21,9 @@ STEP = 10
 @pytest.fixture(scope="module")
 def card(train, swag_file, tmp_path_factory) -> tuple[ModelCard, dict, str]:
     """The card of the checkpoint of step 10 of 20, and the metrics of its run."""
-    flags = [
-        "--max_steps",
-        "20",
-        "--save_every",
-        "10",
-        "--val_every",
-        "5",
-        "--sample_every",
-        "10",
-        "--sample_tokens",
-        "4",
-    ]
-    run = train("carded", *flags, "--hellaswag_every", "10", "--hellaswag_data", swag_file, "--hellaswag_limit", "4")
+    words = "--max_steps 20 --save_steps 10 --eval_steps 5 --sample_every 10 --sample_tokens 4 --hellaswag_every 10"
+    flags = [*words.split(), "--hellaswag_data", swag_file, "--hellaswag_limit", "4"]
+    run = train("carded", *flags)
     scores = {"wikitext": {"alias": "wikitext", "word_perplexity,none": 33.25, "word_perplexity_stderr,none": "N/A"}}
     for step in (STEP, 20):
         results = {"results": scores} if step == STEP else {"results": {"wikitext": {"word_perplexity,none": 99.0}}}

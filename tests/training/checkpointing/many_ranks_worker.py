@@ -30,7 +30,7 @@ def main() -> None:
         assert accelerator.num_processes == WORLD_SIZE and accelerator.process_index == RANK
         model = make_model()
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optimizer=kind)))
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optim=kind)))
         for name, parameter in model.named_parameters():
             rows = -(-shapes[name][0] // WORLD_SIZE)  # of a rank, as long as there are any
             mine = min(max(shapes[name][0] - RANK * rows, 0), rows)

@@ -1,4 +1,4 @@
-"""One of two gloo processes that go through steps of training as Accelerate prepares it; started by test_sharded.py.
+"""One of two gloo processes that run training steps as Accelerate prepares it; started by test_sharded.py.
 
     torchrun --nproc_per_node 2 sharded_worker.py RESULTS.json
 
@@ -58,7 +58,7 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
     model = make_model()
     if compiled:
         compile_blocks(model)
-    optimizer = make_optimizer(model, OptimizerSettings(optimizer=kind, learning_rate=1e-2))
+    optimizer = make_optimizer(model, OptimizerSettings(optim=kind, learning_rate=1e-2))
     model, optimizer = accelerator.prepare(model, optimizer)
     assert isinstance(model, FSDPModule) == (strategy == "fsdp2")
     losses = []

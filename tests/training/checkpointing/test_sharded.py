@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 
 @pytest.fixture(scope="module")
 def environment():
-    """What `accelerate launch --config_file accelerate_configs/fsdp2.yaml` tells the processes, which are on a CPU."""
+    """The environment that `accelerate launch --config_file accelerate_configs/fsdp2.yaml` gives the processes, which are on a CPU."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -32,7 +32,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def found(environment, tmp_path_factory):
-    """What the worker has found, by strategy, optimizer and precision."""
+    """The results of the worker, by strategy, optimizer and precision."""
     file = tmp_path_factory.mktemp("sharded") / "found.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run_command(*launcher, WORKER, file, cwd=file.parent, env=environment)
@@ -84,10 +84,19 @@ def test_collectives_of_a_step(found):
 
 def test_a_sharded_run_and_one_process_resume_each_other(environment, data_folder, swag_file, tmp_path):
     """The whole trainer: the losses of one process whoever begins; evaluations; checkpoints with one head in them."""
-    words = ["--data", data_folder, *TINY_MODEL, "--optimizer", "muon", "--learning_rate", "1e-2", "--auto_resume"]
-    words += ["--mixed_precision", "no", "--order", "sequential", "--batch_tokens", "512", "--micro_batch", "4"]
-    words += ["--val_tokens", "2048", "--val_every", "2", "--save_every", "3", "--keep_last", "9"]
-    words += ["--sample_every", "4", "--sample_tokens", "4", "--warmup_steps", "1", "--schedule", "constant"]
+    words = ["--data", data_folder, *TINY_MODEL, "--optim", "muon", "--learning_rate", "1e-2", "--auto_resume"]
+    words += [
+        "--mixed_precision",
+        "no",
+        "--order",
+        "sequential",
+        "--batch_tokens",
+        "512",
+        "--per_device_train_batch_size",
+        "4",
+    ]
+    words += ["--val_tokens", "2048", "--eval_steps", "2", "--save_steps", "3", "--save_total_limit", "9"]
+    words += ["--sample_every", "4", "--sample_tokens", "4", "--warmup_steps", "1", "--lr_scheduler_type", "constant"]
     words += ["--hellaswag_every", "4", "--hellaswag_data", swag_file, "--override", "max_steps"]
     planted = environment | {"PLANT": pickle.dumps(sharded).hex()}
 

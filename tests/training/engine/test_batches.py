@@ -89,8 +89,8 @@ def test_a_batch_is_a_sample_of_the_whole_of_a_small_corpus(data_folder):
     ordered = sequences(data_folder)
     per_epoch = ordered.stream.tokens_per_epoch // T
     for position in range(0, per_epoch - 64, 64):
-        places = sorted(ordered.index(p) for p in range(position, position + 64))
-        assert max(np.diff([0, *places, per_epoch])) < per_epoch / 5
+        indices = sorted(ordered.index(p) for p in range(position, position + 64))
+        assert max(np.diff([0, *indices, per_epoch])) < per_epoch / 5
     follows = [ordered.index(p + 1) == ordered.index(p) + 1 for p in range(1000)]
     assert sum(follows) < 50
 
@@ -125,7 +125,7 @@ def counted_folder(tmp_path_factory):
     shards.insert(0, Shard("val.npy", "val", T + 1, T + 1, f"{7:064}"))
     tokenizer = TokenizerRecord("counted", 1880 * T + 1, 1880 * T, hashlib.sha256(b"{}").hexdigest())
     longest = max(shard.tokens for shard in shards)
-    Manifest(SourceRecord("adopted"), tokenizer, "npy", "uint32", longest, 1, shards=shards).write(folder)
+    Manifest(SourceRecord("registered"), tokenizer, "npy", "uint32", longest, 1, shards=shards).write(folder)
     return folder
 
 
@@ -168,7 +168,7 @@ def test_ranks_share_a_global_batch(data_folder, processes):
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_validation_is_shared_out_evenly_and_whole(data_folder, processes, batch_size):
     val = batches(data_folder, split="val", order="sequential")
-    shares = [list(val.shared_out(10, batch_size, rank, processes)) for rank in range(processes)]
+    shares = [list(val.for_rank(10, batch_size, rank, processes)) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
     counted = [
         tuple(row.tolist())

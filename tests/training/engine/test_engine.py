@@ -1,4 +1,4 @@
-"""What makes the step fast or small must not change what it computes."""
+"""Options that make a step fast or small do not change its result."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +137,7 @@ class Calls(TorchDispatchMode):
 
 
 class Waits(TorchDispatchMode):
-    """What makes the host wait for a device: operations whose result, or its size, is a number on the host."""
+    """Operations that make the host wait for a device: operations whose result, or its size, is a number on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,13 +155,13 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_step_never_waits_for_the_device(optimizer, attention):
+def test_a_step_never_waits_for_the_device(optim, attention):
     """Not for the mask of documents either, nor to hear whether the gradients are finite."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     model = make_model(attn_implementation=attention)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optimizer=optimizer)))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optim=optim)))
     batch = batches(1)[0]
     batch["position_ids"] = torch.arange(LENGTH).expand_as(batch["input_ids"]) % 10
     with Waits() as waits:
@@ -202,7 +202,7 @@ def test_muon_is_torchs():
 def test_a_gradient_that_is_not_finite_changes_nothing(kind):
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     model = make_model()
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optimizer=kind)))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optim=kind)))
     good, bad = batches(2)
     training_step(accelerator, model, optimizer, [good], max_grad_norm=1.0)
     before = [tensor.clone() for tensor in (*model.parameters(), *values(optimizer))]
@@ -220,13 +220,13 @@ def values(optimizer):
 
 def test_an_optimizer_that_would_take_any_gradient_is_refused(monkeypatch):
     monkeypatch.setattr("training.engine.optimizer.AdamW", lambda *groups, fused, **options: AdamW(*groups, **options))
-    with pytest.raises(TypeError, match="AdamW does not act on found_inf"):
+    with pytest.raises(TypeError, match="AdamW ignores found_inf"):
         make_optimizer(make_model(), OptimizerSettings())
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
     model = make_model()
-    optimizer = make_optimizer(model, OptimizerSettings(optimizer="muon", muon_learning_rate=0.2, learning_rate=0.1))
+    optimizer = make_optimizer(model, OptimizerSettings(optim="muon", muon_learning_rate=0.2, learning_rate=0.1))
     names = {id(p): name for name, p in model.named_parameters()}
     by_muon = {names[id(p)] for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
     matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -241,7 +241,7 @@ def test_muons_update_is_of_adamws_size():
     root mean square of 0.2; torch's five iterations come within a third of orthogonal."""
     model = make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, OptimizerSettings(optimizer="muon", learning_rate=0.01, weight_decay=0.5))
+    optimizer = make_optimizer(model, OptimizerSettings(optim="muon", learning_rate=0.01, weight_decay=0.5))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -269,9 +269,9 @@ def test_the_largest_micro_batch_is_what_no_process_runs_out_of_memory_with(most
         def all_agree(answer):
             answers[most] = answer
             all_there.wait()
-            agreed = all(answers.values())
+            answer = all(answers.values())
             all_there.wait()
-            return agreed
+            return answer
 
         return largest_micro_batch(attempt, sizes, torch.device("cpu"), all_agree)
 
@@ -286,5 +286,5 @@ def test_a_model_that_memory_has_no_room_for_is_refused():
     def attempt(size):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match="no room for 1 sequence; take a smaller model"):
+    with pytest.raises(UserError, match="no memory for 1 sequence; take a smaller model"):
         largest_micro_batch(attempt, [1, 2], torch.device("cpu"), lambda answer: answer)

@@ -48,7 +48,7 @@ DEVICE = {
 
 
 def cuda_code(function, *arguments: torch.Tensor) -> str:
-    """What inductor makes of a function for an H100."""
+    """The code of inductor for a function on an H100."""
     from torch._inductor import config
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table

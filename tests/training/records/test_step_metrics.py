@@ -1,10 +1,10 @@
-"""The meter on a stream that is simulated: a device that works behind the host, and two clocks."""
+"""The step timer on a simulated stream: a device that works behind the host, and two clocks."""
 
 import pytest
 import torch
 
 from training.records import step_metrics
-from training.records.step_metrics import Meter
+from training.records.step_metrics import StepTimer
 
 
 class Stream:
@@ -14,7 +14,7 @@ class Stream:
         self.host = self.done = 0.0
 
     def enqueue(self, seconds):
-        """The host gives the device something to do, and goes on."""
+        """The host gives the device work, and continues."""
         self.done = max(self.done, self.host) + seconds
 
     def wait(self):
@@ -43,13 +43,14 @@ def stream(monkeypatch):
 
 
 def launch(steps, step, loss=1.0, stop=0.0):
-    numbers = torch.tensor([[loss, 0.0, 0.01, 5e9, stop], [loss + 1, 0.0, 0.03, 7e9, 0.0]])
+    names = ["loss", "z_loss", "grad_norm", "data_wait", "memory_bytes", "stop"]
+    by_rank = torch.tensor([[loss, 0.0, 2.0, 0.01, 5e9, stop], [loss + 1, 0.0, 2.0, 0.03, 7e9, 0.0]])
     about = {"step": step, "batch": (0, 1), "tokens": 0, "batch_tokens": 1000, "learning_rate": 0.1}
-    return steps.launch(torch.tensor(2.0), numbers, **about)
+    return steps.launch(names, by_rank, **about)
 
 
 def test_the_throughput_of_each_step_is_right_before_and_after_evaluations(stream):
-    steps, seconds, seen = Meter(torch.device("cpu")), [0.5, 0.1, 0.2, 0.3, 0.2, 0.4], {}
+    steps, seconds, seen = StepTimer(torch.device("cpu")), [0.5, 0.1, 0.2, 0.3, 0.2, 0.4], {}
 
     def finish(done):
         if done is not None:
@@ -75,7 +76,7 @@ def test_the_throughput_of_each_step_is_right_before_and_after_evaluations(strea
 
 def test_the_host_does_not_wait_for_the_step_behind(stream):
     """It reads a step's numbers when that one is done, with the next one's work still before it."""
-    steps = Meter(torch.device("cpu"))
+    steps = StepTimer(torch.device("cpu"))
     for step in range(2):
         steps.begin()
         stream.enqueue(1.0)
@@ -84,12 +85,12 @@ def test_the_host_does_not_wait_for_the_step_behind(stream):
     assert (stream.host, stream.done) == (1.0, 2.0)
 
 
-def test_numbers_of_all_processes(stream):
-    steps = Meter(torch.device("cpu"))
+def test_metrics_of_all_ranks(stream):
+    steps = StepTimer(torch.device("cpu"))
     steps.begin()
     stream.enqueue(2.0)
     assert launch(steps, 0, stop=1.0) is None
     metrics, stop = steps.take().finish()
     assert stop and steps.take() is None
-    assert metrics["loss"] == 1.5 and metrics["grad_norm"] == 2.0
+    assert metrics["loss"] == 1.5 and next(iter(metrics)) == "loss" and metrics["grad_norm"] == 2.0
     assert metrics["data_wait"] == pytest.approx(0.01) and metrics["memory_bytes"] == 7e9

@@ -8,16 +8,16 @@ from forks import begin
 
 from data_prep.common.command_line import UserError
 from training.resilience.disk_space import checkpoints_kept, room_for_checkpoints
-from training.resilience.preflight import Findings, forecast
+from training.resilience.preflight import PreflightResult, forecast
 from training.settings.parsing import parse_config
 
 
 def test_it_says_what_a_run_will_take_and_leaves_nothing(data_folder, swag_file, tmp_path):
     flags = ["--data", data_folder, *TINY_MODEL, "--batch_tokens", "512", "--mixed_precision", "no", "--preflight"]
-    flags += ["--hellaswag_every", "5", "--hellaswag_data", swag_file, "--price_per_hour", "3600", "--deterministic"]
+    flags += ["--hellaswag_every", "5", "--hellaswag_data", swag_file, "--price_per_hour", "3600", "--full_determinism"]
     code, text = begin(flags, tmp_path).ended()
     assert code == 0, text
-    assert "preflight   all of it works: steps, a validation, HellaSwag, a checkpoint there and back" in text
+    assert "preflight   every part works: steps, each evaluation, a checkpoint written and read" in text
     assert "parameters  45,728" in text and "steps       800: 409,600 tokens" in text
     hours, speed, cost = re.search(r"time +([\d.]+) hours .* at ([\d,]+) tokens/s, ([\d,.]+) at 3600 an", text).groups()
     assert float(cost.replace(",", "")) == pytest.approx(409600 / float(speed.replace(",", "")), rel=0.01)
@@ -32,16 +32,25 @@ def test_a_model_that_cannot_be_made_leaves_nothing_either(data_folder, tmp_path
 
 def test_the_room_that_checkpoints_need(tmp_path):
     """Those to keep, the best, the one that is being written; never more than are made."""
-    common = ["--runs_dir", str(tmp_path), "--max_steps", "1000", "--save_every", "100", "--keep_last", "3"]
+    common = [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "1000",
+        "--save_steps",
+        "100",
+        "--save_total_limit",
+        "3",
+    ]
     assert checkpoints_kept(parse_config(common)) == 5
     assert checkpoints_kept(parse_config([*common, "--keep_every", "500"])) == 7
-    config = parse_config([*common, "--save_every", "900"])
+    config = parse_config([*common, "--save_steps", "900"])
     assert checkpoints_kept(config) == 3
     needed, room = room_for_checkpoints(config, 1000)
     assert needed == 3000 < room
     with pytest.raises(UserError, match=r"3 checkpoints of .* GiB take .* GiB, and .* has room for .* GiB; make room"):
         room_for_checkpoints(config, room)
-    findings = Findings(2.0, 1024, 2**30, 2**31, 10**6, 0.5)
+    result = PreflightResult(2.0, 1024, 2**30, 2**31, 10**6, 0.5)
     assert "time        0.44 hours of training at 512 tokens/s\n" in forecast(
-        parse_config([*common, "--max_steps", "800", "--batch_tokens", "1024"]), findings, 7
+        parse_config([*common, "--max_steps", "800", "--batch_tokens", "1024"]), result, 7
     )

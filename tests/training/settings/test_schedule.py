@@ -122,19 +122,19 @@ def test_steps_and_tokens_of_a_plan_are_those_counted_out(plan):
 
 
 def test_lengths_in_tokens_and_steps_may_be_mixed():
-    flags = "--schedule wsd --batch_tokens 1024 --max_steps 100 --warmup_steps 10 --cooldown_tokens 20480"
+    flags = "--lr_scheduler_type wsd --batch_tokens 1024 --max_steps 100 --warmup_steps 10 --cooldown_tokens 20480"
     config = parse_config(flags.split())
     ours = config.schedule
     assert (ours.unit, ours.warmup, ours.total, ours.cooldown) == ("tokens", 10_240, 102_400, 20_480)
-    config = parse_config(["--schedule", "wsd", "--batch_tokens", "1024", "--max_tokens", "102300"])
+    config = parse_config(["--lr_scheduler_type", "wsd", "--batch_tokens", "1024", "--max_tokens", "102300"])
     assert config.max_steps == 100 and config.schedule.unit == "steps"
-    flags = "--schedule wsd --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 4096 --warmup_tokens 500"
-    ramped = parse_config([*flags.split(), "--max_steps", "40", "--cooldown_steps", "5"])
+    flags = "--lr_scheduler_type wsd --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 4096"
+    ramped = parse_config([*flags.split(), "--warmup_tokens", "500", "--max_steps", "40", "--cooldown_steps", "5"])
     assert ramped.schedule.cooldown == 5 * 1024 and ramped.schedule.total == ramped.batch_plan.tokens(40)
 
 
 def test_the_command_shows_the_corners(monkeypatch, capsys, tmp_path):
-    words = ["--schedule", "wsd", "--cooldown_steps", "160", "--plot", str(tmp_path / "a.png")]
+    words = ["--lr_scheduler_type", "wsd", "--cooldown_steps", "160", "--plot", str(tmp_path / "a.png")]
     monkeypatch.setattr("sys.argv", ["schedule", *words])
     main()
     shown = capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""What is evaluated during a run: each evaluation in a file of its own."""

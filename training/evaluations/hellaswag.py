@@ -1,0 +1,37 @@
+"""Accuracy on HellaSwag."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.hellaswag import HellaSwag, read_items
+from training.loop.run import Run
+from training.settings.schema import EvaluationSettings
+
+
+@dataclass
+class HellaSwagEvaluation:
+    """Accuracy under one rule of scoring."""
+
+    every: int
+    task: HellaSwag
+    at_start: bool = True
+    at_checkpoints: bool = False
+
+    @classmethod
+    def prepare(cls, settings: EvaluationSettings, tokenizer: Any) -> list["HellaSwagEvaluation"]:
+        """One evaluation for each rule; none if the run does not evaluate on HellaSwag."""
+        if not settings.hellaswag_every:
+            return []
+        file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
+        items = read_items(file)[: settings.hellaswag_limit]
+        return [
+            cls(settings.hellaswag_every, HellaSwag.prepare(items, rule, tokenizer))
+            for rule in settings.hellaswag_rules
+        ]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """`acc` and `acc_norm`. Collective: the ranks share the items."""
+        result = self.task.evaluate(run.accelerator, run.bare_model)
+        run.log.print(f"step {run.state.step:>6}  HellaSwag ({result.rule}) {result}")
+        return result.metrics()
