@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 
 @pytest.fixture(scope="module")
 def environment():
-    """The environment that `accelerate launch --config_file accelerate_configs/fsdp2.yaml` gives the processes, which are on a CPU."""
+    """The environment of `accelerate launch --config_file accelerate_configs/fsdp2.yaml`, on a CPU."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 

@@ -137,7 +137,7 @@ class Calls(TorchDispatchMode):
 
 
 class Waits(TorchDispatchMode):
-    """Operations that make the host wait for a device: operations whose result, or its size, is a number on the host."""
+    """Operations that make the host wait for a device: their result, or its size, is a number on the host."""
 
     def __init__(self) -> None:
         super().__init__()
