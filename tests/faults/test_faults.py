@@ -265,7 +265,7 @@ def test_one_two_one_processes(command, whole, tmp_path):
     done = launch(
         *command, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted(killed), expect=None
     )
-    assert "from step 3 (saved by 1, now 2: the same batches, losses but for rounding)" in done.stdout
+    assert "from step 3 (saved by 1, now 2: same batches, losses equal up to rounding)" in done.stdout
     assert re.search(r"exitcode +: -9", done.stderr)
     last = begin(command, tmp_path).finished("run")
     assert "from step 6 (saved by 2, now 1" in last.stdout

@@ -31,7 +31,7 @@ def test_a_line_that_is_none_does_not_make_a_run_unresumable(run, tmp_path, line
         (run / name).write_text("".join([*lines[:3], line + "\n", *lines[3:]]))
     resumed = begin(["--run_name", "tiny", "--resume_from_checkpoint", *MORE], tmp_path).finished("tiny")
     assert len(resumed.losses()) == 22
-    assert ("unreadable lines are left out" in resumed.stdout) == bool(line.strip())
+    assert ("unreadable lines are skipped" in resumed.stdout) == bool(line.strip())
 
 
 def test_a_setting_of_another_version_is_one_line(run, tmp_path):
@@ -42,7 +42,7 @@ def test_a_setting_of_another_version_is_one_line(run, tmp_path):
         ["--resume_from_checkpoint", run / "checkpoints" / "step_00000020"],
     ):
         code, text = begin([*words, *MORE], tmp_path).ended()
-        assert code == 2 and "config.yaml: unknown '--rotary'; it was written by another version" in text, text
+        assert code == 2 and "config.yaml: unknown 'rotary'; it was written by another version" in text, text
         assert text.count("\n") == 1
 
 
