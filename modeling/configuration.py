@@ -14,8 +14,11 @@ _UNSUPPORTED = {
 
 class GPTConfig(GPT2Config):
     """Configuration of `GPTModel`: `transformers.GPT2Config` without dropout. It loads any `gpt2` configuration, and is
-    saved as one that names `GPT2LMHeadModel`. Raises `ValueError` for a size below 1, an `n_embd` that is not a multiple
-    of `n_head`, and an unsupported field."""
+    saved as one that names `GPT2LMHeadModel`.
+
+    Raises:
+        ValueError: for a size below 1, an `n_embd` that is not a multiple of `n_head`, and an unsupported field.
+    """
 
     resid_pdrop: float | int = 0.0
     embd_pdrop: float | int = 0.0

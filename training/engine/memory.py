@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -24,10 +24,10 @@ _KEPT = (
 _SPARE = 0.1  # of the memory: steps differ
 
 
-def checkpoint_activations(model: GPTModel, kind: Literal["selective", "full"]) -> None:
+def checkpoint_activations(model: GPTModel, selective: bool) -> None:
     """Makes the blocks recompute activations in the backward pass (arXiv:1604.06174)."""
     options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
+    if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     # Renamed between the versions of transformers that this runs with.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)

@@ -47,7 +47,7 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
         raise UserError(f"cannot make the model{where}: {' '.join(str(error).split())}") from error
     devices = config.devices
     if devices.gradient_checkpointing != "none":
-        checkpoint_activations(model, devices.gradient_checkpointing)
+        checkpoint_activations(model, selective=devices.gradient_checkpointing == "selective")
     on_cuda = torch.cuda.is_available() and not on_cpu()
     if on_cuda if devices.torch_compile == "auto" else devices.torch_compile:
         compile_blocks(model)

@@ -146,15 +146,19 @@ class DeviceSettings:
         "auto", "auto: that of the Accelerate config if it names one, else bf16 where the hardware is fast at it"
     )
     torch_compile: Literal["auto"] | bool = _help("auto", "torch.compile each block; auto: on CUDA")
-    gradient_checkpointing: Literal["none", "selective", "full"] = _help(
+    gradient_checkpointing: Literal["none", "selective", "full"] | bool = _help(
         "none",
         "recompute activations in the backward pass. selective: all but the results of matrix products and attention; "
-        "full: all but the input of each block",
+        "full, or true: all but the input of each block",
     )
     gradient_compression: Literal["none", "bf16"] = _help(
         "none", "precision in which data-parallel processes exchange gradients; none: float32"
     )
     ddp_timeout: Positive = _help(3600, "seconds that a process waits for the others, which may be downloading")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):  # as in TrainingArguments
+            self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
 
 
 @dataclass

@@ -32,7 +32,7 @@ def expected():
 
 def checkpointed(kind):
     model = make_model(attn_implementation="sdpa")
-    checkpoint_activations(model, kind)
+    checkpoint_activations(model, selective=kind == "selective")
     return model
 
 

@@ -32,6 +32,15 @@ def test_flags_over_file_over_preset_over_defaults(tmp_path):
     assert parse_config(["--preset=gpt2-350m"]).model.n_embd == 1024
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], "none"), (["--gradient_checkpointing"], "full"), (["--gradient_checkpointing", "false"], "none"),
+     (["--gradient_checkpointing", "selective"], "selective")],
+)  # fmt: skip
+def test_gradient_checkpointing_may_be_true_as_in_training_arguments(flags, expected):
+    assert parse_config(flags).devices.gradient_checkpointing == expected
+
+
 def test_written_settings_give_the_same_run_again(tmp_path):
     config = parse_config(["--preset", "gpt3-125m", "--learning_rate", "1e-5", "--sample_prompts", "a b", "c"])
     file = tmp_path / "config.yaml"
