@@ -21,6 +21,7 @@ from data_prep.common.files import write_text
 
 RESULTS = "results.jsonl"
 _MOST_MINUTES = 1440
+_ROOT = Path(__file__).parents[1]  # benchmarks are not installed: `python -m` finds them from here
 # Share of the time of each part; unused time goes to the later parts.
 SHARES = {
     "versions": 0.05,
@@ -49,7 +50,7 @@ def run_part(name: str, out: Path, seconds: float) -> str:
     started = time.monotonic()
     with open(out / f"{name}.log", "wb") as log:
         command = [sys.executable, "-m", "benchmarks.gpu_trial", "--out", str(out), "--part", name]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=_ROOT)
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

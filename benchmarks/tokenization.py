@@ -26,6 +26,7 @@ from data_prep.common.command_line import ArgumentParser, UserError, run
 
 _SHARD_TOKENS = 100_000_000
 _CORES = os.cpu_count() or 1
+_ROOT = Path(__file__).parents[1]  # benchmarks are not installed: `python -m` finds them from here
 
 
 def make_corpus(path: Path, megabytes: int) -> int:
@@ -168,7 +169,7 @@ def measure(name: str, corpus: Path) -> tuple[float, float]:
 
     with tempfile.TemporaryDirectory(dir=corpus.parent) as scratch:
         words = [sys.executable, "-m", "benchmarks.tokenization", "--implementation", name, str(corpus), scratch]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
         peak = 0
         while process.poll() is None:
             peak = max(peak, _tree_memory(psutil.Process(process.pid)))
