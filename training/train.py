@@ -130,10 +130,12 @@ def training_loop(run: Run, step_done: Callable[[], None]) -> None:
                 save(run)
             if run.stopping:
                 break
+            # The first checkpoint of a branch is another run's.
+            saved = saving and (step > first or is_checkpoint(checkpoint_folder(run.checkpoints, step)))
             for evaluation in due:
                 metrics = evaluation.run(run)
                 run.log_metrics(metrics, step)
-                if saving and "val_loss" in metrics:
+                if saved and "val_loss" in metrics:
                     run.state.update_best(metrics["val_loss"])
             if saving and run.accelerator.is_main_process:
                 publish_and_prune(run)
@@ -148,8 +150,8 @@ def training_loop(run: Run, step_done: Callable[[], None]) -> None:
             if run.accelerator.num_processes == 1 and step > first:  # saving needs all ranks
                 save_without_data(run)
             raise UserError(
-                f"step {run.state.step}: {lost}; once it is there again, --resume_from_checkpoint continues from the "
-                f"last checkpoint"
+                f"step {run.state.step}: {lost}; once the data can be read again, --resume_from_checkpoint continues "
+                f"from the last checkpoint"
             ) from lost
 
 

@@ -78,30 +78,12 @@ def test_two_processes_do_not_change_the_losses(tiny_run, train):
 
 
 # Everything that a step's number or position decides: the batch, the learning rates, Muon's momentum, the order.
-RECIPE = [
-    "--order",
-    "shuffled",
-    "--per_device_train_batch_size",
-    "4",
-    "--max_steps",
-    "10",
-    "--eval_steps",
-    "5",
-    "--save_steps",
-    "5",
-]
-RECIPE += ["--optim", "muon", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
-RECIPE += [
-    "--lr_scheduler_type",
-    "wsd",
-    "--warmup_tokens",
-    "1000",
-    "--batch_ramp_start",
-    "256",
-    "--batch_ramp_tokens",
-    "2048",
-]
-RECIPE += ["--batch_tokens", "1024", "--gradient_checkpointing", "selective", "--save_total_limit", "9"]
+FLAGS = (
+    "--order shuffled --per_device_train_batch_size 4 --max_steps 10 --eval_steps 5 --save_steps 5 --save_total_limit 9 "
+    "--optim muon --muon_learning_rate 2e-2 --z_loss 1e-3 --gradient_checkpointing selective "
+    "--lr_scheduler_type wsd --warmup_tokens 1000 --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 2048"
+)
+RECIPE = FLAGS.split()
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +127,7 @@ def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
     rates = [1e-2 * (0.1 + 0.9 * (1 - (tokens - before[0]) / length)) for tokens in before]
     assert [metrics[step]["learning_rate"] for step in range(5, 9)] == pytest.approx(rates)
     assert yaml.safe_load((branch.folder / "config.yaml").read_text())["max_steps"] == 9
+    assert load_state(branch.checkpoints[-1]).best_step is None  # the checkpoint of step 5 is not one of this run
     assert [folder.name for folder in recipe.checkpoints] == ["step_00000005", "step_00000010"]
 
 

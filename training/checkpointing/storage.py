@@ -33,7 +33,7 @@ class RunState:
     Attributes:
         data: `Data.identity`, on which the order of data depends.
         settings: the settings that affect the result.
-        num_processes: that saved the state.
+        num_processes: number of processes that saved it.
         step: optimizer steps done.
         position: training sequences consumed.
         best_val_loss, best_step: the lowest validation loss of a saved checkpoint, in nats per token.

@@ -60,7 +60,7 @@ def print_ending(run: Run) -> None:
         remedy = (
             f"the same command with --resume_from_checkpoint continues from {last}"
             if last.exists()
-            else "no step has been done yet"
+            else "this run has no checkpoint yet"
         )
         print(f"\nstopped after step {run.state.step} ({reason}); {remedy}")
         return
@@ -79,7 +79,7 @@ def print_ending(run: Run) -> None:
         f"last checkpoint  {last}\n"
         f"best checkpoint  {_best_checkpoint(run)}\n"
         f"\nNow try\n"
-        f"  python -m eval.generate {last} --prompt {run.config.evaluation.sample_prompts[0]!r}\n"
+        f"  python -m eval.generate {last} --prompt {next(iter(run.config.evaluation.sample_prompts), '')!r}\n"
         f"  python -m eval.loss {last} --data {run.data.names[0]}\n{longer}"
     )
 

@@ -61,6 +61,7 @@ class RunLog(GeneralTracker):
             file.close()
         self._open(from_step)
         self.pending = {}
+        self.started, self.first_step = time.perf_counter(), from_step
         self.bar.n = from_step
         self.bar.refresh()
 

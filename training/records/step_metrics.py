@@ -20,7 +20,7 @@ class Event(Protocol):
 
 
 class HostEvent:
-    """An event of a device that the host has waited for."""
+    """A time stamp of the host, for devices without events."""
 
     def record(self) -> None:
         self.time = time.perf_counter()
@@ -51,9 +51,9 @@ class LaunchedStep:
     Attributes:
         step: its number, from 0.
         batch: its sequences, as the positions of the first and of the one after the last.
-        tokens: of the run, this step's included.
+        tokens: consumed by the run, this step's included.
         batch_tokens: of this step, over all ranks.
-        learning_rate: AdamW's.
+        learning_rate: of this step; Muon's may have another peak.
         start, end: of the device's work on it.
         by_rank: by the name of each metric its values, `[P]`, one for each rank.
     """

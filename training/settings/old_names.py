@@ -50,6 +50,7 @@ def join_output_dir(values: dict[str, Any]) -> dict[str, Any]:
 def notice(names: Iterable[str], values: dict[str, Any]) -> str | None:
     """One line that says the new names of those that are old; None if there are none."""
     said = [f"{name} is now {RENAMED[name]}" for name in names if name in RENAMED]
+    said = [f"{line} (RUNS_DIR/RUN_NAME)" if line.startswith("runs_dir") else line for line in said]
     if isinstance(repository := values.get("push_to_hub"), str) and "/" in repository:
         said.append(f"push_to_hub {repository} is now push_to_hub with hub_model_id {repository}")
     return "; ".join(said) or None

@@ -27,9 +27,10 @@ from training.checkpointing.storage import load_state
 from training.settings.old_names import RENAMED, join_output_dir, new_name, notice, translate
 from training.settings.schema import MODEL_SIZES, NEWEST, TrainingConfig
 
-_DESCRIPTION = "Train a GPT. Flags go over the file, the file over the preset, the preset over the defaults."
+_DESCRIPTION = "Train a GPT. Flags override the file, the file the preset, the preset the defaults."
 _METAVARS = {int: "N", float: "X", bool: "true|false"}
 _SHOWN = 60  # characters of a value
+_LENGTHS = ("max", "warmup", "decay", "cooldown")  # each in steps or in tokens
 
 
 def read_settings(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
@@ -223,6 +224,8 @@ def _over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
         replaced = {"run_name", "runs_dir"}
     else:
         replaced = {"output_dir"} if {"run_name", "runs_dir"} & upper.keys() else set()
+    # A length in tokens takes precedence over one in steps: a lower one must not hide what is asked for.
+    replaced |= {f"{length}_tokens" for length in _LENGTHS if f"{length}_steps" in upper}
     return {name: value for name, value in lower.items() if name not in replaced} | upper
 
 

@@ -329,7 +329,7 @@ class TrainingConfig:
         return sequences // int(self.optimizer.per_device_train_batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as one flat dictionary: the content of `config.yaml`, from which any run can be started."""
+        """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def result_affecting_settings(self, mixed_precision: str) -> dict[str, Any]:

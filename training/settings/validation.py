@@ -91,18 +91,20 @@ def _data_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
-def _evaluation_problems(run: EvaluationSettings, num_processes: int) -> list[str]:
+def _evaluation_problems(settings: EvaluationSettings, num_processes: int) -> list[str]:
     problems = [
         f"hellaswag_rules: {unknown_name(rule, RULES)}; known: {', '.join(RULES)}"
-        for rule in run.hellaswag_rules
+        for rule in settings.hellaswag_rules
         if rule not in RULES
     ]
-    if run.hellaswag_data is not None and not Path(run.hellaswag_data).is_file():
-        problems.append(f"hellaswag_data={run.hellaswag_data!r}: no such file; leave it out to download it")
-    if run.lm_eval_every and find_spec("lm_eval") is None:
+    if settings.hellaswag_data is not None and not Path(settings.hellaswag_data).is_file():
+        problems.append(f"hellaswag_data={settings.hellaswag_data!r}: no such file; leave it out to download it")
+    if settings.lm_eval_every and find_spec("lm_eval") is None:
         problems.append('lm_eval_every needs the harness; pip install "lm-eval[hf]"')
-    if run.lm_eval_every and run.lm_eval_limit is not None and run.lm_eval_limit < num_processes:
-        problems.append(f"lm_eval_limit={run.lm_eval_limit} leaves some of {num_processes} processes without an item")
+    if settings.lm_eval_every and settings.lm_eval_limit is not None and settings.lm_eval_limit < num_processes:
+        problems.append(
+            f"lm_eval_limit={settings.lm_eval_limit} leaves some of {num_processes} processes without an item"
+        )
     return problems
 
 

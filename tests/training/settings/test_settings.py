@@ -32,6 +32,15 @@ def test_flags_over_file_over_preset_over_defaults(tmp_path):
     assert parse_config(["--preset=gpt2-350m"]).model.n_embd == 1024
 
 
+def test_a_length_in_steps_overrides_one_in_tokens_of_a_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("max_tokens: 20480\nwarmup_tokens: 4096\ncooldown_tokens: 4096\nlr_scheduler_type: wsd\n")
+    assert parse_config([str(file)]).max_steps == 10
+    config = parse_config([str(file), "--max_steps", "30", "--warmup_steps", "3", "--cooldown_steps", "5"])
+    assert config.max_steps == 30
+    assert (config.schedule.unit, config.schedule.warmup, config.schedule.cooldown) == ("steps", 3, 5)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [([], "none"), (["--gradient_checkpointing"], "full"), (["--gradient_checkpointing", "false"], "none"),
