@@ -79,8 +79,8 @@ def test_two_processes_do_not_change_the_losses(tiny_run, train):
 
 # Everything that a step's number or position decides: the batch, the learning rates, Muon's momentum, the order.
 FLAGS = (
-    "--order shuffled --per_device_train_batch_size 4 --max_steps 10 --eval_steps 5 --save_steps 5 --save_total_limit 9 "
-    "--optim muon --muon_learning_rate 2e-2 --z_loss 1e-3 --gradient_checkpointing selective "
+    "--order shuffled --per_device_train_batch_size 4 --max_steps 10 --eval_steps 5 --save_steps 5 "
+    "--save_total_limit 9 --optim muon --muon_learning_rate 2e-2 --z_loss 1e-3 --gradient_checkpointing selective "
     "--lr_scheduler_type wsd --warmup_tokens 1000 --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 2048"
 )
 RECIPE = FLAGS.split()
