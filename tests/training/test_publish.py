@@ -224,7 +224,7 @@ def test_preflight_asks_the_hub(recipe, tmp_path):
     with serve() as hub:
         argv = recipe("asked", "--preflight", "--push_to_hub", "--hub_model_id", "user/asked")
         code, text = begin(argv, tmp_path, online, hub.environment()).ended()
-        assert code == 0 and "a checkpoint there and back, access to user/asked" in text
+        assert code == 0 and "a checkpoint written and read, access to user/asked" in text
         assert not hub.repositories
         hub.role = "read"
         code, text = begin(argv, tmp_path, online, hub.environment()).ended()
