@@ -104,11 +104,11 @@ class Finished:
 
 
 def run_command(
-    *words: str, cwd: Path, expect: int | None = 0, env: dict[str, str] | None = None
+    *words: str, cwd: Path, exit_code: int | None = 0, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """Run a command in a process of its own, and check how it ended; None for any failure."""
     done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    ended_well = done.returncode == expect if expect is not None else done.returncode != 0
+    ended_well = done.returncode == exit_code if exit_code is not None else done.returncode != 0
     assert ended_well, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -118,14 +118,14 @@ def launch(
     cwd: Path,
     launch_file: str = "cpu",
     options: tuple[str, ...] = (),
-    expect: int | None = 0,
+    exit_code: int | None = 0,
     script: str = "training/train.py",
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """`accelerate launch --config_file accelerate_configs/LAUNCH_FILE.yaml SCRIPT FLAGS`, from `cwd`."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     files = ["--config_file", ROOT / "accelerate_configs" / f"{launch_file}.yaml", *options]
-    return run_command(*launcher, *files, ROOT / script, *flags, cwd=cwd, expect=expect, env=env)
+    return run_command(*launcher, *files, ROOT / script, *flags, cwd=cwd, exit_code=exit_code, env=env)
 
 
 @pytest.fixture(scope="session")

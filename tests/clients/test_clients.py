@@ -221,5 +221,5 @@ def test_vllm(gpt2_checkpoint, tmp_path):  # it has no kernel for narrow heads
     (tmp_path / "run.py").write_text(program)
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     words = [sys.executable, "run.py", gpt2_checkpoint, PROMPT, NEW_TOKENS]
-    said = run_command(*words, cwd=tmp_path, env=environment).stdout
-    assert f"tokens {' '.join(map(str, greedy))}" in said
+    output = run_command(*words, cwd=tmp_path, env=environment).stdout
+    assert f"tokens {' '.join(map(str, greedy))}" in output

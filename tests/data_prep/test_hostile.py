@@ -259,15 +259,15 @@ def guarded(folder: Path):
 
 @pytest.mark.processes
 def test_a_password_in_an_address_is_written_nowhere(short_steps, data_folder, text_files, tmp_path):
-    """Nor said: in the data folder, the run, its report and its card, and messages."""
+    """Not printed or written either: in the data folder, the run, its report and its card, and messages."""
     served = tmp_path / "served"
     served.mkdir()
     lines = [json.dumps({"text": path.read_text()}) for path in sorted(text_files.iterdir())]
     (served / "x.jsonl").write_text("\n".join(lines) + "\n")
     with guarded(served) as address:
         flags = ["data", "--source", f"{address}/x.jsonl", "--tokenizer", data_folder / "tokenizer"]
-        code, said = begin_command("data_prep.prepare", [*flags, "--shard_tokens", "20000"], tmp_path).ended()
-        assert code == 0, said
+        code, output = begin_command("data_prep.prepare", [*flags, "--shard_tokens", "20000"], tmp_path).ended()
+        assert code == 0, output
         code, refused = begin_command("data_prep.prepare", ["other", *map(str, flags[1:3]), "--text_column", "x"],
                                       tmp_path).ended()  # fmt: skip
         assert code == 2 and "error: " in refused
@@ -282,7 +282,7 @@ def test_a_password_in_an_address_is_written_nowhere(short_steps, data_folder, t
     (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
     card = model_card(read_run(tmp_path / "runs" / "run"), 2, checkpoint, "user/x", "mit", [])
     assert "http://***@127.0.0.1" in card
-    assert not [text for text in (said, refused, missing, trained, card) if SECRET in text]
+    assert not [text for text in (output, refused, missing, trained, card) if SECRET in text]
     shutil.rmtree(served)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
@@ -308,7 +308,7 @@ def test_names_that_are_not_text_are_refused_in_one_line(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     (tmp_path / name).mkdir()
     (tmp_path / name / "a.txt").write_text("some text")
-    done = run_command(sys.executable, "-m", "data_prep.prepare", "data", "--source", name, cwd=tmp_path, expect=2,
+    done = run_command(sys.executable, "-m", "data_prep.prepare", "data", "--source", name, cwd=tmp_path, exit_code=2,
                        env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert "is not UTF-8 text" in done.stderr and done.stderr.count("\n") == 1
     (tmp_path / "texts").mkdir()

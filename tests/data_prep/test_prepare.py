@@ -320,7 +320,7 @@ def test_a_full_disk_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
         "from data_prep.common.command_line import run; run(prepare.main)"
     )
     words = command_line(corpus, tmp_path / "data")
-    done = run_command(sys.executable, "-c", program, *words, cwd=ROOT, expect=2)
+    done = run_command(sys.executable, "-c", program, *words, cwd=ROOT, exit_code=2)
     assert "the disk is full" in done.stderr and "the next shard takes 0 MB and all that is left about" in done.stderr
     assert "goes on after the 3 shards that are finished" in done.stderr and done.stderr.count("\n") == 1
     assert not list((tmp_path / "data").glob("*.tmp")) and len(Manifest.load(tmp_path / "data").shards) == 3
@@ -433,11 +433,11 @@ def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
     killed = tmp_path / "killed.py"
     killed.write_text(KILLED)
 
-    def command(folder, *more, words=("-m", "data_prep.prepare"), expect=0):
+    def command(folder, *more, words=("-m", "data_prep.prepare"), exit_code=0):
         home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
         words = [sys.executable, *words, tmp_path / folder / "data", *flags, *more]
-        return run_command(*words, cwd=ROOT, env=environment, expect=expect)
+        return run_command(*words, cwd=ROOT, env=environment, exit_code=exit_code)
 
     def read() -> set[str]:
         return {r.rpartition("/")[2] for r in requests if r.startswith("GET") and "resolve" in r and "parquet" in r}
@@ -446,7 +446,7 @@ def test_a_stream_of_the_hub_goes_on_where_it_was(corpus, tmp_path):
         command("one")
         assert len(read()) == 3
         total = len(Manifest.load(tmp_path / "one" / "data").shards)
-        command("two", "fsync", str(total + total // 4), words=[killed], expect=-signal.SIGKILL)
+        command("two", "fsync", str(total + total // 4), words=[killed], exit_code=-signal.SIGKILL)
         position = Manifest.load(tmp_path / "two" / "data").unfinished
         assert position.file == 1 and position.record + position.tokens > 0
         requests.clear()
@@ -487,7 +487,7 @@ def test_a_network_that_fails_is_tried_again(capsys):
     corpus = Source("unreliable://corpus/a.jsonl").resolve()
     blocks = list(corpus.blocks(Cursor(), retry_delays=(0, 0)))
     assert [text.split()[0] for block in blocks for text in block.texts] == [str(i) for i in range(1000)]
-    assert "timed out; attempt 2 in 0 s" in (said := capsys.readouterr().err) and "attempt 3" in said
+    assert "timed out; attempt 2 in 0 s" in (output := capsys.readouterr().err) and "attempt 3" in output
 
     Unreliable.fails = iter([True] * 10)
     with pytest.raises(UserError, match=r"the network fails \(timed out\), 3 times in a row"):
@@ -507,6 +507,6 @@ def test_commands_say_it_in_one_line(tmp_path):
         (["out", "--source", "a.txt", "--workers", "0"], "error: workers=0 must be at least 1"),
     ):
         command = [sys.executable, "-m", "data_prep.prepare", *words]
-        done = run_command(*command, cwd=tmp_path, expect=2, env=environment)
+        done = run_command(*command, cwd=tmp_path, exit_code=2, env=environment)
         assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists()

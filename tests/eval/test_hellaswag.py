@@ -229,7 +229,7 @@ def test_items_come_from_the_hub_or_else_from_their_address(tmp_path):
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         url = f"{endpoint}/datasets/someone/swag/resolve/main/x.jsonl"
         sources = ["someone/swag,none", f"someone/other,{url}", f"someone/other,{url}x"]
-        done = run_command(sys.executable, "-c", program, *sources, cwd=ROOT, env=env, expect=2)
+        done = run_command(sys.executable, "-c", program, *sources, cwd=ROOT, env=env, exit_code=2)
     first, second = done.stdout.splitlines()
     assert "from the hub" in first and "'label': '1'" in first and "from its address" in second
     assert done.stderr.startswith("error: HellaSwag: neither the data set someone/other")

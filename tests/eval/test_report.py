@@ -110,7 +110,7 @@ def test_several_runs_are_compared(tiny_run, tmp_path):
 def test_files_of_the_user_are_not_written_over(tiny_run, tmp_path, name):
     (tmp_path / name).write_text("mine")
     command = [sys.executable, "-m", "eval.report", tiny_run.folder, "--output", tmp_path]
-    refused = run_command(*command, cwd=ROOT, expect=2)
+    refused = run_command(*command, cwd=ROOT, exit_code=2)
     assert refused.stderr.count("\n") == 1 and "--output" in refused.stderr
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
     (tmp_path / name).unlink()

@@ -263,7 +263,12 @@ def test_one_two_one_processes(command, whole, tmp_path):
     assert begin(command, tmp_path, killed).ended()[0] == -signal.SIGKILL
     killed = partial(in_step, 4, 1, partial(die_after, checkpoints / "step_00000006"))
     done = launch(
-        *command, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted(killed), expect=None
+        *command,
+        cwd=tmp_path,
+        launch_file="cpu_ddp",
+        script="tests/planted_train.py",
+        env=planted(killed),
+        exit_code=None,
     )
     assert "from step 3 (saved by 1, now 2: same batches, losses equal up to rounding)" in done.stdout
     assert re.search(r"exitcode +: -9", done.stderr)
@@ -292,7 +297,7 @@ NOT_FINITE = "step 4: the loss is nan; the weights are unchanged, sequences 64 t
 def test_what_happens_to_one_rank_is_seen_by_the_other(command, data_folder, tmp_path):
     """A batch that is not finite makes no update on either; an error ends both, with that rank's own message."""
     plant = partial(bad_batch_and_failure, sequence(data_folder, 4 * SEQUENCES + 13))
-    options = {"launch_file": "cpu_ddp", "script": "tests/planted_train.py", "env": planted(plant), "expect": None}
+    options = {"launch_file": "cpu_ddp", "script": "tests/planted_train.py", "env": planted(plant), "exit_code": None}
     done = launch(*command, cwd=tmp_path, **options)
     run = Finished(tmp_path / "runs" / "run", done.stdout)
     assert NOT_FINITE in run.stdout
@@ -397,10 +402,10 @@ def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder
     plant = partial(bad_batch, sequence(data_folder, 4 * SEQUENCES + 13), float("nan"))
     code, text = begin([*command, "--on_nonfinite", "halt"], tmp_path, plant).ended()
     assert code == 2
-    said = text[text.index("error: ") :].splitlines()
-    assert said[0] == "error: step 4: the loss is nan, and on_nonfinite='halt'"
-    assert said[1] == "  layer  the first result that is not finite is that of transformer.h.1.mlp"
-    assert said[2].startswith("  batch  python -m data_prep.inspect ") and said[2].endswith("--sequences 64:80")
-    assert said[3] == "  left   runs/run/checkpoints/step_00000003; --resume_from_checkpoint continues from it"
+    output = text[text.index("error: ") :].splitlines()
+    assert output[0] == "error: step 4: the loss is nan, and on_nonfinite='halt'"
+    assert output[1] == "  layer  the first result that is not finite is that of transformer.h.1.mlp"
+    assert output[2].startswith("  batch  python -m data_prep.inspect ") and output[2].endswith("--sequences 64:80")
+    assert output[3] == "  left   runs/run/checkpoints/step_00000003; --resume_from_checkpoint continues from it"
     code, text = begin([*command, "--max_skipped", "0"], tmp_path, plant).ended()
     assert code == 2 and "step 4: the loss is nan, and max_skipped=0 batches are skipped" in text

@@ -194,7 +194,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_left_there(flags, tmp_path):
 
 
 @pytest.mark.parametrize("copy", ["step_6_keep", "step_00000009_copy", "step_latest", "step_00000006.bak"])
-def test_a_copy_of_a_checkpoint_does_not_make_a_run_go_back(flags, tmp_path, copy):
+def test_a_copy_of_a_checkpoint_does_not_roll_a_run_back(flags, tmp_path, copy):
     run = begin([*flags, "--run_name", "run", "--max_steps", "6"], tmp_path).finished("run")
     last = run.checkpoints[-1]
     if copy == "step_latest":

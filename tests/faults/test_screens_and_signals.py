@@ -61,8 +61,8 @@ def test_a_screen_that_is_gone_does_not_end_a_run(flags, tmp_path, plant):
     run = tmp_path / "runs" / "run"
     assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists() and (run / "report" / "report.md").exists()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    said = [line["message"] for line in lines if "message" in line]
-    assert len(said) == 1 and "stdout is gone (" in said[0] and "the run continues without it" in said[0]
+    output = [line["message"] for line in lines if "message" in line]
+    assert len(output) == 1 and "stdout is gone (" in output[0] and "the run continues without it" in output[0]
     assert sum("loss" in line for line in lines) == 6
 
 

@@ -25,7 +25,7 @@ def as_c_reads_it(content: bytes) -> dict[str, torch.Tensor]:
     return dict(zip(C_FIELDS, values.split(sizes), strict=True))
 
 
-def test_there_and_back(tiny_run, tmp_path, monkeypatch):
+def test_round_trip(tiny_run, tmp_path, monkeypatch):
     """By the command, in float32: bit-identical weights, in a folder that holds nothing else than the first one's."""
     checkpoint = tiny_run.checkpoints[-1]
     monkeypatch.chdir(tmp_path)

@@ -47,10 +47,10 @@ def recipe(data_folder, swag_file):
     return lambda name, *flags: ["--run_name", name, *common, *flags]
 
 
-def command(module: str, *words: object, hub: StandIn, cwd: Path, expect: int = 0) -> str:
+def command(module: str, *words: object, hub: StandIn, cwd: Path, exit_code: int = 0) -> str:
     """The output of `python -m MODULE WORDS`, with the stand-in as the Hub."""
     environment = os.environ | hub.environment() | {"HF_HOME": str(cwd / "cache")}
-    done = run_command(sys.executable, "-m", module, *words, cwd=cwd, env=environment, expect=expect)
+    done = run_command(sys.executable, "-m", module, *words, cwd=cwd, env=environment, exit_code=exit_code)
     return done.stdout + done.stderr
 
 
@@ -153,11 +153,11 @@ def test_what_is_published(recipe, tmp_path):
     run = begin(recipe("done"), tmp_path).finished("done")
     other = begin(recipe("other", "--seed", "5", "--max_steps", "5"), tmp_path).finished("other")
     with serve() as hub:
-        said = command("training.publish", run.folder, hub=hub, cwd=tmp_path, expect=2)
-        assert "has no hub_model_id; name the repository: --hub_model_id USER/NAME" in said
+        output = command("training.publish", run.folder, hub=hub, cwd=tmp_path, exit_code=2)
+        assert "has no hub_model_id; name the repository: --hub_model_id USER/NAME" in output
         to = ["--hub_model_id", "user/done", "--hub_license", "apache-2.0"]
-        said = command("training.publish", run.folder, *to, "--step", "7", hub=hub, cwd=tmp_path, expect=2)
-        assert "step=7: " in said
+        output = command("training.publish", run.folder, *to, "--step", "7", hub=hub, cwd=tmp_path, exit_code=2)
+        assert "step=7: " in output
         config = run.folder / "config.yaml"  # the best is the last, of which its own checkpoint does not know yet
         config.write_text(config.read_text().replace("hub_strategy: checkpoint", "hub_strategy: best"))
         command("training.publish", run.folder, *to, "--hub_private_repo", hub=hub, cwd=tmp_path)
@@ -175,8 +175,8 @@ def test_what_is_published(recipe, tmp_path):
         weights = repository.commits[repository.tags["step_00000005"]]["model.safetensors"]
         assert weights == (other.checkpoints[0] / "model.safetensors").read_bytes()
         checking = [run.folder, "--check", "--hub_model_id", "someone/else"]
-        said = command("training.publish", *checking, hub=hub, cwd=tmp_path, expect=2)
-        assert "the token is that of user, who may write to user" in said
+        output = command("training.publish", *checking, hub=hub, cwd=tmp_path, exit_code=2)
+        assert "the token is that of user, who may write to user" in output
 
 
 def test_what_is_being_uploaded_cannot_be_lost(recipe, tmp_path):
@@ -236,15 +236,15 @@ def test_data_is_used_from_the_hub(data_folder, recipe, tmp_path):
     """Pushed and trained on by its name there: the losses are those of the folder itself."""
     name = "hf://datasets/user/small"
     with serve() as hub:
-        said = command("data_prep.push", data_folder, "user/small", "--license", "mit", hub=hub, cwd=tmp_path)
-        assert f"{name} stands for it" in said
-        card = hub.repositories["datasets/user/small"].commits[said.split()[0].rpartition("/")[2]]["README.md"]
+        output = command("data_prep.push", data_folder, "user/small", "--license", "mit", hub=hub, cwd=tmp_path)
+        assert f"{name} stands for it" in output
+        card = hub.repositories["datasets/user/small"].commits[output.split()[0].rpartition("/")[2]]["README.md"]
         assert b"license: mit" in card and b"training/train.py --data hf://datasets/user/small" in card
         environment = os.environ | hub.environment() | {"HF_HOME": str(tmp_path / "cache")}
         launch(*recipe("far"), "--max_steps", "5", "--data", f"{name}@main", cwd=tmp_path, env=environment)
         assert "is whole" in command("data_prep.verify", name, hub=hub, cwd=tmp_path)
-        said = command("data_prep.verify", f"{name}er", hub=hub, cwd=tmp_path, expect=2)
-        assert said == "error: user/smaller: no such dataset on the Hub, or one that is not for you\n"
+        output = command("data_prep.verify", f"{name}er", hub=hub, cwd=tmp_path, exit_code=2)
+        assert output == "error: user/smaller: no such dataset on the Hub, or one that is not for you\n"
     far = Finished(tmp_path / "runs" / "far", "")
     near = begin([*recipe("near"), "--max_steps", "5"], tmp_path).finished("near")
     assert far.losses() == near.losses()

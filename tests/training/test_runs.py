@@ -375,6 +375,6 @@ def test_a_launch_that_cannot_be_had_is_refused(data_folder, tmp_path, launch_fi
         "--per_device_train_batch_size",
         "8",
     ]
-    done = launch(*flags, cwd=tmp_path, launch_file=launch_file, options=options, expect=None)
+    done = launch(*flags, cwd=tmp_path, launch_file=launch_file, options=options, exit_code=None)
     assert f"error: {message}" in done.stderr
     assert not list(tmp_path.iterdir())

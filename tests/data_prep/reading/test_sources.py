@@ -208,7 +208,7 @@ def test_bad_conditions(tmp_path, where, message):
 
 
 def test_cut_off_files(tmp_path, long_files):
-    """A download that broke off is said, not taken for the end."""
+    """A broken download is reported, not read as the end."""
     for name, message in (
         ("b.jsonl.gz", "b.jsonl.gz: "),
         ("d.txt.zst", "d.txt.zst: "),

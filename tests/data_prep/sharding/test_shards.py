@@ -135,8 +135,10 @@ def test_verify_finds_what_reading_the_manifest_does_not(own_copy):
 
 
 def test_commands_show_a_folder(own_copy):
-    def command(module, *words, expect=0):
-        return run_command(sys.executable, "-m", f"data_prep.{module}", own_copy, *words, cwd=own_copy, expect=expect)
+    def command(module, *words, exit_code=0):
+        return run_command(
+            sys.executable, "-m", f"data_prep.{module}", own_copy, *words, cwd=own_copy, exit_code=exit_code
+        )
 
     manifest = Manifest.read(own_copy)
     total = sum(shard.tokens for shard in manifest.shards)
@@ -158,7 +160,7 @@ def test_commands_show_a_folder(own_copy):
         assert int(count) == ((lengths >= int(low)) & (lengths <= int(high))).sum()
 
     (own_copy / manifest.shards[2].file).write_bytes(b"x")
-    damaged = command("verify", expect=2).stderr
+    damaged = command("verify", exit_code=2).stderr
     assert "is damaged" in damaged and f"{manifest.shards[2].file}: not a readable shard" in damaged
 
 

@@ -45,7 +45,7 @@ def test_sequential_is_the_order_of_the_files(data_folder):
     assert all(tensor.dtype == torch.int64 and tensor.shape == (8, T) for tensor in batch.values()) and len(batch) == 2
 
 
-def test_every_token_once_an_epoch_and_documents_whole(data_folder):
+def test_every_token_once_an_epoch_and_documents_complete(data_folder):
     shuffled = stream(data_folder)
     count = shuffled.tokens_per_epoch
     tokens = on_disk(data_folder)
@@ -166,7 +166,7 @@ def test_ranks_share_a_global_batch(data_folder, processes):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_validation_is_shared_out_evenly_and_whole(data_folder, processes, batch_size):
+def test_validation_is_divided_evenly_over_ranks(data_folder, processes, batch_size):
     val = batches(data_folder, split="val", order="sequential")
     shares = [list(val.for_rank(10, batch_size, rank, processes)) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1

@@ -182,7 +182,7 @@ def test_bad_files(tmp_path, text, expected):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_launch_files_hold_topology_and_precision_only(file):
+def test_accelerate_configs_hold_devices_and_precision_only(file):
     config = load_config_from_file(str(file))
     assert config.compute_environment == "LOCAL_MACHINE"
     kinds = {"cpu": "NO", "cpu_ddp": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU"}
@@ -197,7 +197,7 @@ def test_launch_files_hold_topology_and_precision_only(file):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_takes_each_launch_file_on_a_machine_with_gpus(file, devices, monkeypatch):
+def test_accelerate_takes_each_config_on_a_machine_with_gpus(file, devices, monkeypatch):
     """Its own validation, and what it would tell the processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
@@ -227,7 +227,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         devices.make_accelerator()
 
 
-def test_every_launch_file_is_there():
+def test_every_accelerate_config_is_there():
     names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     one_machine = {"cpu", "cpu_ddp", "single_gpu", "ddp", "fp8", "fsdp2", "mps"}
     assert names == one_machine | {"multi_node", "fsdp2_multi_node"}
@@ -240,7 +240,7 @@ def test_another_strategy_is_refused(monkeypatch, name):
         make_accelerator(parse_config([]))
 
 
-def test_a_launch_file_for_the_cpu_means_the_cpu(monkeypatch):
+def test_an_accelerate_config_for_the_cpu_means_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **kwargs: True)
@@ -251,7 +251,7 @@ def test_a_launch_file_for_the_cpu_means_the_cpu(monkeypatch):
     assert on_cpu() and chosen_precision("auto") == "no"
 
 
-def test_precision_of_flag_over_launch_file(monkeypatch):
+def test_precision_of_flag_over_accelerate_config(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert chosen_precision("auto") == "fp16"
     assert chosen_precision("no") == "no"
