@@ -126,6 +126,13 @@ def fail() -> None:
     raise RuntimeError("the disk of this process is gone")
 
 
+def run_out_of_memory() -> None:
+    """Meet the error that torch raises when a device has no memory left."""
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more lines")
+
+
 def online(then: Callable[[], None] | None = None) -> None:
     """Let a process that was forked from one without a network have one; and then what else goes wrong."""
     from huggingface_hub import constants

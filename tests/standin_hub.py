@@ -62,7 +62,7 @@ class StandIn:
     requests: list[str] = field(default_factory=list)
     failing: int | str | None = None
     token: str = TOKEN
-    role: str = "write"
+    role: str | None = "write"
     answering: threading.Event = field(default_factory=threading.Event)
 
     def environment(self) -> dict[str, str]:
@@ -155,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         return repository, commit
 
     def whoami(self):
-        self.send_json({"name": USER, "orgs": [], "auth": {"accessToken": {"role": self.hub.role}}})
+        about: dict[str, object] = {"name": USER, "orgs": [], "auth": {"accessToken": {"role": self.hub.role}}}
+        self.send_json(about if self.hub.role else {"name": USER})
 
     def check(self, place: str):
         if self.repository(place):

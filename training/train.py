@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as show_errors_in_launcher
 
-from data_prep.common.command_line import UserError
+from data_prep.common.command_line import UserError, first_line
 from data_prep.common.command_line import run as run_command
 from data_prep.common.locks import locked
 from eval.common.devices import processes_launched
@@ -64,6 +64,12 @@ def main() -> None:
         except AlreadyFinished as finished:
             if is_first:
                 print(finished)
+        except torch.OutOfMemoryError as error:
+            batch = config.optimizer.per_device_train_batch_size
+            raise UserError(
+                f"out of memory on the device ({first_line(error)}) with per_device_train_batch_size={batch}; give a "
+                f"smaller one, or auto, or --gradient_checkpointing true"
+            ) from error
 
 
 def run_training(config: TrainingConfig, stop: StopRequest) -> None:

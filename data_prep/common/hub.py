@@ -109,10 +109,11 @@ class Hub:
             if not isinstance(error.__cause__, RepositoryNotFoundError):
                 raise
         about = self._try(self.api.whoami)
-        owner, names = self.repository.partition("/")[0], [about["name"], *(org["name"] for org in about["orgs"])]
+        owner = self.repository.partition("/")[0]
+        names = [about["name"], *(org["name"] for org in about.get("orgs", ()))]
         if owner not in names:
             raise UserError(f"{self.repository}: the token is that of {names[0]}, who may write to {', '.join(names)}")
-        if about["auth"]["accessToken"]["role"] == "read":
+        if about.get("auth", {}).get("accessToken", {}).get("role") == "read":  # others than access tokens have none
             raise UserError(f"{self.repository}: the token may only read; {_NEW_TOKEN}")
 
     def _tag(self, name: str, commit: str) -> None:
@@ -127,7 +128,7 @@ class Hub:
         from huggingface_hub import get_session
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        retries = Retries(_DELAYS, "nothing is lost")
+        retries = Retries(_DELAYS, "the same command tries again")
         while True:
             # The default timeout is none.
             get_session().timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))

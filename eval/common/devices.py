@@ -57,7 +57,7 @@ def peak_memory(device: torch.device) -> int:
 def _num_threads() -> int:
     """Returns OMP_NUM_THREADS, or this process's share of the cores if it is 1, which `accelerate launch` sets by
     default."""
-    chosen = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    chosen = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])  # a list has a number for each nested level
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return chosen if chosen > 1 else max(1, cores // local_processes)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, Finished, launch
 from forks import Plant, begin
-from plants import bad_batch, die_after, fail, in_step, saves_that_fail, signalled
+from plants import bad_batch, die_after, fail, in_step, run_out_of_memory, saves_that_fail, signalled
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -200,6 +200,12 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(command, tmp_path)
     assert code == 2
     assert "error: step 12 could not be saved: RuntimeError: a bug of the writer; there is none before it" in text
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_device_out_of_memory_is_one_line(command, tmp_path):
+    code, text = begin(command, tmp_path, partial(in_step, 2, 0, run_out_of_memory)).ended()
+    reason = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert code == 2 and text.splitlines()[-1].startswith(f"error: out of memory on the device ({reason}) with per_de")
 
 
 # In the first validation, in a step, while the first checkpoint is written, while a later one is, later on.
@@ -406,6 +412,6 @@ def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder
     assert output[0] == "error: step 4: the loss is nan, and on_nonfinite='halt'"
     assert output[1] == "  layer  the first result that is not finite is that of transformer.h.1.mlp"
     assert output[2].startswith("  batch  python -m data_prep.inspect ") and output[2].endswith("--sequences 64:80")
-    assert output[3] == "  left   runs/run/checkpoints/step_00000003; --resume_from_checkpoint continues from it"
+    assert output[3] == "  saved  runs/run/checkpoints/step_00000003; --resume_from_checkpoint continues from it"
     code, text = begin([*command, "--max_skipped", "0"], tmp_path, plant).ended()
     assert code == 2 and "step 4: the loss is nan, and max_skipped=0 batches are skipped" in text

@@ -226,10 +226,12 @@ def test_preflight_asks_the_hub(recipe, tmp_path):
         code, text = begin(argv, tmp_path, online, hub.environment()).ended()
         assert code == 0 and "a checkpoint written and read, access to user/asked" in text
         assert not hub.repositories
+        hub.role = None  # a token of OAuth has none
+        assert begin(argv, tmp_path, online, hub.environment()).ended()[0] == 0
         hub.role = "read"
         code, text = begin(argv, tmp_path, online, hub.environment()).ended()
         assert code == 2 and "user/asked: the token may only read" in text
-    assert {path.name for path in tmp_path.iterdir()} == {"output_0", "output_1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"output_0", "output_1", "output_2"}
 
 
 def test_data_is_used_from_the_hub(data_folder, recipe, tmp_path):

@@ -264,8 +264,12 @@ REFUSALS = [
     ),
     (["--run_name", "tiny", "--resume_from_checkpoint", "--n_head", "2"], "is another model (n_head=4, not 2)"),
     (
+        ["--run_name", "branch", "--resume_from_checkpoint", "runs/tiny/checkpoints/step_00000020"],
+        "step_00000020 is at step 20 of max_steps=20; to continue, raise it\n",
+    ),
+    (
         ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30"],
-        "give another result (max_steps=30, not 20); ",
+        "give another result (max_steps=20, now 30); ",
     ),
     (
         [
@@ -279,7 +283,7 @@ REFUSALS = [
             "--override",
             "max_steps",
         ],
-        "(seed=3, not 1337); resume with those in runs/tiny/config.yaml, or confirm the change: --override seed",
+        "(seed=1337, now 3); resume with those in runs/tiny/config.yaml, or confirm the change: --override seed",
     ),
     (
         ["--run_name", "tiny", "--resume_from_checkpoint", "--override", "max_step"],

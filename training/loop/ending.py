@@ -1,5 +1,6 @@
 """The end of a run: its report, and the last lines on screen."""
 
+import shlex
 from pathlib import Path
 
 from accelerate.tracking import GeneralTracker
@@ -66,21 +67,24 @@ def print_ending(run: Run) -> None:
         return
     repository = run.config.hub.hub_model_id
     report = run.config.report_folder / FILE_NAME
-    longer = (
-        f"  accelerate launch training/train.py {folder / 'config.yaml'} --output_dir {folder}_longer "
-        f"--max_steps {2 * run.config.max_steps}"
-    )
-    if run.config.hub.push_to_hub:
-        longer += f" --hub_model_id {repository}_longer"
-    else:
-        longer += f"\n  python -m training.publish {folder} --hub_model_id USER/NAME"
+    longer = ["accelerate", "launch", "training/train.py", f"{folder}/config.yaml", "--output_dir", f"{folder}_longer"]
+    longer += ["--max_steps", str(2 * run.config.max_steps)]
+    longer += ["--hub_model_id", f"{repository}_longer"] if run.config.hub.push_to_hub else []
+    prompt = next(iter(run.config.evaluation.sample_prompts), "")
+    commands = [
+        ["python", "-m", "eval.generate", str(last), "--prompt", prompt],
+        ["python", "-m", "eval.loss", str(last), "--data", run.data.names[0]],
+        longer,
+    ]
+    if not run.config.hub.push_to_hub:
+        commands.append(["python", "-m", "training.publish", str(folder), "--hub_model_id", "USER/NAME"])
     print(
         f"\nreport           {report if report.exists() else 'was not written'}\n"
         f"last checkpoint  {last}\n"
         f"best checkpoint  {_best_checkpoint(run)}\n"
-        f"\nNow try\n"
-        f"  python -m eval.generate {last} --prompt {next(iter(run.config.evaluation.sample_prompts), '')!r}\n"
-        f"  python -m eval.loss {last} --data {run.data.names[0]}\n{longer}"
+        "\nNow try",
+        *map(shlex.join, commands),
+        sep="\n  ",
     )
 
 

@@ -69,11 +69,13 @@ def _version(package: str) -> str | None:
 
 def _git_revision() -> str | None:
     """The commit of this project, with "+" if files differ from it; None outside of a clone."""
-    here = Path(__file__).parent
+
+    def git(*arguments: str | Path) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
-        )
+        if not git("ls-files", Path(__file__).name):  # installed into the environment of another repository
+            return None
+        return git("describe", "--always", "--abbrev=40", "--dirty=+").strip() or None
     except OSError:
         return None
-    return described.stdout.strip() or None

@@ -108,7 +108,10 @@ def preflight(run: Run) -> None:
     if run.config.hub.push_to_hub:
         decide_on_main(run.accelerator, lambda: check_access(run.config.run_folder))
     result = _measure(run)
-    text = decide_on_main(run.accelerator, lambda: forecast(run.config, result, run.bare_model.num_parameters()))
+    begin = (run.state.step, run.state.position)
+    text = decide_on_main(
+        run.accelerator, lambda: forecast(run.config, result, run.bare_model.num_parameters(), *begin)
+    )
     run.log.print(text)
 
 
@@ -124,15 +127,23 @@ def _measure(run: Run) -> PreflightResult:
         )
         results["loss"].item()
         times.append(time.perf_counter() - started)
+        _check_stop(run)
     snapshot = take_snapshot(accelerator, run.model, run.optimizer, run.state, run.tokenizer_files)
     for evaluation in run.evaluations:
         if evaluation.every:
             evaluation.run(run)
+            _check_stop(run)
     seconds, size = decide_on_main(accelerator, lambda: _checkpoint_roundtrip(snapshot, run.checkpoints))
     own = [float(peak_memory(accelerator.device)), -float(memory_for_this_process(accelerator.device))]
     memory, room = accelerator.gather(torch.tensor([own], device=accelerator.device)).amax(dim=0).tolist()
     tokens = run.batch_plan.size(first * run.config.sequence_length)
     return PreflightResult(min(times[1:]), tokens, int(memory), -int(room), size, seconds)
+
+
+def _check_stop(run: Run) -> None:
+    """Ends the preflight if any rank is asked to stop (`UserError`). Collective."""
+    if run.sum_over_processes(float(bool(run.stop)))[0] > 0:
+        raise UserError(f"the preflight was stopped ({run.stop.reason or 'another process was asked to'})")
 
 
 def _checkpoint_roundtrip(snapshot: Snapshot | None, checkpoints: Path) -> tuple[float, int]:
@@ -148,13 +159,17 @@ def _checkpoint_roundtrip(snapshot: Snapshot | None, checkpoints: Path) -> tuple
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def forecast(config: TrainingConfig, result: PreflightResult, parameters: int) -> str:
+def forecast(config: TrainingConfig, result: PreflightResult, parameters: int, step: int = 0, position: int = 0) -> str:
     """A few lines about the time, memory and disk space that a run of these settings will take.
+
+    Args:
+        step, position: steps and sequences that are done already, by the run that is continued.
 
     Raises:
         UserError: if the checkpoints do not fit on the disk.
     """
-    price, steps, tokens = config.run.price_per_hour, config.max_steps, config.batch_plan.tokens(config.max_steps)
+    price, steps = config.run.price_per_hour, config.max_steps - step
+    tokens = config.batch_plan.tokens(config.max_steps) - position * config.sequence_length
     speed = result.step_tokens / result.step_seconds
     hours = tokens / speed / 3600
     cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"

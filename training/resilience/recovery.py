@@ -93,5 +93,5 @@ def _end(run: Run, diverged: Diverged, reason: str) -> UserError:
         f"{diverged.problem}, and {reason}\n"
         f"  layer  {where}\n"
         f"  batch  python -m data_prep.inspect {folders} --run {run.config.run_folder} --sequences {first}:{stop}\n"
-        f"  left   {left}"
+        f"  saved  {left}"
     )

@@ -116,10 +116,11 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> Ru
             f"{checkpoint} was saved under settings that give another result ({'; '.join(refused.values())}); resume "
             f"with those in {settings_file}, or confirm the change: --override {' '.join(refused)}"
         )
-    if state.step > config.max_steps or (is_finished(config, state) and not config.run.auto_resume):
+    done = of_another_run or (is_finished(config, state) and not config.run.auto_resume)
+    if state.step > config.max_steps or (state.step == config.max_steps and done):
+        confirmed = "" if of_another_run else " and give --override max_steps"
         raise UserError(
-            f"{checkpoint} is at step {state.step} of max_steps={config.max_steps}; to continue, raise it and give "
-            f"--override max_steps"
+            f"{checkpoint} is at step {state.step} of max_steps={config.max_steps}; to continue, raise it{confirmed}"
         )
     if of_another_run:
         state.best_step = state.best_val_loss = None
@@ -130,12 +131,12 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> Ru
 def _differences(saved: RunState, now: RunState) -> dict[str, str]:
     """By the name of the setting, each difference of data and settings that changes the result."""
     changed = {
-        _SETTING_OF.get(name, name): _SETTING_OF.get(name, f"{name}={value}, not {saved.data.get(name)}")
+        _SETTING_OF.get(name, name): _SETTING_OF.get(name, f"{name}={saved.data.get(name)}, now {value}")
         for name, value in now.data.items()
         if value != saved.data.get(name)
     }
     settings = translate(saved.settings)
     for name, value in now.settings.items():
         if value != settings.get(name):
-            changed[name] = f"{name}={value}, not {settings.get(name)}"
+            changed[name] = f"{name}={settings.get(name)}, now {value}"
     return changed

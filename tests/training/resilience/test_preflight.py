@@ -1,10 +1,13 @@
 """Everything once before a long run, and what it will take."""
 
 import re
+import signal
+from functools import partial
 
 import pytest
 from conftest import TINY_MODEL
 from forks import begin
+from plants import signalled
 
 from data_prep.common.command_line import UserError
 from training.resilience.disk_space import checkpoints_kept, room_for_checkpoints
@@ -51,6 +54,14 @@ def test_the_room_that_checkpoints_need(tmp_path):
     with pytest.raises(UserError, match=r"3 checkpoints of .* GiB take .* GiB, and .* has room for .* GiB; make room"):
         room_for_checkpoints(config, room)
     result = PreflightResult(2.0, 1024, 2**30, 2**31, 10**6, 0.5)
-    assert "time        0.44 hours of training at 512 tokens/s\n" in forecast(
-        parse_config([*common, "--max_steps", "800", "--batch_tokens", "1024"]), result, 7
-    )
+    config = parse_config([*common, "--max_steps", "800", "--batch_tokens", "1024"])
+    assert "time        0.44 hours of training at 512 tokens/s\n" in forecast(config, result, 7)
+    half_done = forecast(config, result, 7, step=400, position=400 * 1024 // config.sequence_length)
+    assert "steps       400: 409,600 tokens\ntime        0.22 hours" in half_done
+
+
+def test_it_ends_when_it_is_asked_to(data_folder, tmp_path):
+    flags = ["--data", data_folder, *TINY_MODEL, "--batch_tokens", "512", "--mixed_precision", "no", "--preflight"]
+    code, text = begin(flags, tmp_path, partial(signalled, "forward", 50, tmp_path, signal.SIGTERM)).ended()
+    assert code == 2 and text.endswith("error: the preflight was stopped (SIGTERM)\n"), text
+    assert [path.name for path in tmp_path.iterdir()] == ["output_0"]
