@@ -6,6 +6,7 @@ python -m data_prep.clean data_prep/configs/clean.yaml
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -152,7 +153,7 @@ def main() -> None:
         )
     else:
         print(table(report))
-        print(f"{config.output}: python -m data_prep.prepare FOLDER --source {config.output}")
+        print(f"{config.output}: python -m data_prep.prepare FOLDER --source {shlex.quote(str(config.output))}")
 
 
 if __name__ == "__main__":

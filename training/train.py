@@ -130,8 +130,9 @@ def training_loop(run: Run, step_done: Callable[[], None]) -> None:
         saving = last or (step > 0 and step % run.config.checkpointing.save_steps == 0)
         due = run.due_evaluations(saving)
         try:
-            if due:
-                agree_on_stopping(run)
+            if due:  # evaluations take longer than a step
+                finish_last_step(run)
+                run.agree_on_stopping()
             if (saving or run.stopping) and step > first:
                 save(run)
             if run.stopping:
@@ -214,12 +215,6 @@ def finish_step(run: Run, launched: LaunchedStep) -> None:
     for message in run.uploads.poll(launched.step) if run.uploads is not None else ():
         run.log.print(message)
     handle_divergence(run, launched, metrics)
-
-
-def agree_on_stopping(run: Run) -> None:
-    """Stops all ranks if any is asked to, before what takes longer than a step. Collective."""
-    finish_last_step(run)
-    run.stopping |= run.sum_over_processes(float(bool(run.stop)))[0] > 0
 
 
 def save(run: Run) -> None:

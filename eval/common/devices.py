@@ -29,7 +29,7 @@ def make_accelerator(
     cpu_only = on_cpu()
     _check_launch(cpu_only, processes_launched())
     if cpu_only:
-        torch.set_num_threads(_num_threads())
+        torch.set_num_threads(num_threads())
         _keep_freed_memory()
     # `cpu=True`: several processes on a machine without GPU use gloo only if told so.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kwargs_handlers]
@@ -54,10 +54,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
     """Returns OMP_NUM_THREADS, or this process's share of the cores if it is 1, which `accelerate launch` sets by
-    default."""
-    chosen = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])  # a list has a number for each nested level
+    default. Raises `UserError` for another value than a number."""
+    text = os.environ.get("OMP_NUM_THREADS", "1")
+    first = text.split(",")[0].strip()  # a list has a number for each nested level
+    if not first.isdecimal() or int(first) < 1:
+        raise UserError(f"OMP_NUM_THREADS={text!r} is not a number of threads from 1; set one, or unset it")
+    chosen = int(first)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return chosen if chosen > 1 else max(1, cores // local_processes)

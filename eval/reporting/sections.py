@@ -75,7 +75,7 @@ def _contamination(folder: str) -> list[str]:
     except UserError as error:  # the data has changed since
         return [f"not known ({error})."]
     if not found:
-        command = f"python -m data_prep.contamination {folder} --against FILE ..."
+        command = f"python -m data_prep.contamination {shlex.quote(folder)} --against FILE ..."
         return [f"`{folder}` has not been searched for evaluation sets (`{command}` does)."]
     return [
         f"of {Path(one.file).name}, {one.found_items:,} of {one.items:,} items "

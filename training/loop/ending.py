@@ -57,13 +57,12 @@ def print_ending(run: Run) -> None:
         return
     folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
     if run.stopping:
-        reason = run.stop.reason or "another process was asked to"
         remedy = (
             f"the same command with --resume_from_checkpoint continues from {last}"
             if last.exists()
             else "this run has no checkpoint yet"
         )
-        print(f"\nstopped after step {run.state.step} ({reason}); {remedy}")
+        print(f"\nstopped after step {run.state.step} ({run.stop_reason}); {remedy}")
         return
     repository = run.config.hub.hub_model_id
     report = run.config.report_folder / FILE_NAME

@@ -122,6 +122,15 @@ class Run:
         flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
+    def agree_on_stopping(self) -> None:
+        """Sets `stopping` on all ranks if any is asked to stop. Collective."""
+        self.stopping |= self.sum_over_processes(float(bool(self.stop)))[0] > 0
+
+    @property
+    def stop_reason(self) -> str:
+        """The reason why the ranks stop."""
+        return self.stop.reason or "another process was asked to"
+
     def sum_over_processes(self, *values: float) -> list[float]:
         """The sum of each value over all ranks, in float64 where the device has it. Collective."""
         dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64

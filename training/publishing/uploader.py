@@ -1,6 +1,7 @@
 """Uploads to the Hub during training: each by a process of its own, which cannot harm the run."""
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ class Uploads:
 
     def finish(self, stopping: Callable[[], bool]) -> Iterator[str]:
         """Uploads the queue, until it is empty or the run is to stop; yields messages."""
-        remedy = f"this tries again: python -m training.publish {self.run_folder}"
+        remedy = f"this tries again: python -m training.publish {shlex.quote(str(self.run_folder))}"
         if self.requested is not None:
             try:
                 self._enqueue(self.requested)

@@ -33,7 +33,7 @@ def write_environment(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(Path(__file__)),
         "device": describe_device(accelerator.device),
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
@@ -67,14 +67,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_revision() -> str | None:
-    """The commit of this project, with "+" if files differ from it; None outside of a clone."""
+def git_revision(file: Path) -> str | None:
+    """The commit of the repository that tracks `file`, with "+" if files differ from it; None if none does."""
 
     def git(*arguments: str | Path) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+        return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True).stdout
 
     try:
-        if not git("ls-files", Path(__file__).name):  # installed into the environment of another repository
+        if not git("ls-files", file.name):  # installed into the environment of another repository
             return None
         return git("describe", "--always", "--abbrev=40", "--dirty=+").strip() or None
     except OSError:

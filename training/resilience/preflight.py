@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,9 +142,12 @@ def _measure(run: Run) -> PreflightResult:
 
 
 def _check_stop(run: Run) -> None:
-    """Ends the preflight if any rank is asked to stop (`UserError`). Collective."""
-    if run.sum_over_processes(float(bool(run.stop)))[0] > 0:
-        raise UserError(f"the preflight was stopped ({run.stop.reason or 'another process was asked to'})")
+    """Ends the preflight if any rank is asked to stop (`UserError` on the first rank). Collective."""
+    run.agree_on_stopping()
+    if run.stopping:
+        if not run.accelerator.is_main_process:
+            sys.exit(2)  # the first rank prints the error for all
+        raise UserError(f"the preflight was stopped ({run.stop_reason})")
 
 
 def _checkpoint_roundtrip(snapshot: Snapshot | None, checkpoints: Path) -> tuple[float, int]:
@@ -159,7 +163,7 @@ def _checkpoint_roundtrip(snapshot: Snapshot | None, checkpoints: Path) -> tuple
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def forecast(config: TrainingConfig, result: PreflightResult, parameters: int, step: int = 0, position: int = 0) -> str:
+def forecast(config: TrainingConfig, result: PreflightResult, parameters: int, step: int, position: int) -> str:
     """A few lines about the time, memory and disk space that a run of these settings will take.
 
     Args:

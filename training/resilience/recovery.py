@@ -1,5 +1,6 @@
 """The response to a step that diverged: skip its batch, roll back, or end the run."""
 
+import shlex
 import sys
 from dataclasses import replace
 from typing import Any
@@ -85,13 +86,13 @@ def _end(run: Run, diverged: Diverged, reason: str) -> UserError:
     if not run.accelerator.is_main_process:
         sys.exit(2)  # the first rank prints the error for all
     first, stop = diverged.batch
-    folders = " ".join(run.data.names)
+    names, folder = shlex.join(run.data.names), shlex.quote(str(run.config.run_folder))
     run.saver.wait()
     complete = complete_checkpoints(run.checkpoints)
     left = f"{complete[-1]}; --resume_from_checkpoint continues from it" if complete else "no checkpoint yet"
     return UserError(
         f"{diverged.problem}, and {reason}\n"
         f"  layer  {where}\n"
-        f"  batch  python -m data_prep.inspect {folders} --run {run.config.run_folder} --sequences {first}:{stop}\n"
+        f"  batch  python -m data_prep.inspect {names} --run {folder} --sequences {first}:{stop}\n"
         f"  saved  {left}"
     )

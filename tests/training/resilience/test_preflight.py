@@ -55,7 +55,7 @@ def test_the_room_that_checkpoints_need(tmp_path):
         room_for_checkpoints(config, room)
     result = PreflightResult(2.0, 1024, 2**30, 2**31, 10**6, 0.5)
     config = parse_config([*common, "--max_steps", "800", "--batch_tokens", "1024"])
-    assert "time        0.44 hours of training at 512 tokens/s\n" in forecast(config, result, 7)
+    assert "time        0.44 hours of training at 512 tokens/s\n" in forecast(config, result, 7, step=0, position=0)
     half_done = forecast(config, result, 7, step=400, position=400 * 1024 // config.sequence_length)
     assert "steps       400: 409,600 tokens\ntime        0.22 hours" in half_done
 
