@@ -82,7 +82,7 @@ def engine(size: Size, precision: str, compiled: bool) -> Steps:
         model.set_attn_implementation("eager")
     if compiled:
         compile_blocks(model)
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=_LEARNING_RATE))
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=_LEARNING_RATE), precision)
     model, optimizer = accelerator.prepare(model, optimizer)
     source = batches(size, accelerator.device)
 

@@ -113,7 +113,8 @@ def _prepare_model(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as Accelerate prepares them; finds the micro-batch that fits, if asked to. Collective."""
     bare_model = make_model(config, data, checkpoint or config.model.model_name_or_path)
-    model, optimizer = accelerator.prepare(bare_model, make_optimizer(bare_model, config.optimizer))
+    optimizer = make_optimizer(bare_model, config.optimizer, accelerator.mixed_precision)
+    model, optimizer = accelerator.prepare(bare_model, optimizer)
     if config.optimizer.per_device_train_batch_size == "auto":
         size = find_micro_batch(config, accelerator, model, optimizer, train_data)
         config.optimizer.per_device_train_batch_size = size

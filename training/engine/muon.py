@@ -1,10 +1,12 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices that may be sharded."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -17,69 +19,137 @@ class Muon(Optimizer):
     """Momentum with an orthogonalized update of the size of AdamW's (arXiv:2502.16982, section 2.2).
 
     If `found_inf`, which training sets on the device, is 1, a step changes neither weights nor momentum; the host does
-    not wait for it. A sharded matrix is gathered once a step, in bfloat16.
+    not wait for it.
 
     Args:
-        params: groups of matrices `[A, B]`.
+        params: groups of matrices `[A, B]`. A group's `parts` is the number of matrices `[A / parts, B]` that each of
+            them holds, which are orthogonalized apart; 1 if not given.
         lr: the learning rate; the root mean square of an update is about 0.2 of it.
         weight_decay: decoupled, as in AdamW.
         momentum: of the gradients' running mean, with Nesterov's look ahead.
+        dtype: of the orthogonalization.
     """
 
     _step_supports_amp_scaling = True  # torch's name for an optimizer that acts on found_inf
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float, momentum: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.dtype = dtype
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates each matrix that has a gradient.
+        """Updates each matrix that has a gradient. Collective.
 
         Raises:
             ValueError: for a closure, and for gradients that are still multiplied by a loss scale.
         """
         if closure is not None or self.grad_scale is not None:
             raise ValueError("Muon takes no closure, and no scaled gradients: clip them first, which unscales them")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group["lr"], group["weight_decay"], group["momentum"])
+        updated = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        directions = [self._update_momentum(p, group["momentum"]) for p, group in updated]
+        parts = [
+            part
+            for direction, (_, group) in zip(directions, updated, strict=True)
+            for part in _full(direction).chunk(group["parts"])
+        ]
+        results = iter(orthogonalize_together(parts, self.dtype))
+        for parameter, group in updated:
+            self._apply([next(results) for _ in range(group["parts"])], parameter, group)
 
-    def _update(
-        self, parameter: nn.Parameter, gradient: Tensor, lr: float, weight_decay: float, momentum: float
-    ) -> None:
-        state = self.state[parameter]
+    def _update_momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Updates the running mean; returns the direction of the update, sharded as the gradient."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"]
-        kept: Tensor | float = 1.0
         if self.found_inf is not None:
-            kept = 1.0 - self.found_inf
             gradient = torch.where(self.found_inf > 0, buffer, gradient)  # then the mean stays as it is
         buffer.lerp_(gradient, 1 - momentum)
-        update = orthogonalize_sharded(gradient.lerp(buffer, momentum).bfloat16())
-        parameter.mul_(1 - kept * (lr * weight_decay))
-        parameter.sub_(update.to(parameter.dtype) * (kept * (lr * 0.2 * math.sqrt(max(parameter.shape)))))
+        return gradient.lerp(buffer, momentum).to(self.dtype)
+
+    def _apply(self, parts: list[Tensor], parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """Moves the weights against their orthogonalized `parts`."""
+        update = torch.cat(parts)
+        if isinstance(parameter, DTensor):
+            update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        applied: Tensor | float = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        size = 0.2 * math.sqrt(max(parts[0].shape))
+        parameter.mul_(1 - applied * (group["lr"] * group["weight_decay"]))
+        parameter.sub_(update.to(parameter.dtype) * (applied * (group["lr"] * size)))
 
 
-def orthogonalize_sharded(matrix: Tensor) -> Tensor:
-    """`orthogonalize` for a matrix that may be sharded: one all-gather; each rank computes all of it. Collective."""
-    if not isinstance(matrix, DTensor):
-        return orthogonalize(matrix)
-    result = orthogonalize(matrix.full_tensor())
-    return distribute_tensor(result, matrix.device_mesh, matrix.placements, src_data_rank=None)
+def _full(matrix: Tensor) -> Tensor:
+    """All of a matrix that may be sharded. Collective."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """A matrix `[A, B]` with singular values near 1, by Newton-Schulz iterations of fifth order in bfloat16 (the post
+def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Orthogonalizes matrices, those of one shape or its transpose in one batch, of which each process computes a
+    share. Collective: all processes have the same matrices.
+
+    Args:
+        matrices: `[A, B]` of any sizes.
+        dtype: of the arithmetic and of the results.
+    """
+    by_shape = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        by_shape[min(matrix.shape), max(matrix.shape)].append(index)
+    results = list(matrices)
+    for indices in by_shape.values():
+        batch = torch.stack([_wide(matrices[index]) for index in indices]).to(dtype)
+        for index, result in zip(indices, _in_shares(batch), strict=False):
+            results[index] = result if matrices[index].shape == result.shape else result.T
+    return results
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose, with at least as many columns as rows."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _in_shares(batch: Tensor) -> Tensor:
+    """`orthogonalize(batch)`, `[N, A, B]`, of which each process computes a share; rows after the N-th are padding."""
+    if not dist.is_initialized() or (processes := dist.get_world_size()) == 1:
+        return orthogonalize(batch)
+    share = -(-len(batch) // processes)
+    padded = torch.cat((batch, batch.new_zeros(share * processes - len(batch), *batch.shape[1:])))
+    results = torch.empty_like(padded)
+    dist.all_gather_into_tensor(results, orthogonalize(padded.chunk(processes)[dist.get_rank()]))
+    return results
+
+
+def orthogonalize(batch: Tensor) -> Tensor:
+    """Matrices `[N, A, B]`, A <= B, with singular values near 1, by Newton-Schulz iterations of fifth order (the post
     above, section "Newton-Schulz")."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
-    x = x / x.norm().clamp(min=1e-7)
+    x = batch / torch.linalg.matrix_norm(batch, keepdim=True).clamp(min=1e-7)
+    if x.dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
+        return _square_polynomial(x @ x.mT) @ x
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _square_polynomial(gram: Tensor) -> Tensor:
+    """The `[N, A, A]` that all iterations together multiply x from the left with, from the x of `gram` = x x^T. All its
+    factors are polynomials of `gram`, so they commute, and none has the long side of x. In bfloat16 it would diverge."""
+    a, b, c = _COEFFICIENTS
+    product = None
+    for _ in range(_ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else product @ factor
+        gram = gram @ factor @ factor
+    assert product is not None
+    return product

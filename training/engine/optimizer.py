@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -10,13 +11,16 @@ from training.engine.muon import Muon
 from training.settings.schema import OptimizerSettings
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precision: str = "no") -> Optimizer:
     """The optimizer of all parameters of `model`.
 
     AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
     norms. With `muon`, Muon updates the matrices of the blocks; its updates have the size of AdamW's, so that learning
     rate and decay can stay the same. Each group has its peak learning rate in `initial_lr`, and in `state_keys` the
     names of the state that it keeps of an updated parameter.
+
+    Args:
+        mixed_precision: of the run; with bf16 and fp8, Muon's own products are in bfloat16 too.
 
     Raises:
         TypeError: for an optimizer that would put a gradient that is not finite into the weights.
@@ -26,7 +30,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     if settings.optim == "muon":
         matrices = {name: p for name, p in parameters.items() if ".h." in name and p.dim() == 2}
     rest = [p for name, p in parameters.items() if name not in matrices]
-    optimizers = [_muon(list(matrices.values()), settings)] if matrices else []
+    optimizers = [_muon(matrices, settings, mixed_precision)] if matrices else []
     optimizers.append(_adamw(rest, settings))
     for one in optimizers:
         if not getattr(one, "_step_supports_amp_scaling", False):
@@ -56,9 +60,16 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optim
     )
 
 
-def _muon(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
+def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerSettings, mixed_precision: str) -> Optimizer:
+    """Muon of the matrices in `parameters`, by name. `c_attn` holds three: those of queries, keys and values."""
+    attention = [p for name, p in parameters.items() if name.endswith(".c_attn.weight")]
+    others = [p for name, p in parameters.items() if not name.endswith(".c_attn.weight")]
     return Muon(
-        [{"params": parameters, "state_keys": ("momentum_buffer",)}],
+        [
+            {"params": attention, "parts": 3, "state_keys": ("momentum_buffer",)},
+            {"params": others, "parts": 1, "state_keys": ("momentum_buffer",)},
+        ],
+        dtype=torch.bfloat16 if mixed_precision in ("bf16", "fp8") else torch.float32,
         lr=settings.muon_learning_rate or settings.learning_rate,
         weight_decay=settings.weight_decay,
         momentum=settings.muon_momentum,

@@ -58,7 +58,7 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
     model = make_model()
     if compiled:
         compile_blocks(model)
-    optimizer = make_optimizer(model, OptimizerSettings(optim=kind, learning_rate=1e-2))
+    optimizer = make_optimizer(model, OptimizerSettings(optim=kind, learning_rate=1e-2), precision)
     model, optimizer = accelerator.prepare(model, optimizer)
     assert isinstance(model, FSDPModule) == (strategy == "fsdp2")
     losses = []
