@@ -15,6 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.openmp import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before torch is loaded
+
 import torch
 from accelerate import Accelerator
 from transformers.utils import logging

@@ -9,6 +9,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from data_prep.common.openmp import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before torch is loaded
+
 from data_prep.common.command_line import ArgumentParser, run
 from training.engine.data import load_data
 from training.settings.parsing import parse_config

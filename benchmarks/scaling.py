@@ -8,6 +8,11 @@ An estimate, not a measurement: throughput is an assumed share of the GPU's peak
 from dataclasses import dataclass
 from itertools import product
 
+from data_prep.common.openmp import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before torch is loaded
+
 from data_prep.common.command_line import ArgumentParser, run
 from modeling import PRESETS, GPTConfig, Preset, flops_per_token, parameter_count
 

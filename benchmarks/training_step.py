@@ -14,6 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from data_prep.common.openmp import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before torch is loaded
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

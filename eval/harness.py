@@ -13,6 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.openmp import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before torch is loaded
+
 from accelerate import Accelerator
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, run, unknown_name

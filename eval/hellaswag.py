@@ -16,6 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from data_prep.common.openmp import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before torch is loaded
+
 from accelerate import Accelerator
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict

@@ -19,7 +19,17 @@ LIBRARIES = {"modeling": {"torch", "transformers"}}
 SUB_PACKAGES = {
     "data_prep": ["common", "tokenization", "reading", "sharding", "cleaning"],
     "eval": ["common", "scoring", "reporting"],
-    "training": ["checkpointing", "settings", "engine", "publishing", "records", "loop", "evaluations", "resilience"],
+    "training": [
+        "checkpointing",
+        "settings",
+        "comparison",
+        "engine",
+        "publishing",
+        "records",
+        "loop",
+        "evaluations",
+        "resilience",
+    ],
 }
 
 

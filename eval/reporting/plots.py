@@ -11,7 +11,7 @@ import numpy as np
 from eval.reporting.reference_results import ReferenceResult, of_the_same_size
 from eval.reporting.run_records import Curve, Record
 
-_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
 _REFERENCE_COLORS = {"GPT-2": "#555555", "GPT-3": "#999999"}
 # Values of the x axis at steps; None if a run did not log them.
 _Axis = Callable[[Record, Sequence[int]], np.ndarray | None]
@@ -30,10 +30,15 @@ def plot_all(records: list[Record], folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             paths.append(path := folder / name)
-            temporary = path.with_name(f".{path.stem}.partial.png")
-            figure.savefig(temporary, dpi=130)
-            temporary.rename(path)
+            save_figure(figure, path)
     return paths
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Saves a matplotlib figure completely or not at all."""
+    temporary = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(temporary, dpi=130)
+    temporary.rename(path)
 
 
 def _plot_loss(records: list[Record]) -> Any:
@@ -48,7 +53,7 @@ def _plot_loss(records: list[Record]) -> Any:
     figure, panels = _figure("Loss", records, len(axes), width=5.2 * max(len(axes), 1.4), height=4.6, sharey=True)
     for panel, (name, axis) in zip(panels, axes.items(), strict=True):
         unit = _label_axis(panel, name, records)
-        for record, color in zip(records, cycle(_COLORS), strict=False):
+        for record, color in zip(records, cycle(COLORS), strict=False):
             train, val = record.curves.get("loss", Curve()), record.curves.get("val_loss", Curve())
             if (x := axis(record, train.steps)) is not None and len(x):
                 panel.plot(x / unit, train.values, color=color, linewidth=0.6, alpha=0.25)
@@ -83,7 +88,7 @@ def _plot_hellaswag(records: list[Record]) -> Any:
     name = "tokens" if all(record.tokens() for record in records) else "step"
     for panel, rule in zip(panels, rules, strict=True):
         unit = _label_axis(panel, name, records)
-        for record, color in zip(records, cycle(_COLORS), strict=False):
+        for record, color in zip(records, cycle(COLORS), strict=False):
             if curve := record.curves.get(metrics[rule]):
                 x: Any = _AXES[name](record, curve.steps)
                 panel.plot(x / unit, curve.values, color=color, linewidth=1.6, marker="o", markersize=4,
@@ -112,7 +117,7 @@ def _plot_training(records: list[Record]) -> Any:
     figure, panels = _figure("Training", records, len(metrics), width=4.2 * max(len(metrics), 1.6), height=3.6)
     for panel, metric in zip(panels, metrics, strict=True):
         _label_axis(panel, "step", records)
-        for record, color in zip(records, cycle(_COLORS), strict=False):
+        for record, color in zip(records, cycle(COLORS), strict=False):
             if curve := record.curves.get(metric):
                 values: Any = curve.values
                 if metric != "learning_rate":

@@ -142,8 +142,8 @@ def orthogonalize(batch: Tensor) -> Tensor:
 
 
 def _square_polynomial(gram: Tensor) -> Tensor:
-    """The `[N, A, A]` that all iterations together multiply x from the left with, from the x of `gram` = x x^T. All its
-    factors are polynomials of `gram`, so they commute, and none has the long side of x. In bfloat16 it would diverge."""
+    """The `[N, A, A]` by which all iterations together multiply x from the left; `gram` is x x^T. Its factors are
+    polynomials of `gram`: they commute, and do not have the long side of x. In bfloat16 it would diverge."""
     a, b, c = _COEFFICIENTS
     product = None
     for _ in range(_ITERATIONS):

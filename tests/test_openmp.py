@@ -1,0 +1,39 @@
+"""How OpenMP's threads wait in the processes of the commands, as libgomp itself says (OMP_DISPLAY_ENV)."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_commands import MODULES
+
+LOAD_TORCH = ["training.train", *(m for m in MODULES if m.startswith(("eval.", "benchmarks.")))]
+LAUNCHED = ["accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "training/train.py"]
+
+
+def spin_counts(*words: str, **settings: str) -> list[str]:
+    """GOMP_SPINCOUNT in each process of a command that loads libgomp, with only these settings of OpenMP."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment = others | {"OMP_DISPLAY_ENV": "VERBOSE"} | settings
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
+)
+def test_threads_of_a_launched_run_sleep_soon_unless_the_user_says_otherwise(settings, expected):
+    """The last process to load it is the one that trains."""
+    assert spin_counts(*LAUNCHED, **settings)[-1] == expected
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("module", LOAD_TORCH)
+def test_threads_of_every_command_that_computes_sleep_soon(module):
+    assert set(spin_counts(module)) <= {"1000"}

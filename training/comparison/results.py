@@ -1,0 +1,172 @@
+"""The results of a comparison: statistics, table and curves."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.files import write_text
+from eval.reporting.plots import COLORS, save_figure
+from eval.reporting.run_records import Curve, Record
+from eval.reporting.sections import number, table
+
+REPORT_NAME, PICTURE_NAME = "comparison.md", "comparison.png"
+SIGNIFICANCE = 0.05  # of the p-values, after the correction for several variants
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs of a variant, one for each seed."""
+
+    name: str
+    records: list[Record]
+    failures: list[str]
+
+    @property
+    def losses(self) -> list[float]:
+        """The validation losses at the end, in nats per token."""
+        return [record.curves["val_loss"].values[-1] for record in self.records]
+
+
+def p_values(first: list[float], others: list[list[float]]) -> list[float | None]:
+    """The p-value of each of `others` against `first` by Welch's t-test (Welch 1947, Biometrika 34), corrected for
+    their number (Benjamini and Hochberg 1995). None without two values each; 1 for equal ones."""
+    from scipy.stats import false_discovery_control, ttest_ind
+
+    raw = {}
+    for index, values in enumerate(others):
+        if values == first:
+            raw[index] = 1.0
+        elif len(set(first)) == len(set(values)) == 1 < min(len(first), len(values)):
+            raw[index] = 0.0  # neither varies, and they differ
+        elif min(len(first), len(values)) > 1:
+            raw[index] = float(ttest_ind(first, values, equal_var=False).pvalue)
+    corrected = false_discovery_control(list(raw.values())) if raw else []
+    found = dict(zip(raw, map(float, corrected), strict=True))
+    return [found.get(index) for index in range(len(others))]
+
+
+def verdict(first: Runs, other: Runs, p: float | None) -> str:
+    """Better, worse, or not told apart, as far as the seeds allow."""
+    if other.failures:
+        return "failed"
+    if p is None:
+        return "one seed tells nothing"
+    if p >= SIGNIFICANCE:
+        return "not told apart"
+    return "better" if statistics.fmean(other.losses) < statistics.fmean(first.losses) else "worse"
+
+
+def summary(runs: list[Runs]) -> str:
+    """A table of all variants, and a line for each but the first."""
+    first, others = runs[0], runs[1:]
+    ps = [None, *p_values(first.losses, [one.losses for one in others])]
+    target = statistics.fmean(first.losses) if first.losses else None
+    heading = ["", "seeds", "validation loss", "standard error", "difference", "p", "bits per byte", "tokens",
+               "tokens/s", "minutes", f"minutes to {number(target, '.4f')}", "verdict"]  # fmt: skip
+    rows, lines = [], []
+    for one, p in zip(runs, ps, strict=True):
+        judged = "" if one is first else verdict(first, one, p)
+        rows.append([*_cells(one, first, p, target), judged])
+        if one is not first:
+            shown = "" if p is None else f" (p = {p:.2g})"
+            lines.append(f"{one.name}: {judged}{' than ' + first.name if judged in ('better', 'worse') else ''}{shown}")
+        lines += [f"{one.name}: {failure}" for failure in one.failures]
+    return table(heading, rows) + "".join(f"\n\n- {line}" if i == 0 else f"\n- {line}" for i, line in enumerate(lines))
+
+
+def _cells(one: Runs, first: Runs, p: float | None, target: float | None) -> list[str]:
+    if not one.records:
+        return [one.name, "0", *[""] * 9]
+    losses = one.losses
+    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
+    difference = None if one is first or target is None else statistics.fmean(losses) - target
+    bits = statistics.fmean(record.last("val_bits_per_byte") or float("nan") for record in one.records)
+    speeds = [statistics.median(record.curves["tokens_per_second"].values) for record in one.records]
+    mean, minutes = mean_curve(one.records, "val_loss"), _mean_minutes(one.records)
+    return [
+        one.name,
+        str(len(losses)),
+        f"{statistics.fmean(losses):.4f}",
+        number(error, ".4f"),
+        number(difference, "+.4f"),
+        number(p, ".2g"),
+        f"{bits:.4f}",
+        f"{one.records[0].curves['tokens'].values[-1]:,.0f}",
+        f"{statistics.median(speeds):,.0f}",
+        f"{minutes.values[-1]:.2f}",
+        number(None if target is None else time_to(target, mean, minutes), ".2f"),
+    ]
+
+
+def mean_curve(records: list[Record], metric: str) -> Curve:
+    """The mean of a metric over runs, at the steps that all of them have."""
+    curves = [record.curves[metric] for record in records]
+    steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
+    return Curve(steps, [statistics.fmean(curve.at(step) for curve in curves) for step in steps])
+
+
+def _mean_minutes(records: list[Record]) -> Curve:
+    """The mean minutes of training steps after each step."""
+    seconds = [curve for record in records if (curve := record.seconds()) is not None]
+    steps = seconds[0].steps
+    return Curve(steps, [statistics.fmean(curve.at(step) for curve in seconds) / 60 for step in steps])
+
+
+def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
+    """The minutes after which a loss first is at `target`, by linear interpolation; None if it never is."""
+    for (before, after), (higher, lower) in zip(
+        zip(loss.steps, loss.steps[1:], strict=False), zip(loss.values, loss.values[1:], strict=False), strict=True
+    ):
+        if lower <= target < higher:
+            return minutes.at(before + (after - before) * (higher - target) / (higher - lower))
+    return None
+
+
+def write_results(runs: list[Runs], folder: Path, command: str, budget: str) -> Path:
+    """Writes the report of a comparison and its picture; returns the path of the report."""
+    shown = [one for one in runs if one.records]
+    if shown:
+        save_figure(_plot(shown), folder / PICTURE_NAME)
+    text = (
+        f"# Comparison at {budget} a run\n\n```bash\n{command}\n```\n\n{summary(runs)}\n\n"
+        f"Losses are means over the seeds. p is that of Welch's t-test against the first line, corrected for the "
+        f"number of variants; below {SIGNIFICANCE:g} they are told apart. Minutes are those of training steps.\n\n"
+        f"![Validation loss]({PICTURE_NAME})\n"
+    )
+    write_text(folder / REPORT_NAME, text)
+    return folder / REPORT_NAME
+
+
+def _plot(runs: list[Runs]) -> Any:
+    """Plots mean validation losses over tokens and minutes, each with the band from its lowest to its highest run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    ends = []
+    for one, color in zip(runs, COLORS * (len(runs) // len(COLORS) + 1), strict=False):
+        mean, minutes = mean_curve(one.records, "val_loss"), _mean_minutes(one.records)
+        low, high = (
+            [edge(record.curves["val_loss"].at(step) for record in one.records) for step in mean.steps]
+            for edge in (min, max)
+        )
+        tokens = one.records[0].tokens()
+        assert tokens is not None
+        for panel, x in zip(panels, (tokens, minutes), strict=True):
+            at = [x.at(step) for step in mean.steps]
+            panel.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+            panel.plot(at, mean.values, color=color, label=f"{one.name}: {mean.values[-1]:.3f}", linewidth=1.5)
+        ends += mean.values[len(mean.values) // 4 :]
+    for panel, label in zip(panels, ("tokens", "minutes of training steps"), strict=True):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].set_ylim(min(ends) - 0.05 * (max(ends) - min(ends)), max(ends) + 0.05 * (max(ends) - min(ends)))
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].legend(fontsize=8, framealpha=0.9)
+    return figure
