@@ -135,26 +135,15 @@ def test_time_to_a_loss():
 @pytest.mark.processes
 def test_worse_is_called_worse_and_the_same_is_not_told_apart(data_folder, tmp_path):
     """Real runs: one seed, then two, of which one run fails at first; the same command then trains only that one."""
-    base = (
-        f"data: {data_folder}\nwarmup_steps: 1\nbatch_tokens: 512\nval_tokens: 2048\nsample_every: 0\neval_steps: 5\n"
-    )
+    base = f"data: {data_folder}\nwarmup_steps: 1\nbatch_tokens: 512\nval_tokens: 2048\n"
+    base += "sample_every: 0\neval_steps: 5\n"
     base += "".join(f"{n[2:]}: {v}\n" for n, v in zip(TINY_MODEL[::2], TINY_MODEL[1::2], strict=True))
     for name, rate in {"base": 1e-2, "same": 1e-2, "worse": 1e-5}.items():
         (tmp_path / f"{name}.yaml").write_text(f"{base}learning_rate: {rate}\n")
 
     def compare(seeds: int) -> tuple[int, str]:
-        words = [
-            "base.yaml",
-            "same.yaml",
-            "worse.yaml",
-            "--seeds",
-            seeds,
-            "--budget",
-            "16-steps",
-            "--output_dir",
-            "out",
-        ]
-        return begin_command("training.compare", words, tmp_path).ended()
+        words = f"base.yaml same.yaml worse.yaml --seeds {seeds} --budget 16-steps --output_dir out"
+        return begin_command("training.compare", words.split(), tmp_path).ended()
 
     code, text = compare(1)
     assert code == 0 and text.count("- worse: one seed tells nothing") == 1

@@ -17,19 +17,9 @@ from training.settings.validation import load_config
 FILE_NAME = "comparison.json"
 _UNITS = {"m": "minutes", "min": "minutes", "minutes": "minutes", "tokens": "tokens", "steps": "steps"}
 # The comparison decides these.
-_RESERVED = frozenset(
-    [
-        "max_steps",
-        "max_tokens",
-        "max_minutes",
-        "seed",
-        "output_dir",
-        "run_name",
-        "resume_from_checkpoint",
-        "auto_resume",
-        "preflight",
-        "push_to_hub",
-    ]
+_RESERVED = (
+    *("max_steps", "max_tokens", "max_minutes", "seed", "output_dir", "run_name"),
+    *("resume_from_checkpoint", "auto_resume", "preflight", "push_to_hub"),
 )
 
 
@@ -113,6 +103,7 @@ def make_plan(bases: list[str], vary: list[str], budget: Budget) -> Plan:
         name = ",".join(parts).replace("/", "_") or "base"
         arguments = [base] if base else []
         arguments += [word for setting, value in chosen.items() for word in (f"--{setting}", value)]
+        arguments += ["--push_to_hub", "false"]
         if name in plan.variants:
             problems.append(f"{name}: two variants have this name; rename a file, or leave one out")
         try:
