@@ -6,6 +6,7 @@ python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.t
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.common.command_line import ArgumentParser, UserError, redact, run
@@ -91,14 +92,25 @@ def _result(record: Record) -> list[str]:
         f"**{record.name}**",
         number(record.environment.parameters if record.environment else None, ",.0f"),
         number(tokens.values[-1] if tokens else None, ",.0f"),
-        number(loss, ".4f"),
+        _with_best(record, "val_loss", min),
         number(language_modeling_scores(loss, 1, 0)["perplexity"] if loss is not None else None, ",.2f"),
-        number(record.last("val_bits_per_byte"), ".4f"),
-        number(record.last("hellaswag/completion/acc_norm"), ".4f"),
-        number(record.last("hellaswag/lm_eval/acc_norm"), ".4f"),
+        _with_best(record, "val_bits_per_byte", min),
+        _with_best(record, "hellaswag/completion/acc_norm", max),
+        _with_best(record, "hellaswag/lm_eval/acc_norm", max),
         duration(seconds.values[-1]) if seconds else "",
         number(sorted(speed.values)[len(speed.values) // 2] if speed else None, ",.0f"),
     ]
+
+
+def _with_best(record: Record, metric: str, choose: Callable[[list[float]], float]) -> str:
+    """Formats the last value of a metric, and the lowest or highest one with its step if that is another."""
+    if (curve := record.curves.get(metric)) is None:
+        return ""
+    last, best = curve.values[-1], choose(curve.values)
+    text = f"{last:.4f}"
+    if best != last:
+        text += f" ({choose.__name__} {best:.4f} at step {curve.steps[curve.values.index(best)]})"
+    return text
 
 
 def main() -> None:

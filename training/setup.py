@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from data_prep.common.command_line import UserError
@@ -18,7 +19,7 @@ from training.engine.batches import Batch, Batches, Prefetcher
 from training.engine.data import Data, load_data
 from training.engine.distributed import decide_on_main, describe_device, make_accelerator
 from training.engine.model import check_initial_model, find_micro_batch, make_model
-from training.engine.optimizer import make_optimizer
+from training.engine.optimizer import describe, make_optimizer
 from training.evaluations.harness import HarnessEvaluation
 from training.evaluations.hellaswag import HellaSwagEvaluation
 from training.evaluations.samples import Samples
@@ -68,7 +69,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
     batch_plan = config.batch_plan
     prefetcher = Prefetcher(global_batches(config, batch_plan, accelerator, train_data), accelerator.device)
-    log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), state)
+    log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), optimizer, state)
     state.num_processes = accelerator.num_processes
     saver = Saver(config.checkpoints)
     publishing = config.hub.push_to_hub and not config.run.preflight and accelerator.is_main_process
@@ -110,7 +111,7 @@ def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data,
 
 def _prepare_model(
     config: TrainingConfig, accelerator: Accelerator, data: Data, train_data: Batches, checkpoint: Path | None
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Model and optimizer as Accelerate prepares them; finds the micro-batch that fits, if asked to. Collective."""
     bare_model = make_model(config, data, checkpoint or config.model.model_name_or_path)
     optimizer = make_optimizer(bare_model, config.optimizer, accelerator.mixed_precision)
@@ -122,7 +123,14 @@ def _prepare_model(
     return model, optimizer
 
 
-def _open_log(config: TrainingConfig, accelerator: Accelerator, data: Data, model: GPTModel, state: RunState) -> RunLog:
+def _open_log(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    data: Data,
+    model: GPTModel,
+    optimizer: AcceleratedOptimizer,
+    state: RunState,
+) -> RunLog:
     """Makes the run's folder, prints the header, and starts the trackers, the run's own log first. Collective."""
     parameters = model.num_parameters()
     decide_on_main(accelerator, lambda: room_for_checkpoints(config, _STATE_BYTES * parameters))
@@ -130,7 +138,7 @@ def _open_log(config: TrainingConfig, accelerator: Accelerator, data: Data, mode
     if accelerator.is_main_process:
         remove_report(config.report_folder)  # of the run before it was resumed
         write_environment(config, accelerator, data, parameters, flops_per_token(model.config, config.sequence_length))
-        print(header(config, accelerator, data, parameters, state))
+        print(header(config, accelerator, data, parameters, describe(optimizer.optimizer), state))
     if config.logging.report_to != "none":
         accelerator.init_trackers(config.run_name, config={k: str(v) for k, v in config.to_dict().items()})
     log = RunLog(
@@ -160,9 +168,11 @@ def global_batches(
     return make
 
 
-def header(config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, state: RunState) -> str:
+def header(
+    config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, optimizer: str, state: RunState
+) -> str:
     """A few lines about the run that begins."""
-    settings, optimizer, processes = config.model, config.optimizer, accelerator.num_processes
+    settings, processes = config.model, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     counted = f"{processes} process{'es' if processes > 1 else ''}"
     start = "from random weights" if settings.model_name_or_path is None else f"from {settings.model_name_or_path}"
@@ -185,8 +195,9 @@ def header(config: TrainingConfig, accelerator: Accelerator, data: Data, paramet
             f"model   {parameters:,} parameters: {settings.n_layer} layers, width {settings.n_embd}, "
             f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer.vocab_size}",
             *sources,
-            f"batch   {optimizer.batch_tokens:,} tokens = {counted} x {accumulated} accumulated x "
-            f"{optimizer.per_device_train_batch_size} sequences x {config.sequence_length}{ramp}",
+            f"optim   {optimizer}",
+            f"batch   {plan.batch_tokens:,} tokens = {counted} x {accumulated} accumulated x "
+            f"{config.optimizer.per_device_train_batch_size} sequences x {config.sequence_length}{ramp}",
             f"steps   {config.max_steps} {start}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",

@@ -6,6 +6,7 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ from training.loop.ending import print_ending, write_run_report
 from training.loop.run import Run
 from training.loop.stopping import StopRequest, stop_requests
 from training.records import screen
+from training.records.gpu_state import read_gpu
 from training.records.step_metrics import LaunchedStep, gather_metrics
 from training.resilience.divergence import Diverged, is_skipped
 from training.resilience.preflight import apply_preflight_overrides, own_folder, preflight, remove_if_empty
@@ -147,9 +149,11 @@ def training_loop(run: Run, step_done: Callable[[], None]) -> None:
             for evaluation in due:
                 metrics = evaluation.run(run)
                 run.log_metrics(metrics, step)
-                if saved and "val_loss" in metrics:
-                    run.state.update_best(metrics["val_loss"])
-            if saving and run.accelerator.is_main_process:
+                is_new = saved or step > first
+                if is_new and run.state.update_best(metrics.get("val_loss", math.nan)) and not saved:
+                    save(run)
+                    saved = True
+            if (saving or saved) and run.accelerator.is_main_process:
                 publish_and_prune(run)
             if last:
                 break
@@ -216,6 +220,8 @@ def finish_step(run: Run, launched: LaunchedStep) -> None:
     metrics, stop = launched.finish()
     run.stopping |= stop
     metrics["mfu"] = run.flops_utilization(metrics["tokens_per_second"])
+    if run.accelerator.is_main_process and (launched.step + 1) % run.config.logging.logging_steps == 0:
+        metrics |= read_gpu(run.accelerator.device)
     run.log_metrics(metrics, launched.step)
     for message in run.uploads.poll(launched.step) if run.uploads is not None else ():
         run.log.print(message)

@@ -12,7 +12,7 @@ from eval.reporting.reference_results import ReferenceResult, of_the_same_size
 from eval.reporting.run_records import Curve, Record
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
-_REFERENCE_COLORS = {"GPT-2": "#555555", "GPT-3": "#999999"}
+_REFERENCE_COLORS = {"GPT-2": "#555555", "GPT-3": "#999999", "build-nanogpt": "#b8860b"}
 # Values of the x axis at steps; None if a run did not log them.
 _Axis = Callable[[Record, Sequence[int]], np.ndarray | None]
 _AXES: dict[str, _Axis] = {

@@ -21,6 +21,8 @@ from plants import bad_batch, die_after, fail, in_step, run_out_of_memory, saves
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from training.checkpointing.storage import load_state
+
 STEPS, LENGTH, SEQUENCES = 12, 32, 16
 
 
@@ -415,3 +417,18 @@ def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder
     assert output[3] == "  saved  runs/run/checkpoints/step_00000003; --resume_from_checkpoint continues from it"
     code, text = begin([*command, "--max_skipped", "0"], tmp_path, plant).ended()
     assert code == 2 and "step 4: the loss is nan, and max_skipped=0 batches are skipped" in text
+
+
+def test_a_new_lowest_validation_loss_is_saved_at_its_step(command, whole, tmp_path):
+    """Between two saves: killed in the step after the next, the run has it, and continues from there."""
+    flags = [*command, "--eval_steps", "2", "--save_steps", "100"]
+    killed = partial(in_step, 6, 0, partial(die_after, Path("runs/run/checkpoints/step_00000004")))
+    assert begin(flags, tmp_path, killed).ended()[0] == -signal.SIGKILL
+    folder = tmp_path / "runs" / "run"
+    state = load_state(folder / "checkpoints" / "step_00000004")
+    lines = [line.split() for line in (folder / "log.txt").read_text().splitlines()]
+    losses = {int(step): float(value) for step, kind, value in lines if kind == "val"}
+    assert state.best_step == 4 and losses[4] == min(losses.values())
+    assert state.best_val_loss == pytest.approx(losses[4], abs=1e-4)
+    continued = begin(flags, tmp_path).finished("run")
+    assert continued.losses() == whole.losses()

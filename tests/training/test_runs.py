@@ -81,7 +81,8 @@ def test_two_processes_do_not_change_the_losses(tiny_run, train):
 FLAGS = (
     "--order shuffled --per_device_train_batch_size 4 --max_steps 10 --eval_steps 5 --save_steps 5 "
     "--save_total_limit 9 --optim muon --muon_learning_rate 2e-2 --z_loss 1e-3 --gradient_checkpointing selective "
-    "--lr_scheduler_type wsd --warmup_tokens 1000 --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 2048"
+    "--lr_scheduler_type wsd --warmup_tokens 1000 --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 2048 "
+    "--sample_every 10 --sample_tokens 4 --samples_per_prompt 3 --sample_top_k 0 --sample_temperature 1.5"
 )
 RECIPE = FLAGS.split()
 
@@ -110,6 +111,13 @@ def test_two_processes_follow_the_same_recipe(train, recipe):
     difference = np.array(other.losses()) - np.array(recipe.losses())
     assert np.abs(difference).max() < 1e-3 and abs(difference.mean()) < 2e-4
     assert [other.metrics()[s]["tokens"] for s in range(10)] == [recipe.metrics()[s]["tokens"] for s in range(10)]
+    assert (other.folder / "samples.jsonl").read_text() == (recipe.folder / "samples.jsonl").read_text()
+
+
+def test_samples_of_a_prompt_differ(recipe):
+    samples = [json.loads(line) for line in (recipe.folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["prompt"] for sample in samples] == [p for p in ("def", "import", "class") for _ in range(3)]
+    assert len({sample["text"] for sample in samples}) == 9
 
 
 def test_a_cooldown_branches_off_from_any_checkpoint(recipe):

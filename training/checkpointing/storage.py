@@ -36,7 +36,7 @@ class RunState:
         num_processes: number of processes that saved it.
         step: optimizer steps done.
         position: training sequences consumed.
-        best_val_loss, best_step: the lowest validation loss of a saved checkpoint, in nats per token.
+        best_val_loss, best_step: the lowest validation loss so far, in nats per token; that step is saved.
         skipped: batches without an update, as the positions of their first sequence and of the one after their last.
         recent: loss and gradient norm of the last `spike_window` steps.
         grad_scaler: the loss scale of fp16.
@@ -55,10 +55,12 @@ class RunState:
     recent: list[tuple[float, float]] = field(default_factory=list)
     grad_scaler: dict[str, int | float] = field(default_factory=dict)
 
-    def update_best(self, val_loss: float) -> None:
-        """Notes the validation loss of the checkpoint of this step, if it is the lowest so far."""
-        if math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss):
-            self.best_val_loss, self.best_step = val_loss, self.step
+    def update_best(self, val_loss: float) -> bool:
+        """Notes the validation loss of this step if it is the lowest so far; returns whether it is."""
+        if not math.isfinite(val_loss) or (self.best_val_loss is not None and val_loss >= self.best_val_loss):
+            return False
+        self.best_val_loss, self.best_step = val_loss, self.step
+        return True
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:

@@ -76,6 +76,19 @@ def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerSettings, mixe
     )
 
 
+def describe(optimizer: Optimizer) -> str:
+    """The kinds of an optimizer, and how many tensors and parameters have weight decay and how many have not."""
+    kinds = [type(one).__name__ for one, _ in getattr(optimizer, "optimizers", [(optimizer, 0)])]
+    fused = [group["fused"] for group in optimizer.param_groups if "fused" in group]
+    counts = []
+    for decayed in (True, False):
+        groups = [group["params"] for group in optimizer.param_groups if (group["weight_decay"] > 0) == decayed]
+        tensors = [p for group in groups for p in group]
+        counts.append(f"{len(tensors)} tensors with {sum(p.numel() for p in tensors):,} parameters")
+    name = " and ".join(kinds).replace("AdamW", "fused AdamW" if fused and all(fused) else "AdamW")
+    return f"{name}; {counts[0]} decayed, {counts[1]} not"
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Sets the learning rate of each group to `factor` times its peak."""
     for group in optimizer.param_groups:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from eval.generate import Sampling, generate
 from training.loop.run import Run
@@ -19,13 +20,29 @@ class Samples:
     at_checkpoints: bool = False
 
     def run(self, run: Run) -> dict[str, Any]:
-        """The texts, each with its prompt. Collective."""
-        settings, texts = run.config.evaluation, {}
-        for number, prompt in enumerate(settings.sample_prompts):
-            sampling = Sampling(max_new_tokens=settings.sample_tokens, seed=run.config.run.seed + number)
-            # Generation would recompile for every length; past torch's limit training would lose its own code.
-            with torch.compiler.set_stance("force_eager"):
-                (text,) = generate(run.bare_model, self.tokenizer, prompt, sampling).texts
-            run.log.sample(run.state.step, prompt, text)
-            texts[f"sample/{number}"] = prompt + text
-        return texts
+        """The texts, each with its prompt: the same ones for any number of processes. Collective.
+
+        Each process generates its share. All ranks of a sharded model generate all texts, as none can without the rest.
+        """
+        settings, accelerator = run.config.evaluation, run.accelerator
+        prompts = [prompt for prompt in settings.sample_prompts for _ in range(settings.samples_per_prompt)]
+        share = slice(None)
+        if not accelerator.is_fsdp2:
+            share = slice(accelerator.process_index, None, accelerator.num_processes)
+        mine = [(number, self._sample(run, number, prompt)) for number, prompt in list(enumerate(prompts))[share]]
+        texts = dict(gather_object(mine))
+        for number, prompt in enumerate(prompts):
+            run.log.sample(run.state.step, prompt, texts[number])
+        return {f"sample/{number}": prompt + texts[number] for number, prompt in enumerate(prompts)}
+
+    def _sample(self, run: Run, number: int, prompt: str) -> str:
+        settings = run.config.evaluation
+        sampling = Sampling(
+            max_new_tokens=settings.sample_tokens,
+            temperature=settings.sample_temperature,
+            top_k=settings.sample_top_k,
+            seed=run.config.run.seed + number,
+        )
+        # Generation would recompile for every length; past torch's limit training would lose its own code.
+        with torch.compiler.set_stance("force_eager"):
+            return generate(run.bare_model, self.tokenizer, prompt, sampling).texts[0]

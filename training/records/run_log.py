@@ -122,7 +122,7 @@ class RunLog(GeneralTracker):
             file.close()
 
     def _show_progress(self, done: int, values: dict[str, Any]) -> None:
-        summary = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+        summary = progress(values)
         self.bar.set_postfix_str(summary, refresh=False)
         self.bar.update()
         if self.bar.disable and done % self.logging_steps == 0:
@@ -136,6 +136,22 @@ class RunLog(GeneralTracker):
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.pending.items()}
         self.metrics.write(json.dumps(finite) + "\n")  # JSON has no NaN and no infinity
         self.pending = {}
+
+
+def progress(values: dict[str, Any]) -> str:
+    """The metrics of a step in one line."""
+    parts = [
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"norm {values['grad_norm']:.2f}",
+        f"{1000 * values['batch_tokens'] / values['tokens_per_second']:,.0f} ms",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+    ]
+    of_gpu = {"gpu_utilization": "GPU {:.0f}%", "gpu_temperature": "{:.0f} °C", "gpu_power": "{:.0f} W"}
+    readings = [form.format(values[name]) for name, form in of_gpu.items() if name in values]
+    if readings:
+        readings.insert(1, f"{values['memory_bytes'] / 2**30:.1f} GiB")
+    return ", ".join(parts + readings)
 
 
 class _Lines:

@@ -169,7 +169,10 @@ class EvaluationSettings:
     val_tokens: Positive = _help(65536, "tokens in a validation, the same ones each time")
     sample_every: Count = _help(400, "steps between two rounds of samples; 0 for none")
     sample_prompts: list[str] = _help(["def", "import", "class"], "texts to continue")
-    sample_tokens: Positive = _help(64, "tokens to generate for each prompt")
+    sample_tokens: Positive = _help(64, "tokens in a sample")
+    samples_per_prompt: Positive = _help(1, "samples of each prompt, all different; processes share them")
+    sample_temperature: NonNegative = _help(0.8, "divides the logits of samples; 0 is greedy")
+    sample_top_k: Count = _help(50, "sample from the N most likely tokens; 0 for all")
     hellaswag_every: Count = _help(0, "steps between two evaluations on HellaSwag; 0 for none")
     hellaswag_data: str | None = _help(None, "hellaswag_val.jsonl; downloaded if not given")
     hellaswag_limit: Positive | None = _help(None, "only the first N items")
@@ -183,7 +186,9 @@ class EvaluationSettings:
 class CheckpointSettings:
     """When checkpoints are saved, and which are kept."""
 
-    save_steps: Positive = _help(400, "steps between two checkpoints; the last step always has one")
+    save_steps: Positive = _help(
+        400, "steps between two checkpoints; the last step and each new lowest validation loss always have one"
+    )
     save_total_limit: Positive = _help(2, "newest checkpoints to keep, beside the one with the best validation loss")
     keep_every: Count = _help(0, "also keep the checkpoints of every N steps; 0 for none")
 

@@ -1,0 +1,35 @@
+"""The progress line, and what an NVIDIA GPU says about itself."""
+
+import pytest
+import torch
+
+from training.engine.optimizer import describe, make_optimizer
+from training.records.gpu_state import read_gpu
+from training.records.run_log import progress
+from training.settings.schema import OptimizerSettings
+
+STEP = {"loss": 4.56789, "learning_rate": 3e-3, "grad_norm": 0.987, "batch_tokens": 2048, "tokens_per_second": 8192.0}
+
+
+def test_the_progress_line_says_what_one_watches():
+    assert progress(STEP) == "loss 4.5679, lr 3.00e-03, norm 0.99, 250 ms, 8,192 tokens/s"
+    on_gpu = STEP | {"memory_bytes": 3 << 29, "gpu_utilization": 97.0, "gpu_temperature": 64.0, "gpu_power": 412.4}
+    assert progress(on_gpu).endswith("8,192 tokens/s, GPU 97%, 1.5 GiB, 64 °C, 412 W")
+
+
+def test_a_gpu_that_does_not_tell_everything(monkeypatch):
+    def missing(device):
+        raise ModuleNotFoundError("pynvml does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
+    monkeypatch.setattr(torch.cuda, "temperature", missing)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 412_400)  # milliwatts
+    assert read_gpu(torch.device("cuda", 0)) == {"gpu_utilization": 97.0, "gpu_power": pytest.approx(412.4)}
+    assert read_gpu(torch.device("cpu")) == {}
+
+
+def test_the_optimizer_is_described():
+    """Of a norm and two matrices, with biases: decayed are the matrices."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+    text = describe(make_optimizer(model, OptimizerSettings()))
+    assert text == "fused AdamW; 2 tensors with 40 parameters decayed, 3 tensors with 12 parameters not"
