@@ -422,7 +422,7 @@ def test_a_run_that_cannot_be_helped_halts_with_a_diagnosis(command, data_folder
 def test_a_new_lowest_validation_loss_is_saved_at_its_step(command, whole, tmp_path):
     """Between two saves: killed in the step after the next, the run has it, and continues from there."""
     flags = [*command, "--eval_steps", "2", "--save_steps", "100"]
-    killed = partial(in_step, 6, 0, partial(die_after, Path("runs/run/checkpoints/step_00000004")))
+    killed = partial(in_step, 5, 0, partial(die_after, Path("runs/run/checkpoints/step_00000004")))
     assert begin(flags, tmp_path, killed).ended()[0] == -signal.SIGKILL
     folder = tmp_path / "runs" / "run"
     state = load_state(folder / "checkpoints" / "step_00000004")
