@@ -1,8 +1,10 @@
 """Interleaved measurement of several implementations, each in its own process, so that noise affects all of them."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -15,12 +17,15 @@ Workload = Callable[[], float | None]  # runs once; may return its seconds, whic
 Setup = Callable[[], Workload]  # loads and compiles what a workload needs
 
 
-def run_interleaved(setups: dict[str, Setup], rounds: int) -> dict[str, tuple[list[float], int]]:
+def run_interleaved(
+    setups: dict[str, Setup], rounds: int, variables: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, tuple[list[float], int]]:
     """Measures workloads in turn, each once per round, and returns the seconds and the peak memory in bytes of each.
 
     Args:
         setups: by name of the implementation; picklable, as each is called in a process of its own. The first run of
             each workload is a warm-up and is not measured.
+        variables: by the same names, environment variables of the process; others are as here.
 
     Raises:
         UserError: if one fails; its process has printed the error.
@@ -33,7 +38,8 @@ def run_interleaved(setups: dict[str, Setup], rounds: int) -> dict[str, tuple[li
         for name, setup in setups.items():
             connections[name], remote = context.Pipe()
             processes.append(context.Process(target=_serve, args=(remote, setup)))
-            processes[-1].start()
+            with _environment((variables or {}).get(name, {})):
+                processes[-1].start()
             remote.close()
             connections[name].send(True)
             connections[name].recv()
@@ -50,6 +56,18 @@ def run_interleaved(setups: dict[str, Setup], rounds: int) -> dict[str, tuple[li
                 connection.send(False)
             process.join()
     return results
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables for the processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _serve(connection: Connection, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""Speed and memory of a training step, beside build-nanogpt's and transformers' `Trainer`.
+"""Speed and memory of a training step, beside build-nanogpt's, stock GPT-2 in a plain loop, and the `Trainer`.
 
     python -m benchmarks.training_step [--sizes quickstart small gpt2-124m] [--implementations ...]
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.common.openmp import limit_spinning
 
@@ -78,7 +78,7 @@ def batches(size: Size, device: torch.device) -> Iterator[list[tuple[Tensor, Ten
         yield [(ids[:, :-1].to(device), ids[:, 1:].to(device)) for ids in tokens]
 
 
-def engine(size: Size, precision: str, compiled: bool) -> Steps:
+def engine(size: Size, precision: str, compiled: bool, optim: Literal["adamw", "muon"] = "adamw") -> Steps:
     """Returns steps of this project."""
     accelerator = make_accelerator(mixed_precision=precision)
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def engine(size: Size, precision: str, compiled: bool) -> Steps:
         model.set_attn_implementation("eager")
     if compiled:
         compile_blocks(model)
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=_LEARNING_RATE), precision)
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=_LEARNING_RATE, optim=optim), precision)
     model, optimizer = accelerator.prepare(model, optimizer)
     source = batches(size, accelerator.device)
 
@@ -177,15 +177,45 @@ def build_nanogpt(size: Size, precision: str, compiled: bool) -> Steps:
     return steps
 
 
+def stock_gpt2(size: Size, precision: str, compiled: bool) -> Steps:
+    """Returns steps of stock `GPT2LMHeadModel` in a plain loop, with the same optimizer."""
+    from transformers import GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(_stock_config(size)).to(device()).train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=_LEARNING_RATE))
+    source = batches(size, device())
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            for x, y in next(source):
+                with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = forward(input_ids=x, use_cache=False).logits
+                    loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.reshape(-1))
+                (loss / size.accumulation).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()
+
+    return steps
+
+
+def _stock_config(size: Size) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config.from_dict(size.config.to_dict() | {"architectures": None, "model_type": "gpt2"})
+
+
 def trainer(size: Size, precision: str, compiled: bool) -> Steps:
     """Returns steps of stock `GPT2LMHeadModel` in transformers' `Trainer`, timed without its preparations."""
-    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    values = size.config.to_dict() | {"architectures": None, "model_type": "gpt2"}
-    model = GPT2LMHeadModel(GPT2Config.from_dict(values))
+    model = GPT2LMHeadModel(_stock_config(size))
     rows = torch.randint(size.vocab_size, (size.micro_batch * size.accumulation * 64, size.length))
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -233,9 +263,11 @@ def step_workload(name: str, size: Size, precision: str, count: int) -> Workload
 
 IMPLEMENTATIONS: dict[str, Callable[[Size, str], Steps]] = {
     "gpt-accelerate": partial(engine, compiled=False),
+    "gpt-accelerate, Muon": partial(engine, compiled=False, optim="muon"),
     "gpt-accelerate, compiled": partial(engine, compiled=True),
     "build-nanogpt": partial(build_nanogpt, compiled=False),
     "build-nanogpt, compiled": partial(build_nanogpt, compiled=True),
+    "GPT-2, compiled": partial(stock_gpt2, compiled=True),
     "Trainer": partial(trainer, compiled=False),
     "Trainer, compiled": partial(trainer, compiled=True),
 }
