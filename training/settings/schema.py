@@ -88,6 +88,9 @@ class OptimizerSettings:
     )
     optim: Literal["adamw", "muon"] = _help("adamw", "muon: Muon for the matrices of the blocks, AdamW for all else")
     learning_rate: PositiveFloat = _help(3e-3, "peak learning rate")
+    embedding_lr_ratio: PositiveFloat = _help(
+        1.0, "learning rate of the embeddings of tokens and positions, as a multiple of learning_rate"
+    )
     muon_learning_rate: PositiveFloat | None = _help(
         None, "of the matrices under Muon, whose updates are scaled to AdamW's size; learning_rate if not given"
     )

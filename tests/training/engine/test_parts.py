@@ -25,6 +25,18 @@ def test_decay_on_matrices_and_embeddings_only(tied):
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 and group["fused"] for group in groups)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_embeddings_may_have_their_own_learning_rate(optim):
+    model = GPTModel(GPTConfig(vocab_size=50, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    rate = 0.2 if optim == "muon" else None
+    settings = OptimizerSettings(optim=optim, learning_rate=0.1, muon_learning_rate=rate, embedding_lr_ratio=3)
+    rates = {id(p): group["lr"] for group in make_optimizer(model, settings).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        of_block = 0.2 if optim == "muon" and ".h." in name and parameter.dim() == 2 else 0.1
+        expected = 0.3 if "wte" in name or "wpe" in name else of_block
+        assert rates[id(parameter)] == pytest.approx(expected), name
+
+
 def test_optimizer_step_is_adamw_of_the_paper():
     """Loshchilov and Hutter, algorithm 2, in float64."""
     parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
