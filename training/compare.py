@@ -27,12 +27,13 @@ _FIRST_SEED = 1
 
 
 def finished_run(variant: Variant, folder: Path) -> Record | None:
-    """The record of a run that is at its end; None for another."""
+    """The record of a run that is at its end with a finite validation loss; None for another."""
     assert variant.max_steps is not None
     if not is_checkpoint(checkpoint_folder(folder / "checkpoints", variant.max_steps)):
         return None
     record = read_run(folder)
-    return record if record.curves["val_loss"].steps[-1] == variant.max_steps else None
+    losses = record.curves.get("val_loss")
+    return record if losses is not None and losses.steps[-1] == variant.max_steps else None
 
 
 def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -> str | None:
@@ -102,7 +103,7 @@ def compare(plan: Plan, seeds: int, folder: Path, launch: list[str]) -> list[Run
             problem = train(variant, run_folder, flags, launch)
             record = finished_run(variant, run_folder) if problem is None else None
         if record is None:
-            results[name].failures.append(problem or f"seed_{seed} was stopped before its end")
+            results[name].failures.append(problem or f"seed_{seed} was stopped, or its validation loss is not finite")
         else:
             results[name].records.append(record)
         shown = f"validation loss {record.last('val_loss'):.4f}" if record else results[name].failures[-1]
