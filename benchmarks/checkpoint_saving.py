@@ -94,7 +94,7 @@ def make_bench(size_name: str, precision: str, micro_batch: int) -> Iterator[Ben
     accelerator = make_accelerator(mixed_precision=precision)
     torch.manual_seed(0)
     model = GPTModel(size.config).train()
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings()))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optim="adamw")))
     source, state = batches(size, accelerator.device), RunState(data={}, settings={}, num_processes=1)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder) / "checkpoints"

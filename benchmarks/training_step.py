@@ -184,7 +184,7 @@ def stock_gpt2(size: Size, precision: str, compiled: bool) -> Steps:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(_stock_config(size)).to(device()).train()
     forward = torch.compile(model) if compiled else model
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=_LEARNING_RATE))
+    optimizer = make_optimizer(model, OptimizerSettings(optim="adamw", learning_rate=_LEARNING_RATE))
     source = batches(size, device())
 
     def steps(count: int) -> None:

@@ -136,7 +136,18 @@ def train(tmp_path_factory, data_folder):
 
     folder = tmp_path_factory.mktemp("runs")
     fixed = ["--data", data_folder, "--mixed_precision", "no", "--order", "sequential", "--sample_every", "0"]
-    fixed += ["--batch_tokens", "512", "--learning_rate", "1e-2", "--val_tokens", "4096", "--warmup_steps", "3"]
+    fixed += [
+        "--batch_tokens",
+        "512",
+        "--optim",
+        "adamw",
+        "--learning_rate",
+        "1e-2",
+        "--val_tokens",
+        "4096",
+        "--warmup_steps",
+        "3",
+    ]
 
     def start(name: str, *flags: str, cwd: Path = folder, launch_file: str | None = None) -> Finished:
         words = ["--run_name", name, *fixed, *TINY_MODEL, *flags]
@@ -150,7 +161,7 @@ def train(tmp_path_factory, data_folder):
 @pytest.fixture(scope="session")
 def short_steps(data_folder) -> list[str]:
     """The flags of a run of the tiny model on the small data: float32, 512 tokens a step, no samples."""
-    words = "--mixed_precision no --batch_tokens 512 --per_device_train_batch_size 8 --val_tokens 2048 "
+    words = "--mixed_precision no --optim adamw --batch_tokens 512 --per_device_train_batch_size 8 --val_tokens 2048 "
     words += "--warmup_steps 1 --sample_every 0"
     return ["--data", str(data_folder), *TINY_MODEL, *words.split()]
 

@@ -92,6 +92,10 @@ tasks: 1
 workers: 1
 steps: {{exact_dedup: true}}
 """
+TINY_RUN = """\
+{n_layer: 1, n_embd: 32, n_head: 2, n_positions: 32, batch_tokens: 32, per_device_train_batch_size: 1,
+ val_tokens: 32, warmup_steps: 0, sample_every: 0}
+"""
 # Each command on tiny input, and what it must say; {run} is a finished run, {data} its data.
 QUICK = {
     "data_prep.register": ("shards", "training and"),
@@ -123,7 +127,14 @@ LONGER = {
     "benchmarks.checkpoint_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
     "benchmarks.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
+    "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.md"),
+    "benchmarks.busy_machine": ("--busy 0 1 --steps 1 --rounds 1", "beside 1"),
+    "benchmarks.time_to_loss": (
+        "text.txt --vocab_size 300 --seeds 1 --recipe tiny.yaml --steps 10 --our_steps 10 --trainers build-nanogpt",
+        "| gpt-accelerate |",
+    ),
 }
+BY_ANOTHER = {"benchmarks.other_trainers"}  # by benchmarks.time_to_loss
 # They need a Hub to write to: tests/data_prep/reading/test_sources.py and tests/training/test_publish.py have one.
 ON_THE_HUB = {"data_prep.push", "training.publish"}
 
@@ -137,6 +148,8 @@ def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> di
 
     here = tmp_path_factory.mktemp("inputs")
     (here / "clean.yaml").write_text(TINY_CLEANING.format(texts=text_files))
+    (here / "tiny.yaml").write_text(TINY_RUN)
+    (here / "text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     shards = here / "shards"
     shards.mkdir()
     shutil.copytree(data_folder / "tokenizer", shards / "tokenizer")
@@ -163,7 +176,7 @@ def run_on_tiny_input(module: str, words: str, expected: str, inputs: dict[str, 
 
 
 def test_every_command_is_run_somewhere():
-    assert QUICK.keys() | LONGER.keys() | ON_THE_HUB == set(MODULES)
+    assert QUICK.keys() | LONGER.keys() | ON_THE_HUB | BY_ANOTHER == set(MODULES)
 
 
 @pytest.mark.parametrize("module", QUICK)

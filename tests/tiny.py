@@ -28,7 +28,7 @@ def batches(steps: int) -> list[dict[str, torch.Tensor]]:
 def train(model: GPTModel, micro_batches: int = 1, steps: int = STEPS, **settings) -> torch.Tensor:
     """The losses of some steps."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=1e-2, **settings))
+    optimizer = make_optimizer(model, OptimizerSettings(**{"optim": "adamw", "learning_rate": 1e-2} | settings))
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for batch in batches(steps):

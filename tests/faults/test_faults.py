@@ -43,7 +43,18 @@ def command(data_folder):
         "--warmup_steps",
         "3",
     ]
-    flags += ["--learning_rate", "1e-2", "--val_tokens", "2048", "--eval_steps", "6", "--save_steps", "3"]
+    flags += [
+        "--optim",
+        "adamw",
+        "--learning_rate",
+        "1e-2",
+        "--val_tokens",
+        "2048",
+        "--eval_steps",
+        "6",
+        "--save_steps",
+        "3",
+    ]
     flags += ["--sample_every", "0", "--run_name", "run", "--auto_resume", "--save_total_limit", "2"]
     return list(map(str, flags))
 

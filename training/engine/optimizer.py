@@ -29,7 +29,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precisio
     matrices = {}
     if settings.optim == "muon":
         matrices = {name: p for name, p in parameters.items() if ".h." in name and p.dim() == 2}
-    rest = {name: p for name, p in parameters.items() if name not in matrices}
+    rest = [p for name, p in parameters.items() if name not in matrices]
     optimizers = [_muon(matrices, settings, mixed_precision)] if matrices else []
     optimizers.append(_adamw(rest, settings))
     for one in optimizers:
@@ -50,16 +50,9 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay: float, **options:
     ]
 
 
-def _adamw(parameters: dict[str, nn.Parameter], settings: OptimizerSettings) -> Optimizer:
-    embeddings = {name: p for name, p in parameters.items() if name.endswith((".wte.weight", ".wpe.weight"))}
-    others = [p for name, p in parameters.items() if name not in embeddings]
-    state = {"state_keys": ("step", "exp_avg", "exp_avg_sq")}
-    rate = settings.embedding_lr_ratio * settings.learning_rate
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> Optimizer:
     return AdamW(
-        [
-            *decay_groups(others, settings.weight_decay, **state),
-            *decay_groups(list(embeddings.values()), settings.weight_decay, lr=rate, **state),
-        ],
+        decay_groups(parameters, settings.weight_decay, state_keys=("step", "exp_avg", "exp_avg_sq")),
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,

@@ -265,8 +265,8 @@ def _inherited(checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]
         values |= _from_run(file) if file.exists() else {}
     elif checkpoint is not None:
         values |= _from_parent(Path(checkpoint), checked, given)
-    if checked.model.preset is not None:
-        values |= dataclasses.asdict(PRESETS[checked.model.preset])
+    if checked.model.preset is not None:  # GPT-3's recipe
+        values |= dataclasses.asdict(PRESETS[checked.model.preset]) | {"optim": "adamw"}
     if checked.model.model_name_or_path is not None and checkpoint is None:
         values |= _sizes_of(checked.model.model_name_or_path)
     return values
@@ -299,10 +299,10 @@ def _from_parent(checkpoint: Path, checked: TrainingConfig, given: dict[str, Any
     return values
 
 
-def _sizes_of(name: str) -> dict[str, int]:
-    """The sizes of a GPT-2 in a folder or on the Hub."""
+def _sizes_of(name: str) -> dict[str, Any]:
+    """The sizes of a GPT-2 in a folder or on the Hub, which AdamW has trained."""
     try:
         config = read_config(name)
     except UserError as error:
         raise UserError(f"model_name_or_path={name!r}: {first_line(error.__cause__ or error)}") from error
-    return {size: getattr(config, size) for size in MODEL_SIZES}
+    return {size: getattr(config, size) for size in MODEL_SIZES} | {"optim": "adamw"}

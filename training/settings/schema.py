@@ -86,13 +86,12 @@ class OptimizerSettings:
     per_device_train_batch_size: Literal["auto"] | Positive = _help(
         8, "sequences in one forward pass of one process (micro-batch); auto: the most that fits in memory"
     )
-    optim: Literal["adamw", "muon"] = _help("adamw", "muon: Muon for the matrices of the blocks, AdamW for all else")
-    learning_rate: PositiveFloat = _help(3e-3, "peak learning rate")
-    embedding_lr_ratio: PositiveFloat = _help(
-        1.0, "learning rate of the embeddings of tokens and positions, as a multiple of learning_rate"
+    optim: Literal["adamw", "muon"] = _help(
+        "muon", "muon: Muon for the matrices of the blocks, AdamW for all else; presets: adamw"
     )
+    learning_rate: PositiveFloat = _help(None, "peak learning rate, of AdamW; 2e-2 with Muon, else 3e-3, if not given")
     muon_learning_rate: PositiveFloat | None = _help(
-        None, "of the matrices under Muon, whose updates are scaled to AdamW's size; learning_rate if not given"
+        None, "peak learning rate of Muon; if not given, learning_rate, or 6e-3 if that is not given either"
     )
     muon_momentum: BelowOne = _help(0.95, "Muon's momentum (Nesterov's)")
     weight_decay: NonNegative = _help(0.1, "decoupled weight decay, on matrices and embeddings only")
@@ -115,6 +114,12 @@ class OptimizerSettings:
     )
     cooldown_tokens: Count | None = _help(None, "last tokens of a wsd run, in place of cooldown_steps")
     min_lr_ratio: Fraction = _help(0.1, "learning rate after the decay, as a fraction of the peak")
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = 2e-2 if self.optim == "muon" else 3e-3
+            if self.optim == "muon" and self.muon_learning_rate is None:
+                self.muon_learning_rate = 6e-3
 
 
 @dataclass

@@ -256,7 +256,7 @@ def values(optimizer):
 def test_an_optimizer_that_would_take_any_gradient_is_refused(monkeypatch):
     monkeypatch.setattr("training.engine.optimizer.AdamW", lambda *groups, fused, **options: AdamW(*groups, **options))
     with pytest.raises(TypeError, match="AdamW ignores found_inf"):
-        make_optimizer(make_model(), OptimizerSettings())
+        make_optimizer(make_model(), OptimizerSettings(optim="adamw"))
 
 
 def test_muon_takes_the_matrices_of_the_blocks():

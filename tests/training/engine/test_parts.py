@@ -12,7 +12,7 @@ from training.settings.schema import OptimizerSettings
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_on_matrices_and_embeddings_only(tied):
     model = GPTModel(GPTConfig(vocab_size=50, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=tied))
-    settings = OptimizerSettings(weight_decay=0.3)
+    settings = OptimizerSettings(optim="adamw", weight_decay=0.3)
     groups = make_optimizer(model, settings).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
@@ -25,24 +25,12 @@ def test_decay_on_matrices_and_embeddings_only(tied):
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 and group["fused"] for group in groups)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_embeddings_may_have_their_own_learning_rate(optim):
-    model = GPTModel(GPTConfig(vocab_size=50, n_positions=8, n_embd=8, n_layer=2, n_head=2))
-    rate = 0.2 if optim == "muon" else None
-    settings = OptimizerSettings(optim=optim, learning_rate=0.1, muon_learning_rate=rate, embedding_lr_ratio=3)
-    rates = {id(p): group["lr"] for group in make_optimizer(model, settings).param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        of_block = 0.2 if optim == "muon" and ".h." in name and parameter.dim() == 2 else 0.1
-        expected = 0.3 if "wte" in name or "wpe" in name else of_block
-        assert rates[id(parameter)] == pytest.approx(expected), name
-
-
 def test_optimizer_step_is_adamw_of_the_paper():
     """Loshchilov and Hutter, algorithm 2, in float64."""
     parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
     module = torch.nn.Module()
     module.weight = parameter
-    optimizer = make_optimizer(module, OptimizerSettings(learning_rate=0.1, weight_decay=0.2))
+    optimizer = make_optimizer(module, OptimizerSettings(optim="adamw", learning_rate=0.1, weight_decay=0.2))
     x, m, v = parameter.detach().double().clone(), 0.0, 0.0
     for step, gradient in enumerate(([[0.5, 1.0]], [[-0.3, 0.2]], [[0.0, 4.0]]), start=1):
         g = torch.tensor(gradient)

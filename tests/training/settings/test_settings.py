@@ -68,6 +68,22 @@ def test_the_configurations_that_we_ship(file, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("flags", "optim", "rate", "muon"),
+    [
+        ("", "muon", 2e-2, 6e-3),
+        ("--learning_rate 1e-3", "muon", 1e-3, None),
+        ("--muon_learning_rate 1e-3", "muon", 2e-2, 1e-3),
+        ("--optim adamw", "adamw", 3e-3, None),
+        ("--preset gpt3-125m", "adamw", 6e-4, None),
+        ("--preset gpt3-125m --optim muon", "muon", 6e-4, None),
+    ],
+)
+def test_learning_rates_that_are_not_given(flags, optim, rate, muon):
+    settings = parse_config(flags.split()).optimizer
+    assert (settings.optim, settings.learning_rate, settings.muon_learning_rate) == (optim, rate, muon)
+
+
 def problems(*flags: str, processes: int = 1) -> str:
     with pytest.raises(UserError) as caught:
         load_config(list(flags), processes)
@@ -117,7 +133,7 @@ def problems(*flags: str, processes: int = 1) -> str:
             ["--per_device_train_batch_size", "0"],
             "per_device_train_batch_size='0' should be 'auto' or should be greater than or equal to 1",
         ),
-        (["--muon_learning_rate", "1"], "muon_learning_rate does nothing under optim='adamw'"),
+        (["--optim", "adamw", "--muon_learning_rate", "1"], "muon_learning_rate does nothing under optim='adamw'"),
         (["--gradient_compression", "bf16"], "gradient_compression does nothing in a single process"),
         (
             ["--resume_from_checkpoint", "no/such", "--cooldown_steps", "9"],
@@ -146,7 +162,7 @@ def test_all_problems_at_once():
     assert text.startswith("4 problems") and text.count("\n  - ") == 4
     text = problems("--max_steps", "0", "--data", "no/such", "--n_layer", "-1")
     assert text.startswith("3 problems")
-    flags = "--cooldown_steps 9 --warmup_steps 900 --muon_learning_rate 1 --mixed_precision fp8"
+    flags = "--cooldown_steps 9 --warmup_steps 900 --optim adamw --muon_learning_rate 1 --mixed_precision fp8"
     text = problems(*flags.split())
     assert text.startswith(("4 problems", "5 problems"))  # one more where torchao is missing
     assert "cooldown_steps=9" in text and "needs a GPU with fp8" in text
