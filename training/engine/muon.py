@@ -79,13 +79,13 @@ class Muon(Optimizer):
 
     def _apply(self, parts: list[Tensor], parameter: nn.Parameter, group: dict[str, Any]) -> None:
         """Moves the weights against their orthogonalized `parts`."""
-        update = torch.cat(parts)
+        update = torch.cat(parts) if len(parts) > 1 else parts[0]
         if isinstance(parameter, DTensor):
             update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        applied: Tensor | float = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        applied = torch.ones((), device=parameter.device) if self.found_inf is None else 1 - self.found_inf
         size = 0.2 * math.sqrt(max(parts[0].shape))
         parameter.mul_(1 - applied * (group["lr"] * group["weight_decay"]))
-        parameter.sub_(update.to(parameter.dtype) * (applied * (group["lr"] * size)))
+        parameter.addcmul_(update.to(parameter.dtype), applied, value=-group["lr"] * size)
 
 
 def _full(matrix: Tensor) -> Tensor:
@@ -131,9 +131,10 @@ def _in_shares(batch: Tensor) -> Tensor:
 def orthogonalize(batch: Tensor) -> Tensor:
     """Matrices `[N, A, B]`, A <= B, with singular values near 1, by Newton-Schulz iterations of fifth order (the post
     above, section "Newton-Schulz")."""
-    x = batch / torch.linalg.matrix_norm(batch, keepdim=True).clamp(min=1e-7)
-    if x.dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
-        return _square_polynomial(x @ x.mT) @ x
+    norm = torch.linalg.matrix_norm(batch, keepdim=True).clamp(min=1e-7)
+    if batch.dtype == torch.float32 and 2 * batch.shape[1] <= batch.shape[2]:
+        return _square_polynomial(batch @ batch.mT / norm.square()) / norm @ batch
+    x = batch / norm
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
