@@ -1,6 +1,6 @@
 """Speed of HellaSwag and generation, beside build-nanogpt's loop over items and stock `generate()`.
 
-python -m benchmarks.evaluation runs/quickstart/checkpoints/step_00000800 --data hellaswag_val.jsonl
+python -m benchmarks.evaluation runs/quickstart/checkpoints/step_00001000 --data hellaswag_val.jsonl
 
 Implementations run interleaved, each in its own process, with the same weights and items. Ratios are medians of the
 ratios within a round.

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_step import PlainGPT, Size
+from benchmarks.training_step import QUICKSTART, PlainGPT, Size
 from data_prep.common.command_line import ArgumentParser, run
 
 _EVALUATIONS = 10
-_MODEL = {"n_layer": 3, "n_embd": 192, "n_head": 3}  # gpt-accelerate's quickstart
+_MODEL = {"n_layer": QUICKSTART.n_layer, "n_embd": QUICKSTART.n_embd, "n_head": QUICKSTART.n_head}
 _BATCH, _LENGTH = 8, 256
 _DEMO = Size(n_layer=4, n_embd=128, n_head=4, vocab_size=256, length=64, micro_batch=12, accumulation=1)
 
@@ -54,14 +54,14 @@ class Reporter:
 
     def __init__(self, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, length: int,
                  text_bytes: int, steps: int) -> None:  # fmt: skip
-        self.model, self.every = model, max(1, steps // _EVALUATIONS)
+        self.model, self.steps, self.every = model, steps, max(1, steps // _EVALUATIONS)
         self.arguments = (loss_of, tokens, length, text_bytes)
 
     def step(self, done: int) -> None:
-        if done % self.every == 0:
+        if done % self.every == 0 or done == self.steps:
             self.model.eval()
-            with torch.no_grad():
-                print(f"step {done} {held_out_bits(*self.arguments):.4f} bits per byte", flush=True)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=_bf16()):
+                print(f"step {done} {held_out_bits(*self.arguments):.3f} bits per byte", flush=True)
             self.model.train()
 
 

@@ -24,6 +24,7 @@ from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import read_text
 from data_prep.register import register
 from data_prep.tokenization.tokenizer import Tokenizer, train_tokenizer
+from training.settings.schema import OptimizerSettings
 
 _HELD_OUT = 0.1
 _DOCUMENT_BYTES = 8192  # of the training text, so that its order changes between epochs
@@ -126,7 +127,8 @@ def main() -> None:
     parser.add_option("vocab_size", type=int, default=1024, help="of the BPE")
     parser.add_option("steps", type=int, default=800, help="of build-nanogpt and Trainer, 2,048 tokens each")
     parser.add_option("demo_steps", type=int, default=2000, help="of nanoGPT's demo, 768 characters each")
-    parser.add_option("our_steps", type=int, default=800, help="of gpt-accelerate")
+    ours = OptimizerSettings().max_steps
+    parser.add_option("our_steps", type=int, default=ours, help="of gpt-accelerate, 2,048 tokens each")
     parser.add_option("recipe", help="settings of gpt-accelerate; those of the quickstart if not given")
     known = list(_RATES)
     parser.add_option("trainers", nargs="+", default=known, choices=known, help="those to compare with")

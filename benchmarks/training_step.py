@@ -32,7 +32,7 @@ from training.engine.distributed import describe_device
 from training.engine.optimizer import make_optimizer
 from training.engine.step import training_step
 from training.records.flops import peak_flops
-from training.settings.schema import OptimizerSettings
+from training.settings.schema import ModelSettings, OptimizerSettings
 
 _LEARNING_RATE = 6e-4
 
@@ -60,8 +60,9 @@ class Size:
         return self.micro_batch * self.length * self.accumulation
 
 
+QUICKSTART = ModelSettings()
 SIZES = {
-    "quickstart": Size(3, 192, 3, 4096, 256, 8, 1),
+    "quickstart": Size(QUICKSTART.n_layer, QUICKSTART.n_embd, QUICKSTART.n_head, 4096, 256, 8, 1),
     "small": Size(6, 384, 6, 50257, 256, 8, 1),
     "gpt2-124m": Size(12, 768, 12, 50257, 1024, 2, 1),
 }

@@ -1,7 +1,7 @@
 """Continue prompts with a trained model.
 
-python -m eval.generate runs/quickstart/checkpoints/step_00000800 --prompt "def main("
-python -m eval.generate runs/quickstart/checkpoints/step_00000800
+python -m eval.generate runs/quickstart/checkpoints/step_00001000 --prompt "def main("
+python -m eval.generate runs/quickstart/checkpoints/step_00001000
 """
 
 import sys

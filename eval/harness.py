@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on any GPT-2, in this process.
 
-python -m eval.harness runs/quickstart/checkpoints/step_00000800 --tasks lambada_openai,wikitext
+python -m eval.harness runs/quickstart/checkpoints/step_00001000 --tasks lambada_openai,wikitext
 python -m eval.harness gpt2 --tasks gpt2_zero_shot --limit 100 --batch_size 16
 
 Other options go to the harness (`lm_eval run --help`). The plain `lm_eval --model hf --model_args

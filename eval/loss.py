@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte of a model on a data folder or a text file.
 
-python -m eval.loss runs/quickstart/checkpoints/step_00000800 --data data/quickstart
+python -m eval.loss runs/quickstart/checkpoints/step_00001000 --data data/quickstart
 python -m eval.loss gpt2 --data some.txt --stride 512
 """
 

@@ -1,6 +1,6 @@
 """Generation by stock GPT-2, by `GPTModel` and by a loop without any cache: the same tokens three times.
 
-PYTHONPATH=. python tests/generation.py runs/quickstart/checkpoints/step_00000800
+PYTHONPATH=. python tests/generation.py runs/quickstart/checkpoints/step_00001000
 """
 
 import itertools

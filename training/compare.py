@@ -8,6 +8,7 @@ variants too. The same command continues an interrupted comparison; with more --
 """
 
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from training.comparison.plan import Plan, Variant, make_plan, open_plan, parse_
 from training.comparison.results import Runs, summary, write_results
 
 _CALIBRATIONS = 2  # runs of each variant that find how many steps fit into a budget of minutes
-_CALIBRATION_MINUTES = 0.25
+_CALIBRATION_MINUTES, _CALIBRATION_STEPS = 0.25, 12
 _FIRST_SEED = 1
 
 
@@ -58,26 +59,36 @@ def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -
     return None if code == 0 else f"{folder.name} ended with code {code}; see {log}"
 
 
+def measure_speed(variant: Variant, folder: Path, launch: list[str]) -> float:
+    """The tokens per second of a short run, which goes on until it has some steps.
+
+    Raises:
+        UserError: if it fails.
+    """
+    minutes = _CALIBRATION_MINUTES  # they count from the start of the process, preparations included
+    while True:
+        flags = ["--max_minutes", str(minutes), "--sample_every", "0", "--auto_resume"]
+        if (problem := train(variant, folder, flags, launch)) is not None:
+            raise UserError(problem)
+        curve = read_run(folder).curves.get("tokens_per_second")
+        finished = is_checkpoint(checkpoint_folder(folder / "checkpoints", variant.config().max_steps))
+        if curve is not None and (finished or len(curve.values) >= _CALIBRATION_STEPS):
+            return statistics.median(curve.values)
+        minutes *= 2
+
+
 def convert_minutes(plan: Plan, folder: Path, launch: list[str]) -> None:
     """Finds the steps of each variant that fit into a budget of minutes, by short runs in turn; the fastest counts, as
     other work on the machine can only slow them."""
     wanted = {name: variant for name, variant in plan.variants.items() if variant.max_steps is None}
-    pace = dict.fromkeys(wanted, 0.0)
+    fastest = dict.fromkeys(wanted, 0.0)
     for number in range(1, _CALIBRATIONS + 1):
         for name, variant in wanted.items():
             print(f"{name}: measuring its speed, {number} of {_CALIBRATIONS}", flush=True)
-            run_folder = folder / name / f"speed_{number}"
-            if not (run_folder / "metrics.jsonl").exists():
-                flags = ["--max_minutes", str(_CALIBRATION_MINUTES), "--sample_every", "0"]
-                if (problem := train(variant, run_folder, flags, launch)) is not None:
-                    raise UserError(f"{name}: {problem}")
-            curves = read_run(run_folder).curves
-            speeds = sorted(curves["tokens_per_second"].values)
-            pace[name] = max(pace[name], speeds[len(speeds) // 2] / curves["batch_tokens"].values[-1])
+            fastest[name] = max(fastest[name], measure_speed(variant, folder / name / f"speed_{number}", launch))
     for name, variant in wanted.items():
-        variant.max_steps = max(1, round(60 * plan.budget.amount * pace[name]))
-        variant.config("--max_steps", str(variant.max_steps))
-    plan.save(folder)
+        tokens = round(60 * plan.budget.amount * fastest[name])
+        variant.max_steps = variant.config("--max_tokens", str(tokens)).max_steps
 
 
 def turns(plan: Plan, seeds: int) -> Iterator[tuple[str, Variant, int]]:
@@ -91,8 +102,6 @@ def turns(plan: Plan, seeds: int) -> Iterator[tuple[str, Variant, int]]:
 
 def compare(plan: Plan, seeds: int, folder: Path, launch: list[str]) -> list[Runs]:
     """Trains what is not trained yet, and returns the runs of each variant."""
-    plan.save(folder)
-    convert_minutes(plan, folder, launch)
     results = {name: Runs(name, [], []) for name in plan.variants}
     for number, (name, variant, seed) in enumerate(turns(plan, seeds), start=1):
         run_folder, problem = folder / name / f"seed_{seed}", None
@@ -126,7 +135,12 @@ def main() -> None:
     wanted = make_plan(args.bases, args.vary, parse_budget(args.budget))
     launch = [] if args.config_file is None else ["--config_file", args.config_file]
     with locked(args.output_dir):
-        runs = compare(open_plan(wanted, args.output_dir), args.seeds, args.output_dir, launch)
+        saved = open_plan(wanted, args.output_dir)
+        plan = saved.only(wanted.variants)
+        saved.save(args.output_dir)
+        convert_minutes(plan, args.output_dir, launch)
+        saved.save(args.output_dir)
+        runs = compare(plan, args.seeds, args.output_dir, launch)
         command = shlex.join(["python", "-m", "training.compare", *sys.argv[1:]])
         report = write_results(runs, args.output_dir, command, str(wanted.budget))
     print(f"\n{summary(runs)}\n\n{report}")

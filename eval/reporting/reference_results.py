@@ -1,4 +1,4 @@
-"""Published scores of GPT-2 and GPT-3."""
+"""Published scores of GPT-2, GPT-3 and build-nanogpt's run."""
 
 from dataclasses import dataclass
 

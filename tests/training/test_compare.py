@@ -96,7 +96,7 @@ def test_p_values():
     # Benjamini and Hochberg: of two, the smaller is doubled, and the larger stays.
     alone = p_values(first, [other])[0]
     assert p_values(first, [other, first]) == pytest.approx([2 * alone, 1])
-    assert p_values(first, [first, [1.0]]) == [1, None]
+    assert p_values(first, [first, [1.0]]) == [1, None] and p_values([1.0], [[1.0]]) == [None]
     assert p_values([1.0, 1.0], [[2.0, 2.0]]) == [0]
 
 

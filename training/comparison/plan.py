@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from data_prep.common.command_line import UserError, listed, raise_all
 from data_prep.common.files import write_text
 from data_prep.common.schema import STRICT, Positive, read_json
+from training.settings.old_names import new_name
 from training.settings.schema import TrainingConfig
 from training.settings.validation import load_config
 
@@ -72,12 +74,16 @@ class Variant:
 
 @dataclass
 class Plan:
-    """The contents of `comparison.json`: variants by name, in the order in which they are compared."""
+    """The contents of `comparison.json`: all variants that were ever compared in its folder, by name."""
 
     __pydantic_config__ = STRICT
 
     budget: Budget
     variants: dict[str, Variant] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> "Plan":
+        """The plan of some of the variants."""
+        return Plan(self.budget, {name: self.variants[name] for name in names})
 
     def save(self, folder: Path) -> None:
         write_text(folder / FILE_NAME, json.dumps(asdict(self), indent=1) + "\n")
@@ -119,6 +125,7 @@ def _grid(vary: list[str]) -> dict[str, list[str]]:
     problems = []
     for word in vary:
         name, equals, values = word.partition("=")
+        name = new_name(name.lstrip("-").replace("-", "_"))
         listed_values = values.split(",")
         if not equals or not name or not all(listed_values):
             problems.append(f"vary={word!r}: give NAME=VALUE,VALUE")
@@ -148,7 +155,7 @@ def _variant(arguments: list[str], budget: Budget) -> Variant:
 
 
 def open_plan(wanted: Plan, folder: Path) -> Plan:
-    """The wanted plan, with the lengths that the comparison in `folder` has for its variants.
+    """The plan of `folder` with the wanted variants in it; those that it has already keep their lengths.
 
     Raises:
         UserError: if the folder holds something else, or compares by another budget or with other settings.
@@ -157,7 +164,7 @@ def open_plan(wanted: Plan, folder: Path) -> Plan:
     if not file.exists():
         if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
             raise UserError(f"{folder} is not empty and holds no comparison ({others[0]}); choose another --output_dir")
-        return wanted
+        return Plan(wanted.budget, before.variants | wanted.variants)
     before = read_json(file, Plan)
     problems = []
     if before.budget != wanted.budget:
@@ -169,4 +176,4 @@ def open_plan(wanted: Plan, folder: Path) -> Plan:
         wanted.variants[name].max_steps = before.variants[name].max_steps
     if problems:
         raise UserError(f"{folder} holds another comparison: {listed(problems)}; choose another --output_dir")
-    return wanted
+    return Plan(wanted.budget, before.variants | wanted.variants)

@@ -35,11 +35,13 @@ def p_values(first: list[float], others: list[list[float]]) -> list[float | None
 
     raw = {}
     for index, values in enumerate(others):
+        if len(values) < 2 or len(first) < 2:
+            continue
         if values == first:
             raw[index] = 1.0
-        elif len(set(first)) == len(set(values)) == 1 < min(len(first), len(values)):
+        elif len(set(first)) == len(set(values)) == 1:
             raw[index] = 0.0  # neither varies, and they differ
-        elif min(len(first), len(values)) > 1:
+        else:
             raw[index] = float(ttest_ind(first, values, equal_var=False).pvalue)
     corrected = false_discovery_control(list(raw.values())) if raw else []
     found = dict(zip(raw, map(float, corrected), strict=True))
@@ -48,8 +50,8 @@ def p_values(first: list[float], others: list[list[float]]) -> list[float | None
 
 def verdict(first: Runs, other: Runs, p: float | None) -> str:
     """Better, worse, or not told apart, as far as the seeds allow."""
-    if other.failures:
-        return "failed"
+    if other.failures or first.failures:
+        return "failed" if other.failures else "the first failed"
     if p is None:
         return "one seed tells nothing"
     if p >= SIGNIFICANCE:

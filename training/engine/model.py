@@ -18,7 +18,7 @@ from modeling import GPTConfig, GPTModel
 from training.engine.batches import Batches
 from training.engine.data import Data
 from training.engine.memory import checkpoint_activations, largest_micro_batch
-from training.engine.optimizer import set_learning_rate
+from training.engine.optimizer import set_learning_rate, share_work
 from training.engine.step import training_step
 from training.settings.schema import MODEL_SIZES, TrainingConfig
 
@@ -101,11 +101,12 @@ def find_micro_batch(
     sequences = batch // (config.sequence_length * accelerator.num_processes)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     set_learning_rate(optimizer, 0.0)
+    share_work(optimizer, sharded)
 
     def attempt(size: int) -> None:
         batch = train_data.sequences(0, size)
         try:
-            # A rank that runs out of memory must not leave the others waiting for its gradients.
+            # A rank that runs out of memory must not leave the others waiting for its gradients, or its share of Muon.
             with contextlib.nullcontext() if sharded else accelerator.no_sync(model):
                 training_step(accelerator, model, optimizer, [batch], settings.max_grad_norm)
         except torch.OutOfMemoryError as error:
@@ -125,6 +126,7 @@ def find_micro_batch(
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
     largest = largest_micro_batch(attempt, sizes, accelerator.device, all_agree)
 
+    share_work(optimizer, True)
     optimizer.zero_grad()
     optimizer.state.clear()
     if scaler is not None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+_MAX_ELEMENTS = 1 << 27  # of the matrices that are in memory together, gathered if they are sharded
 
 
 class Muon(Optimizer):
@@ -23,7 +24,8 @@ class Muon(Optimizer):
 
     Args:
         params: groups of matrices `[A, B]`. A group's `parts` is the number of matrices `[A / parts, B]` that each of
-            them holds, which are orthogonalized apart; 1 if not given.
+            them holds, which are orthogonalized apart; 1 if not given. If `shared` is false, each process
+            orthogonalizes all of them, without collectives.
         lr: the learning rate; the root mean square of an update is about 0.2 of it.
         weight_decay: decoupled, as in AdamW.
         momentum: of the gradients' running mean, with Nesterov's look ahead.
@@ -43,7 +45,8 @@ class Muon(Optimizer):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.dtype = dtype
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1, "shared": True}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -54,14 +57,25 @@ class Muon(Optimizer):
         """
         if closure is not None or self.grad_scale is not None:
             raise ValueError("Muon takes no closure, and no scaled gradients: clip them first, which unscales them")
-        updated = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        directions = [self._update_momentum(p, group["momentum"]) for p, group in updated]
+        updated: list[tuple[nn.Parameter, dict[str, Any]]] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    updated.append((parameter, group))
+                    if sum(p.numel() for p, _ in updated) > _MAX_ELEMENTS:
+                        self._update(updated)
+                        updated = []
+        self._update(updated)
+
+    def _update(self, updated: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        """Updates some matrices, each given with its group."""
         parts = [
             part
-            for direction, (_, group) in zip(directions, updated, strict=True)
-            for part in _full(direction).chunk(group["parts"])
+            for parameter, group in updated
+            for part in _full(self._update_momentum(parameter, group["momentum"])).chunk(group["parts"])
         ]
-        results = iter(orthogonalize_together(parts, self.dtype))
+        shared = all(group["shared"] for _, group in updated)
+        results = iter(orthogonalize_together(parts, self.dtype, shared))
         for parameter, group in updated:
             self._apply([next(results) for _ in range(group["parts"])], parameter, group)
 
@@ -93,13 +107,13 @@ def _full(matrix: Tensor) -> Tensor:
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
-def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Orthogonalizes matrices, those of one shape or its transpose in one batch, of which each process computes a
-    share. Collective: all processes have the same matrices.
+def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype, shared: bool = True) -> list[Tensor]:
+    """Orthogonalizes matrices, those of one shape or its transpose in one batch.
 
     Args:
         matrices: `[A, B]` of any sizes.
         dtype: of the arithmetic and of the results.
+        shared: each process, which has the same matrices, computes a share. Collective.
     """
     by_shape = defaultdict(list)
     for index, matrix in enumerate(matrices):
@@ -107,7 +121,8 @@ def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype) -> list[T
     results = list(matrices)
     for indices in by_shape.values():
         batch = torch.stack([_wide(matrices[index]) for index in indices]).to(dtype)
-        for index, result in zip(indices, _in_shares(batch), strict=False):
+        found = _in_shares(batch) if shared else orthogonalize(batch)
+        for index, result in zip(indices, found, strict=False):  # the rest is padding
             results[index] = result if matrices[index].shape == result.shape else result.T
     return results
 
@@ -118,7 +133,7 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _in_shares(batch: Tensor) -> Tensor:
-    """`orthogonalize(batch)`, `[N, A, B]`, of which each process computes a share; rows after the N-th are padding."""
+    """`orthogonalize(batch)`, `[N, A, B]`, of which each process computes a share; what follows the N-th is padding."""
     if not dist.is_initialized() or (processes := dist.get_world_size()) == 1:
         return orthogonalize(batch)
     share = -(-len(batch) // processes)

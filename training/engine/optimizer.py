@@ -15,8 +15,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precisio
     """The optimizer of all parameters of `model`.
 
     AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
-    norms. With `muon`, Muon updates the matrices of the blocks; its updates have the size of AdamW's, so that learning
-    rate and decay can stay the same. Each group has its peak learning rate in `initial_lr`, and in `state_keys` the
+    norms. With `muon`, Muon updates the matrices of the blocks. Each group has its peak learning rate in `initial_lr`, and in `state_keys` the
     names of the state that it keeps of an updated parameter.
 
     Args:
@@ -77,22 +76,28 @@ def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerSettings, mixe
 
 
 def describe(optimizer: Optimizer) -> str:
-    """The kinds of an optimizer, and how many tensors and parameters have weight decay and how many have not."""
-    kinds = [type(one).__name__ for one, _ in getattr(optimizer, "optimizers", [(optimizer, 0)])]
-    fused = [group["fused"] for group in optimizer.param_groups if "fused" in group]
+    """The optimizers, their peak learning rates, and what has weight decay and what has not."""
+    rates = {"Muon" if "momentum" in g else "fused AdamW": g["initial_lr"] for g in optimizer.param_groups}
     counts = []
     for decayed in (True, False):
         groups = [group["params"] for group in optimizer.param_groups if (group["weight_decay"] > 0) == decayed]
         tensors = [p for group in groups for p in group]
         counts.append(f"{len(tensors)} tensors with {sum(p.numel() for p in tensors):,} parameters")
-    name = " and ".join(kinds).replace("AdamW", "fused AdamW" if fused and all(fused) else "AdamW")
-    return f"{name}; {counts[0]} decayed, {counts[1]} not"
+    names = [f"{name} at {rate:g}" for name, rate in rates.items()]
+    return f"{' and '.join(names)}; {counts[0]} decayed, {counts[1]} not"
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Sets the learning rate of each group to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["initial_lr"]
+
+
+def share_work(optimizer: Optimizer, shared: bool) -> None:
+    """Sets whether processes share Muon's work, for which they need each other in a step."""
+    for group in optimizer.param_groups:
+        if "shared" in group:
+            group["shared"] = shared
 
 
 class CombinedOptimizer(Optimizer):

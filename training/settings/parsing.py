@@ -266,7 +266,7 @@ def _inherited(checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]
     elif checkpoint is not None:
         values |= _from_parent(Path(checkpoint), checked, given)
     if checked.model.preset is not None:  # GPT-3's recipe
-        values |= dataclasses.asdict(PRESETS[checked.model.preset]) | {"optim": "adamw"}
+        values = {"optim": "adamw"} | values | dataclasses.asdict(PRESETS[checked.model.preset])
     if checked.model.model_name_or_path is not None and checkpoint is None:
         values |= _sizes_of(checked.model.model_name_or_path)
     return values

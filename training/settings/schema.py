@@ -42,7 +42,7 @@ class ModelSettings:
     model_name_or_path: str | None = _help(
         None, "GPT-2 checkpoint, a folder or a name on the Hub, that gives the sizes below and the weights"
     )
-    n_layer: Positive = _help(3, "transformer blocks")
+    n_layer: Positive = _help(2, "transformer blocks")
     n_embd: Positive = _help(192, "width of the residual stream, in channels")
     n_head: Positive = _help(3, "attention heads")
     n_positions: Positive = _help(256, "longest context of the model, in tokens")
@@ -76,7 +76,7 @@ class DataSettings:
 class OptimizerSettings:
     """Length of the run, batch, optimizer and schedule."""
 
-    max_steps: Positive = _help(800, "optimizer steps in the whole run")
+    max_steps: Positive = _help(1000, "optimizer steps in the whole run")
     max_tokens: Positive | None = _help(None, "tokens in the whole run, in place of max_steps; up to whole steps")
     batch_tokens: Positive = _help(2048, "tokens in a step, over all processes and micro-batches")
     batch_ramp_tokens: Count = _help(0, "tokens over which the batch grows linearly to batch_tokens; 0 for no ramp")
@@ -87,7 +87,8 @@ class OptimizerSettings:
         8, "sequences in one forward pass of one process (micro-batch); auto: the most that fits in memory"
     )
     optim: Literal["adamw", "muon"] = _help(
-        "muon", "muon: Muon for the matrices of the blocks, AdamW for all else; presets: adamw"
+        "muon",
+        "muon: Muon for the matrices of the blocks, AdamW for all else; adamw is the default with a preset or a model",
     )
     learning_rate: PositiveFloat = _help(None, "peak learning rate, of AdamW; 2e-2 with Muon, else 3e-3, if not given")
     muon_learning_rate: PositiveFloat | None = _help(
@@ -175,10 +176,10 @@ class EvaluationSettings:
 
     eval_steps: Positive = _help(200, "steps between two validations")
     val_tokens: Positive = _help(65536, "tokens in a validation, the same ones each time")
-    sample_every: Count = _help(400, "steps between two rounds of samples; 0 for none")
+    sample_every: Count = _help(500, "steps between two rounds of samples; 0 for none")
     sample_prompts: list[str] = _help(["def", "import", "class"], "texts to continue")
     sample_tokens: Positive = _help(64, "tokens in a sample")
-    samples_per_prompt: Positive = _help(1, "samples of each prompt, all different; processes share them")
+    samples_per_prompt: Positive = _help(1, "samples of each prompt; processes share them")
     sample_temperature: NonNegative = _help(0.8, "divides the logits of samples; 0 is greedy")
     sample_top_k: Count = _help(50, "sample from the N most likely tokens; 0 for all")
     hellaswag_every: Count = _help(0, "steps between two evaluations on HellaSwag; 0 for none")
@@ -195,7 +196,7 @@ class CheckpointSettings:
     """When checkpoints are saved, and which are kept."""
 
     save_steps: Positive = _help(
-        400, "steps between two checkpoints; the last step and each new lowest validation loss always have one"
+        500, "steps between two checkpoints; the last step and each new lowest validation loss always have one"
     )
     save_total_limit: Positive = _help(2, "newest checkpoints to keep, beside the one with the best validation loss")
     keep_every: Count = _help(0, "also keep the checkpoints of every N steps; 0 for none")

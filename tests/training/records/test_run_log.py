@@ -32,4 +32,4 @@ def test_the_optimizer_is_described():
     """Of a norm and two matrices, with biases: decayed are the matrices."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
     text = describe(make_optimizer(model, OptimizerSettings(optim="adamw")))
-    assert text == "fused AdamW; 2 tensors with 40 parameters decayed, 3 tensors with 12 parameters not"
+    assert text == "fused AdamW at 0.003; 2 tensors with 40 parameters decayed, 3 tensors with 12 parameters not"

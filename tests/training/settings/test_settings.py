@@ -108,14 +108,14 @@ def problems(*flags: str, processes: int = 1) -> str:
             "cooldown_steps=5 does nothing under lr_scheduler_type='cosine'; use --lr_scheduler_type wsd",
         ),
         (
-            ["--lr_scheduler_type", "wsd", "--cooldown_steps", "790"],
-            "cooldown_steps=790 and warmup_steps=40 exceed max_steps=",
+            ["--lr_scheduler_type", "wsd", "--cooldown_steps", "990"],
+            "cooldown_steps=990 and warmup_steps=40 exceed max_steps=",
         ),
         (
             ["--lr_scheduler_type", "wsd", "--decay_steps", "9"],
             "decay_steps does nothing under lr_scheduler_type='wsd'",
         ),
-        (["--decay_steps", "9"], "decay_steps=9 must lie between the warmup's 40 and max_steps=800"),
+        (["--decay_steps", "9"], "decay_steps=9 must lie between the warmup's 40 and max_steps=1000"),
         (["--batch_ramp_tokens", "9"], "batch_ramp_tokens=9 and batch_ramp_start=None make a ramp together; give both"),
         (
             ["--batch_ramp_start", "2048", "--batch_ramp_tokens", "4000000"],
@@ -162,7 +162,7 @@ def test_all_problems_at_once():
     assert text.startswith("4 problems") and text.count("\n  - ") == 4
     text = problems("--max_steps", "0", "--data", "no/such", "--n_layer", "-1")
     assert text.startswith("3 problems")
-    flags = "--cooldown_steps 9 --warmup_steps 900 --optim adamw --muon_learning_rate 1 --mixed_precision fp8"
+    flags = "--cooldown_steps 9 --warmup_steps 1100 --optim adamw --muon_learning_rate 1 --mixed_precision fp8"
     text = problems(*flags.split())
     assert text.startswith(("4 problems", "5 problems"))  # one more where torchao is missing
     assert "cooldown_steps=9" in text and "needs a GPU with fp8" in text
