@@ -164,7 +164,7 @@ def open_plan(wanted: Plan, folder: Path) -> Plan:
     if not file.exists():
         if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
             raise UserError(f"{folder} is not empty and holds no comparison ({others[0]}); choose another --output_dir")
-        return Plan(wanted.budget, before.variants | wanted.variants)
+        return wanted
     before = read_json(file, Plan)
     problems = []
     if before.budget != wanted.budget:

@@ -15,8 +15,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precisio
     """The optimizer of all parameters of `model`.
 
     AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
-    norms. With `muon`, Muon updates the matrices of the blocks. Each group has its peak learning rate in `initial_lr`, and in `state_keys` the
-    names of the state that it keeps of an updated parameter.
+    norms. With `muon`, Muon updates the matrices of the blocks. Each group has its peak learning rate in `initial_lr`,
+    and in `state_keys` the names of the state that it keeps of an updated parameter.
 
     Args:
         mixed_precision: of the run; with bf16 and fp8, Muon's own products are in bfloat16 too.

@@ -11,7 +11,7 @@ def checkpoints_kept(config: TrainingConfig) -> int:
     """The most checkpoints that exist at one time: those to keep, the best, and the one that is being written."""
     kept, steps = config.checkpointing, config.max_steps
     count = kept.save_total_limit + 2 + (steps // kept.keep_every if kept.keep_every else 0)
-    return min(count, steps // kept.save_steps + steps // config.evaluation.eval_steps + 2)
+    return min(count, steps // kept.save_steps + steps // config.evaluation.eval_steps + 1)
 
 
 def room_for_checkpoints(config: TrainingConfig, checkpoint_bytes: int) -> tuple[int, int]:

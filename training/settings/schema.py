@@ -88,7 +88,7 @@ class OptimizerSettings:
     )
     optim: Literal["adamw", "muon"] = _help(
         "muon",
-        "muon: Muon for the matrices of the blocks, AdamW for all else; adamw is the default with a preset or a model",
+        "muon: Muon for the matrices of the blocks, AdamW for the rest; with a preset or a model, adamw if not given",
     )
     learning_rate: PositiveFloat = _help(None, "peak learning rate, of AdamW; 2e-2 with Muon, else 3e-3, if not given")
     muon_learning_rate: PositiveFloat | None = _help(

@@ -101,7 +101,7 @@ def _evaluation_problems(settings: EvaluationSettings, num_processes: int) -> li
         problems.append(f"hellaswag_data={settings.hellaswag_data!r}: no such file; leave it out to download it")
     if settings.samples_per_prompt > 1 and settings.sample_temperature == 0:
         problems.append(
-            f"samples_per_prompt={settings.samples_per_prompt} with sample_temperature=0 would all be the same; raise it"
+            f"samples_per_prompt={settings.samples_per_prompt} with sample_temperature=0 are all the same; raise it"
         )
     if settings.lm_eval_every and find_spec("lm_eval") is None:
         problems.append('lm_eval_every needs the harness; pip install "lm-eval[hf]"')

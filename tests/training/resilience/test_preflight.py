@@ -21,7 +21,7 @@ def test_it_says_what_a_run_will_take_and_leaves_nothing(data_folder, swag_file,
     code, text = begin(flags, tmp_path).ended()
     assert code == 0, text
     assert "preflight   every part works: steps, each evaluation, a checkpoint written and read" in text
-    assert "parameters  45,728" in text and "steps       1000: 512,000 tokens" in text
+    assert "parameters  45,728" in text and "steps       1,000: 512,000 tokens" in text
     hours, speed, cost = re.search(r"time +([\d.]+) hours .* at ([\d,]+) tokens/s, ([\d,.]+) at 3600 an", text).groups()
     assert float(cost.replace(",", "")) == pytest.approx(512000 / float(speed.replace(",", "")), rel=0.01)
     assert float(hours) == pytest.approx(512000 / float(speed.replace(",", "")) / 3600, abs=0.01)
@@ -47,7 +47,7 @@ def test_the_room_that_checkpoints_need(tmp_path):
     ]
     assert checkpoints_kept(parse_config(common)) == 5
     assert checkpoints_kept(parse_config([*common, "--keep_every", "500"])) == 7
-    config = parse_config([*common, "--save_steps", "900"])
+    config = parse_config([*common, "--save_steps", "900", "--eval_steps", "900"])
     assert checkpoints_kept(config) == 3
     needed, room = room_for_checkpoints(config, 1000)
     assert needed == 3000 < room

@@ -140,5 +140,5 @@ def test_the_command_shows_the_corners(monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     config = parse_config(words[:4])
     assert corners(config.batch_plan, config.schedule, config.max_steps) == [0, 40, 500, 840, 999]
-    assert "2.000e-02" in shown and "1000 steps, 2,048,000 tokens" in shown
+    assert "2.000e-02" in shown and "1,000 steps, 2,048,000 tokens" in shown
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -102,7 +102,7 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--val_tokens", "255"], "val_tokens=255 is less than one sequence of 256"),
         (["--warmup_steps", "9999"], "warmup_steps=9999 exceeds max_steps="),
         (["--max_tokens", "10240", "--warmup_steps", "9"], "warmup_steps=9 exceeds max_steps=5"),
-        (["--warmup_tokens", "9999999"], "warmup_tokens=9999999 exceeds max_tokens=1638400"),
+        (["--warmup_tokens", "9999999"], "warmup_tokens=9999999 exceeds max_tokens=2048000"),
         (
             ["--cooldown_steps", "5"],
             "cooldown_steps=5 does nothing under lr_scheduler_type='cosine'; use --lr_scheduler_type wsd",
@@ -119,7 +119,7 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--batch_ramp_tokens", "9"], "batch_ramp_tokens=9 and batch_ramp_start=None make a ramp together; give both"),
         (
             ["--batch_ramp_start", "2048", "--batch_ramp_tokens", "4000000"],
-            "batch_ramp_tokens=4000000 exceeds the 1638400 tokens of the run",
+            "batch_ramp_tokens=4000000 exceeds the 2048000 tokens of the run",
         ),
         (
             ["--batch_tokens", "6144", "--batch_ramp_start", "4096", "--batch_ramp_tokens", "9999"],
