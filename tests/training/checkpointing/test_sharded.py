@@ -96,7 +96,7 @@ def test_a_sharded_run_and_one_process_resume_each_other(environment, data_folde
         "--per_device_train_batch_size",
         "4",
     ]
-    words += ["--val_tokens", "2048", "--eval_steps", "2", "--save_steps", "3", "--save_total_limit", "9"]
+    words += ["--val_tokens", "2048", "--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "9"]
     words += ["--sample_every", "4", "--sample_tokens", "4", "--warmup_steps", "1", "--lr_scheduler_type", "constant"]
     words += ["--hellaswag_every", "4", "--hellaswag_data", swag_file, "--override", "max_steps"]
     planted = environment | {"PLANT": pickle.dumps(sharded).hex()}
