@@ -16,8 +16,8 @@ if __name__ == "__main__":
 
 from data_prep.common.command_line import ArgumentParser, run
 from training.engine.data import load_data
+from training.settings.config import TrainingConfig
 from training.settings.parsing import parse_config
-from training.settings.schema import TrainingConfig
 
 _SEQUENCES = 64
 

@@ -8,6 +8,7 @@ variants too. The same command continues an interrupted comparison; with more --
 """
 
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -
         process = subprocess.Popen([*words, "--output_dir", str(folder)], stdout=output, stderr=output)
         try:
             code = process.wait()
-        except BaseException:  # Ctrl-C reaches the run as well, which saves a checkpoint
+        except BaseException as stop:
+            if isinstance(stop, SystemExit):  # Ctrl-C reaches the run as well, SIGTERM does not
+                process.terminate()
             process.wait()
             raise
     return None if code == 0 else f"{folder.name} ended with code {code}; see {log}"
@@ -70,10 +73,12 @@ def measure_speed(variant: Variant, folder: Path, launch: list[str]) -> float:
         flags = ["--max_minutes", str(minutes), "--sample_every", "0", "--auto_resume"]
         if (problem := train(variant, folder, flags, launch)) is not None:
             raise UserError(problem)
-        curve = read_run(folder).curves.get("tokens_per_second")
+        metrics = folder / "metrics.jsonl"
+        curves = read_run(folder).curves if metrics.exists() and metrics.stat().st_size else {}
+        speeds = curves["tokens_per_second"].values if "tokens_per_second" in curves else []
         finished = is_checkpoint(checkpoint_folder(folder / "checkpoints", variant.config().max_steps))
-        if curve is not None and (finished or len(curve.values) >= _CALIBRATION_STEPS):
-            return statistics.median(curve.values)
+        if speeds and (finished or len(speeds) >= _CALIBRATION_STEPS):
+            return statistics.median(speeds)
         minutes *= 2
 
 
@@ -132,6 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         raise UserError(f"seeds={args.seeds} must be at least 1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     wanted = make_plan(args.bases, args.vary, parse_budget(args.budget))
     launch = [] if args.config_file is None else ["--config_file", args.config_file]
     with locked(args.output_dir):

@@ -33,8 +33,8 @@ from training.records.step_metrics import StepTimer
 from training.records.versions import untested_versions
 from training.resilience.disk_space import room_for_checkpoints
 from training.resilience.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
+from training.settings.config import TrainingConfig
 from training.settings.schedule import BatchPlan
-from training.settings.schema import TrainingConfig
 
 _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments, in float32
 

@@ -42,7 +42,7 @@ from training.resilience.divergence import Diverged, is_skipped
 from training.resilience.preflight import apply_preflight_overrides, own_folder, preflight, remove_if_empty
 from training.resilience.recovery import handle_divergence, rollback
 from training.resilience.resume import AlreadyFinished
-from training.settings.schema import TrainingConfig
+from training.settings.config import TrainingConfig
 from training.settings.validation import load_config
 from training.setup import setup
 

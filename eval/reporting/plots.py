@@ -143,6 +143,16 @@ def _plot_training(records: list[Record]) -> Any:
 def _figure(
     title: str, records: list[Record], columns: int, width: float, height: float, sharey: bool = False
 ) -> tuple[Any, list[Any]]:
+    figure, panels = new_figure(columns, width, height, sharey)
+    parameters = _parameters(records[0])
+    size = f" ({parameters / 1e6:,.1f}M parameters)" if parameters else ""
+    runs = f"{len(records)} runs" if len(records) > 1 else f"{records[0].name}{size}"
+    figure.suptitle(f"{title} of {runs}", fontweight="bold")
+    return figure, panels
+
+
+def new_figure(columns: int, width: float, height: float, sharey: bool = False) -> tuple[Any, list[Any]]:
+    """Returns a matplotlib figure of `width` x `height` inches, and its panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -152,10 +162,6 @@ def _figure(
     for panel in panels:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    parameters = _parameters(records[0])
-    size = f" ({parameters / 1e6:,.1f}M parameters)" if parameters else ""
-    runs = f"{len(records)} runs" if len(records) > 1 else f"{records[0].name}{size}"
-    figure.suptitle(f"{title} of {runs}", fontweight="bold")
     return figure, panels
 
 

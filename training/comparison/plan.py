@@ -12,8 +12,8 @@ from typing import Any, Literal
 from data_prep.common.command_line import UserError, listed, raise_all
 from data_prep.common.files import write_text
 from data_prep.common.schema import STRICT, Positive, read_json
+from training.settings.config import TrainingConfig
 from training.settings.old_names import new_name
-from training.settings.schema import TrainingConfig
 from training.settings.validation import load_config
 
 FILE_NAME = "comparison.json"

@@ -2,11 +2,12 @@
 
 import statistics
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.files import write_text
-from eval.reporting.plots import COLORS, save_figure
+from eval.reporting.plots import COLORS, new_figure, save_figure
 from eval.reporting.run_records import Curve, Record
 from eval.reporting.sections import number, table
 
@@ -142,15 +143,11 @@ def write_results(runs: list[Runs], folder: Path, command: str, budget: str) -> 
 
 def _plot(runs: list[Runs]) -> Any:
     """Plots mean validation losses over tokens and minutes, each with the band from its lowest to its highest run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = new_figure(2, 10.4, 4.6, sharey=True)
     ends = []
-    for one, color in zip(runs, COLORS * (len(runs) // len(COLORS) + 1), strict=False):
+    for one, color in zip(runs, cycle(COLORS), strict=False):
         mean, minutes = mean_curve(one.records, "val_loss"), _mean_minutes(one.records)
         low, high = (
             [edge(record.curves["val_loss"].at(step) for record in one.records) for step in mean.steps]
@@ -165,8 +162,6 @@ def _plot(runs: list[Runs]) -> Any:
         ends += mean.values[len(mean.values) // 4 :]
     for panel, label in zip(panels, ("tokens", "minutes of training steps"), strict=True):
         panel.set_xlabel(label)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylim(min(ends) - 0.05 * (max(ends) - min(ends)), max(ends) + 0.05 * (max(ends) - min(ends)))
     panels[0].set_ylabel("validation loss (nats per token)")

@@ -12,7 +12,8 @@ from data_prep.reading.sources import BUILTIN, Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.order import shares_of, training_order
 from training.engine.batches import Batches
-from training.settings.schema import QUICKSTART_DATA, TrainingConfig
+from training.settings.config import TrainingConfig
+from training.settings.schema import QUICKSTART_DATA
 
 
 @dataclass(frozen=True)

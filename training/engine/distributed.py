@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from data_prep.common.command_line import UserError
 from eval.common import devices
 from eval.common.devices import chosen_precision
-from training.settings.schema import TrainingConfig
+from training.settings.config import TrainingConfig
 
 T = TypeVar("T")
 _OTHER_STRATEGIES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}

@@ -20,7 +20,8 @@ from training.engine.data import Data
 from training.engine.memory import checkpoint_activations, largest_micro_batch
 from training.engine.optimizer import set_learning_rate, share_work
 from training.engine.step import training_step
-from training.settings.schema import MODEL_SIZES, TrainingConfig
+from training.settings.config import TrainingConfig
+from training.settings.schema import MODEL_SIZES
 
 # Up to this length a CPU is faster with full attention matrices than with the fused kernel (docs/benchmarks.md).
 _EAGER_TOKENS = 512

@@ -58,13 +58,14 @@ class Muon(Optimizer):
         if closure is not None or self.grad_scale is not None:
             raise ValueError("Muon takes no closure, and no scaled gradients: clip them first, which unscales them")
         updated: list[tuple[nn.Parameter, dict[str, Any]]] = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    updated.append((parameter, group))
-                    if sum(p.numel() for p, _ in updated) > _MAX_ELEMENTS:
-                        self._update(updated)
-                        updated = []
+        elements = 0
+        for parameter, group in [(p, owner) for owner in self.param_groups for p in owner["params"]]:
+            if parameter.grad is not None:
+                updated.append((parameter, group))
+                elements += parameter.numel()
+            if elements > _MAX_ELEMENTS:
+                self._update(updated)
+                updated, elements = [], 0
         self._update(updated)
 
     def _update(self, updated: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:

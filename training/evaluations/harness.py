@@ -8,7 +8,7 @@ import torch
 from eval.generate import isolated_random_state
 from eval.harness import evaluate_tasks, load_tasks
 from training.loop.run import Run
-from training.settings.schema import TrainingConfig
+from training.settings.config import TrainingConfig
 
 
 @dataclass

@@ -9,7 +9,7 @@ from eval.loss import summed_loss
 from training.engine.batches import Batches
 from training.engine.data import Data, validation_sequences
 from training.loop.run import Run
-from training.settings.schema import TrainingConfig
+from training.settings.config import TrainingConfig
 
 
 @dataclass

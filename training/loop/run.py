@@ -20,8 +20,8 @@ from training.publishing.uploader import Uploads
 from training.records.flops import peak_flops
 from training.records.run_log import RunLog
 from training.records.step_metrics import StepTimer
+from training.settings.config import TrainingConfig
 from training.settings.schedule import BatchPlan, Schedule
-from training.settings.schema import TrainingConfig
 
 
 class Evaluation(Protocol):

@@ -17,7 +17,8 @@ from data_prep.common.hub import is_on_hub
 from data_prep.prepare import preparing_command
 from training.engine.data import Data
 from training.engine.distributed import describe_device
-from training.settings.schema import START, TrainingConfig
+from training.settings.config import TrainingConfig
+from training.settings.schema import START
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")
 

@@ -4,7 +4,7 @@ import shutil
 
 from data_prep.common.command_line import UserError
 from training.checkpointing.storage import complete_checkpoints
-from training.settings.schema import TrainingConfig
+from training.settings.config import TrainingConfig
 
 
 def checkpoints_kept(config: TrainingConfig) -> int:

@@ -24,7 +24,8 @@ from training.engine.step import training_step
 from training.loop.run import Run
 from training.publishing.uploader import check_access
 from training.resilience.disk_space import checkpoints_kept, gib, room_for_checkpoints
-from training.settings.schema import NEWEST, TrainingConfig
+from training.settings.config import TrainingConfig
+from training.settings.schema import NEWEST
 
 _SENTINEL = "made_by_preflight"
 _TIMED_STEPS = 3

@@ -15,8 +15,9 @@ from training.checkpointing.storage import (
     step_of,
 )
 from training.engine.model import different_sizes
+from training.settings.config import TrainingConfig
 from training.settings.old_names import translate
-from training.settings.schema import NEWEST, TrainingConfig
+from training.settings.schema import NEWEST
 
 # The settings behind parts of `Data.identity`, where their names differ.
 _SETTING_OF = {"shards": "data", "shares": "data_weights"}

@@ -24,8 +24,9 @@ from data_prep.common.schema import read_yaml
 from eval.common.models import read_config
 from modeling import PRESETS, GPTConfig, parameter_count
 from training.checkpointing.storage import load_state
+from training.settings.config import TrainingConfig
 from training.settings.old_names import RENAMED, join_output_dir, new_name, notice, translate
-from training.settings.schema import MODEL_SIZES, NEWEST, TrainingConfig
+from training.settings.schema import MODEL_SIZES, NEWEST
 
 _DESCRIPTION = "Train a GPT. Flags override the file, the file the preset, the preset the defaults."
 _METAVARS = {int: "N", float: "X", bool: "true|false"}

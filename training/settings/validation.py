@@ -8,8 +8,9 @@ from data_prep.common.command_line import raise_all, unknown_name
 from data_prep.common.hub import is_on_hub, repository_problem
 from eval.common.devices import chosen_precision, fp8_is_available, on_cpu
 from eval.hellaswag import RULES
+from training.settings.config import TrainingConfig
 from training.settings.parsing import read_settings
-from training.settings.schema import QUICKSTART_DATA, EvaluationSettings, HubSettings, TrainingConfig
+from training.settings.schema import QUICKSTART_DATA, EvaluationSettings, HubSettings
 
 
 def load_config(argv: list[str], num_processes: int) -> TrainingConfig:

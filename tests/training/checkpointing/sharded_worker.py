@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eval.common import devices
 from eval.common.models import compile_blocks
 from training.engine.distributed import sharded_precision
-from training.engine.optimizer import make_optimizer
+from training.engine.optimizer import make_optimizer, share_work
 from training.engine.step import training_step
 from training.settings.schema import OptimizerSettings
 
@@ -67,6 +67,10 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
             results = training_step(accelerator, model, optimizer, rows(batch, accelerator.process_index), 1.0)
         losses.append(accelerator.reduce(results["loss"], reduction="mean").item())
 
+    with accelerator.no_sync(model), Collectives() as alone:  # as in the search for the micro-batch
+        share_work(optimizer, strategy == "fsdp2")
+        training_step(accelerator, model, optimizer, rows(batch, 0)[:1], 1.0)
+        share_work(optimizer, True)
     with accelerator.no_sync(model):  # gradients that are still to be added to
         outputs = model(**rows(batches(1)[0], accelerator.process_index)[0], use_cache=False)
         outputs.loss.backward()
@@ -77,6 +81,7 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
         "losses": losses,
         "timeout": group._get_backend(accelerator.device).options._timeout.total_seconds(),
         "collectives": collectives.counts,
+        "alone": alone.counts,
         "loss": str(outputs.loss.dtype),
         "hellaswag": str(nats.dtype),
         "logits": str(model(**rows(batches(1)[0], 0)[0], use_cache=False, skip_logits=False).logits.dtype),

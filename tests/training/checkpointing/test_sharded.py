@@ -75,6 +75,7 @@ def test_collectives_of_a_step(found):
     gathers the results of all processes once for each of two shapes, and each sharded matrix before that."""
     assert found["ddp adamw no"]["collectives"] == {"allreduce": 1}
     assert found["ddp muon no"]["collectives"] == {"allreduce": 1, "allgather_base": 2}
+    assert found["ddp muon no"]["alone"] == {}  # a process that searches for its micro-batch may have run out of memory
     expected = {"allgather_base": 12, "reduce_scatter_base": 4, "all_reduce": 1}
     assert found["fsdp2 adamw no"]["collectives"] == expected
     matrices = found["fsdp2 muon no"]["matrices"]

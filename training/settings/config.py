@@ -1,0 +1,130 @@
+"""`TrainingConfig`: all settings of a run, and what follows from them."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.settings.schedule import BatchPlan, Schedule
+from training.settings.schema import (
+    MODEL_SIZES,
+    CheckpointSettings,
+    DataSettings,
+    DebugSettings,
+    DeviceSettings,
+    DivergenceSettings,
+    EvaluationSettings,
+    HubSettings,
+    LoggingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+)
+
+# They begin a run, or change no more than the rounding of its results.
+_HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
+
+
+@dataclass
+class TrainingConfig:
+    """Every setting of a run, by group."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False, "coerce_numbers_to_str": True}
+
+    model: ModelSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    run: RunSettings
+    devices: DeviceSettings
+    evaluation: EvaluationSettings
+    checkpointing: CheckpointSettings
+    logging: LoggingSettings
+    hub: HubSettings
+    divergence: DivergenceSettings
+    debug: DebugSettings
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a training sequence."""
+        return self.data.sequence_length or self.model.n_positions
+
+    @property
+    def run_folder(self) -> Path:
+        return Path("runs", self.run_name) if self.run.output_dir is None else Path(self.run.output_dir)
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run for trackers."""
+        default = "quickstart" if self.run.output_dir is None else Path(self.run.output_dir).name
+        return default if self.run.run_name is None else self.run.run_name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_folder / "checkpoints"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.run_folder / "report"
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """The tokens of each step."""
+        settings = self.optimizer
+        return BatchPlan(
+            settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens, settings.batch_ramp_tokens
+        )
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in the whole run."""
+        settings = self.optimizer
+        return settings.max_steps if settings.max_tokens is None else self.batch_plan.steps(settings.max_tokens)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate over the run, in tokens if one of its lengths is given in tokens, else in steps."""
+        settings, plan = self.optimizer, self.batch_plan
+        pairs = {
+            "warmup": (settings.warmup_steps, settings.warmup_tokens),
+            "decay": (settings.decay_steps, settings.decay_tokens),
+            "cooldown": (settings.cooldown_steps, settings.cooldown_tokens),
+        }
+        in_tokens = any(tokens is not None for _, tokens in pairs.values())
+        total = plan.tokens(self.max_steps) if in_tokens else self.max_steps
+        lengths: dict[str, int] = {}
+        for name, (steps, tokens) in pairs.items():
+            if tokens is not None:
+                lengths[name] = tokens
+            elif steps is None:
+                lengths[name] = total
+            elif in_tokens and name == "cooldown":
+                lengths[name] = total - plan.tokens(self.max_steps - steps)
+            else:
+                lengths[name] = plan.tokens(steps) if in_tokens else steps
+        return Schedule(
+            settings.lr_scheduler_type,
+            "tokens" if in_tokens else "steps",
+            total=total,
+            min_ratio=settings.min_lr_ratio,
+            **lengths,
+        )
+
+    def accumulation_steps(self, batch_tokens: int, num_processes: int) -> int:
+        """Micro-batches that each of `num_processes` processes contributes to a step of `batch_tokens`."""
+        sequences = batch_tokens // (self.sequence_length * num_processes)
+        return sequences // int(self.optimizer.per_device_train_batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+    def result_affecting_settings(self, mixed_precision: str) -> dict[str, Any]:
+        """The settings that change the result of a run; those of its data are in `Data.identity`.
+
+        Args:
+            mixed_precision: the one in use, which `auto` stands for.
+        """
+        settings = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimizer)
+        settings |= {"mixed_precision": mixed_precision, "gradient_compression": self.devices.gradient_compression}
+        settings |= {"overfit_single_batch": self.debug.overfit_single_batch}
+        return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *MODEL_SIZES)}
