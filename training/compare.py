@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.files import read_text
 from data_prep.common.locks import locked
 from eval.reporting.run_records import Record, read_run
 from training.checkpointing.storage import checkpoint_folder, is_checkpoint
@@ -47,7 +48,7 @@ def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -
     """
     spec = find_spec("training.train")
     assert spec is not None and spec.origin is not None
-    words = [sys.executable, "-m", "accelerate.commands.launch", *launch, spec.origin, *variant.arguments, *flags]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "-q", *launch, spec.origin, *variant.arguments, *flags]
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     with open(log, "ab") as output:
@@ -59,7 +60,10 @@ def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -
                 process.terminate()
             process.wait()
             raise
-    return None if code == 0 else f"{folder.name} ended with code {code}; see {log}"
+    if code == 0:
+        return None
+    last = next((line for line in reversed(read_text(log, "replace").splitlines()) if line.strip()), "")
+    return f"{folder.name} ended with code {code} ({last.strip()}); see {log}"
 
 
 def measure_speed(variant: Variant, folder: Path, launch: list[str]) -> float:
@@ -137,6 +141,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         raise UserError(f"seeds={args.seeds} must be at least 1")
+    if args.config_file is not None and not Path(args.config_file).is_file():
+        raise UserError(f"config_file={args.config_file!r}: no such file; name one of accelerate_configs/")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     wanted = make_plan(args.bases, args.vary, parse_budget(args.budget))
     launch = [] if args.config_file is None else ["--config_file", args.config_file]
