@@ -18,7 +18,7 @@ import torch
 from benchmarks.interleaved import Setup, run_interleaved, spread
 from benchmarks.training_step import SIZES, step_workload
 from data_prep.common.command_line import ArgumentParser, run
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.openmp import spin_limit
 
 _LIBGOMP = "300000"  # spins, libgomp's own limit where there are no more threads than cores
 
@@ -44,18 +44,15 @@ def main() -> None:
     args = parser.parse_args()
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         os.environ.pop(name, None)
-    limit_spinning()
-    ours = os.environ.pop("GOMP_SPINCOUNT")
-    names = {"gpt-accelerate": ours, "libgomp's default": _LIBGOMP}
-    variables = {name: {"GOMP_SPINCOUNT": spins} for name, spins in names.items()}
+    variables = {"gpt-accelerate": spin_limit(), "libgomp's default": {"GOMP_SPINCOUNT": _LIBGOMP}}
     size = SIZES["quickstart"]
     setup: Setup = partial(step_workload, "gpt-accelerate", size, args.precision, args.steps)
     print(f"quickstart's model, {os.cpu_count()} cores, torch {torch.__version__}, tokens/s (spread)\n")
-    print("| other processes | " + " | ".join(names) + " | ratio (spread) |\n|---|---|---|---|")
+    print("| other processes | " + " | ".join(variables) + " | ratio (spread) |\n|---|---|---|---|")
     medians = {}
     for busy in args.busy:
         with company(busy):
-            found = run_interleaved(dict.fromkeys(names, setup), args.rounds, variables)
+            found = run_interleaved(dict.fromkeys(variables, setup), args.rounds, variables)
         seconds = {name: taken for name, (taken, _) in found.items()}
         speeds = {name: [args.steps * size.tokens / one for one in taken] for name, taken in seconds.items()}
         ratios = [new / old for new, old in zip(*speeds.values(), strict=True)]

@@ -3,7 +3,7 @@
     python -m benchmarks.training_step [--sizes quickstart small gpt2-124m] [--implementations ...]
 
 All have the same model, batch, precision and optimizer, and run a few steps at a time, interleaved. Ratios are medians
-of the ratios within a round.
+of the ratios within a round. OpenMP's threads wait as each trainer has them wait.
 """
 
 import statistics
@@ -14,17 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from data_prep.common.openmp import limit_spinning
-
-if __name__ == "__main__":
-    limit_spinning()  # before torch is loaded
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.interleaved import Setup, Workload, run_interleaved, spread
 from data_prep.common.command_line import ArgumentParser, run
+from data_prep.common.openmp import spin_limit
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks
 from modeling import GPTConfig, GPTModel, flops_per_token
@@ -318,7 +314,8 @@ def main() -> None:
         setups: dict[str, Setup] = {
             name: partial(step_workload, name, size, args.precision, args.steps) for name in args.implementations
         }
-        results = run_interleaved(setups, args.rounds)
+        ours = [name for name in args.implementations if name.startswith("gpt-accelerate")]
+        results = run_interleaved(setups, args.rounds, dict.fromkeys(ours, spin_limit()))
         speeds = {name: [args.steps * size.tokens / one for one in seconds] for name, (seconds, _) in results.items()}
         print(table(size, args.precision, speeds, {name: memory for name, (_, memory) in results.items()}), flush=True)
 

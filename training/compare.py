@@ -24,8 +24,8 @@ from training.checkpointing.storage import checkpoint_folder, is_checkpoint
 from training.comparison.plan import Plan, Variant, make_plan, open_plan, parse_budget
 from training.comparison.results import Runs, summary, write_results
 
-_CALIBRATIONS = 2  # runs of each variant that find how many steps fit into a budget of minutes
-_CALIBRATION_MINUTES, _CALIBRATION_STEPS = 0.25, 12
+_CALIBRATIONS = 3  # runs of each variant that find how many steps fit into a budget of minutes
+_CALIBRATION_MINUTES, _CALIBRATION_STEPS = 0.25, 30
 _FIRST_SEED = 1
 
 
@@ -154,8 +154,8 @@ def main() -> None:
         saved.save(args.output_dir)
         runs = compare(plan, args.seeds, args.output_dir, launch)
         command = shlex.join(["python", "-m", "training.compare", *sys.argv[1:]])
-        report = write_results(runs, args.output_dir, command, str(wanted.budget))
-    print(f"\n{summary(runs)}\n\n{report}")
+        report = write_results(runs, args.output_dir, command, wanted.budget)
+    print(f"\n{summary(runs, wanted.budget)}\n\n{report}")
     if failed := [one.name for one in runs if one.failures]:
         raise UserError(f"runs of {', '.join(failed)} failed; the same command tries them again")
 

@@ -12,5 +12,9 @@ def limit_spinning() -> None:
     By default they spin for milliseconds. Beside another busy process they so take the cores from the threads that they
     wait for. libgomp reads the environment when it is loaded: call this before `import torch`.
     """
-    if not any(name in os.environ for name in _SETTINGS):
-        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
+    os.environ.update(spin_limit())
+
+
+def spin_limit() -> dict[str, str]:
+    """The environment variables that `limit_spinning` sets."""
+    return {} if any(name in os.environ for name in _SETTINGS) else {"GOMP_SPINCOUNT": str(_SPINS)}

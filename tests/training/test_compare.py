@@ -11,7 +11,7 @@ from data_prep.common.command_line import UserError
 from eval.reporting.run_records import Curve, Record
 from training.compare import turns
 from training.comparison.plan import Budget, make_plan, open_plan, parse_budget
-from training.comparison.results import Runs, p_values, time_to, verdict
+from training.comparison.results import Runs, p_values, summary, time_to, verdict
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,26 @@ def test_verdicts():
     assert verdict(first, runs(5.0, 5.1), 0.01) == "worse"
     assert verdict(first, runs(5.0, 5.1), 0.06) == "not told apart"
     assert verdict(first, runs(5.0), None) == "one seed tells nothing"
+
+
+def test_unequal_minutes_are_said():
+    """Ten steps of a second, and ten of which each takes as many seconds as its variant says."""
+
+    def timed(name: str, seconds: float) -> Runs:
+        steps = list(range(1, 11))
+        curves = {
+            "val_loss": Curve([0, 10], [5.0, 4.0]),
+            "val_bits_per_byte": Curve([0, 10], [2.0, 1.6]),
+            "tokens": Curve(steps, [60.0 * step for step in steps]),
+            "batch_tokens": Curve(steps, [60.0] * 10),
+            "tokens_per_second": Curve(steps, [60 / seconds] * 10),
+        }
+        return Runs(name, [Record("", curves)] * 2, [])
+
+    variants = [timed("first", 1), timed("near", 1.09), timed("far", 1.2)]
+    assert summary(variants, Budget(1, "minutes")).count("its runs took") == 1
+    assert "far: its runs took 0.20 minutes, not 0.17" in summary(variants, Budget(1, "minutes"))
+    assert "its runs took" not in summary(variants, Budget(10, "steps"))
 
 
 def test_time_to_a_loss():

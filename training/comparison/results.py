@@ -10,9 +10,11 @@ from data_prep.common.files import write_text
 from eval.reporting.plots import COLORS, new_figure, save_figure
 from eval.reporting.run_records import Curve, Record
 from eval.reporting.sections import number, table
+from training.comparison.plan import Budget
 
 REPORT_NAME, PICTURE_NAME = "comparison.md", "comparison.png"
 SIGNIFICANCE = 0.05  # of the p-values, after the correction for several variants
+_EQUAL = 0.1  # largest difference of minutes that are called the same, as a part of the first's
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,18 @@ def verdict(first: Runs, other: Runs, p: float | None) -> str:
     return "better" if statistics.fmean(other.losses) < statistics.fmean(first.losses) else "worse"
 
 
-def summary(runs: list[Runs]) -> str:
+def unequal_minutes(first: Runs, other: Runs) -> str | None:
+    """A warning that the machine was not as fast as when the steps were chosen, so that a verdict at equal minutes is
+    not about equal minutes; None if they are nearly the same."""
+    if not first.records or not other.records:
+        return None
+    ours, theirs = (_mean_minutes(one.records).values[-1] for one in (other, first))
+    if abs(ours - theirs) <= _EQUAL * theirs:
+        return None
+    return f"its runs took {ours:.2f} minutes, not {theirs:.2f}: compare on a quieter machine, or by steps"
+
+
+def summary(runs: list[Runs], budget: Budget) -> str:
     """A table of all variants, and a line for each but the first."""
     first, others = runs[0], runs[1:]
     ps = [None, *p_values(first.losses, [one.losses for one in others])]
@@ -74,6 +87,8 @@ def summary(runs: list[Runs]) -> str:
         if one is not first:
             shown = "" if p is None else f" (p = {p:.2g})"
             lines.append(f"{one.name}: {judged}{' than ' + first.name if judged in ('better', 'worse') else ''}{shown}")
+            if budget.unit == "minutes" and (warning := unequal_minutes(first, one)):
+                lines.append(f"{one.name}: {warning}")
         lines += [f"{one.name}: {failure}" for failure in one.failures]
     return table(heading, rows) + "".join(f"\n\n- {line}" if i == 0 else f"\n- {line}" for i, line in enumerate(lines))
 
@@ -126,13 +141,13 @@ def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
     return None
 
 
-def write_results(runs: list[Runs], folder: Path, command: str, budget: str) -> Path:
+def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) -> Path:
     """Writes the report of a comparison and its picture; returns the path of the report."""
     shown = [one for one in runs if one.records]
     if shown:
         save_figure(_plot(shown), folder / PICTURE_NAME)
     text = (
-        f"# Comparison at {budget} a run\n\n```bash\n{command}\n```\n\n{summary(runs)}\n\n"
+        f"# Comparison at {budget} a run\n\n```bash\n{command}\n```\n\n{summary(runs, budget)}\n\n"
         f"Losses are means over the seeds. p is that of Welch's t-test against the first line, corrected for the "
         f"number of variants; below {SIGNIFICANCE:g} they are told apart. Minutes are those of training steps.\n\n"
         f"![Validation loss]({PICTURE_NAME})\n"
