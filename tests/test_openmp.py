@@ -9,10 +9,14 @@ import pytest
 from conftest import ROOT
 from test_commands import MODULES
 
-STARTS_OTHERS = {"benchmarks.busy_machine", "benchmarks.time_to_loss"}  # and does not compute itself
+# What they start computes, each trainer with its own setting; or, as the last, is another trainer.
+HAVE_OTHERS = {
+    *("benchmarks.busy_machine", "benchmarks.time_to_loss", "benchmarks.training_step"),
+    "benchmarks.other_trainers",
+}
 LOAD_TORCH = [
     "training.train",
-    *(m for m in MODULES if m.startswith(("eval.", "benchmarks.")) and m not in STARTS_OTHERS),
+    *(m for m in MODULES if m.startswith(("eval.", "benchmarks.")) and m not in HAVE_OTHERS),
 ]
 LAUNCHED = ["accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "training/train.py"]
 
