@@ -9,11 +9,8 @@ import pytest
 from conftest import ROOT
 from test_commands import MODULES
 
-# What they start computes, each trainer with its own setting; or, as the last, is another trainer.
-HAVE_OTHERS = {
-    *("benchmarks.busy_machine", "benchmarks.time_to_loss", "benchmarks.training_step"),
-    "benchmarks.other_trainers",
-}
+# The first three start processes that compute, each with its trainer's own setting; the last is not this trainer.
+HAVE_OTHERS = {f"benchmarks.{name}" for name in ("busy_machine", "time_to_loss", "training_step", "other_trainers")}
 LOAD_TORCH = [
     "training.train",
     *(m for m in MODULES if m.startswith(("eval.", "benchmarks.")) and m not in HAVE_OTHERS),

@@ -25,7 +25,7 @@ from training.comparison.plan import Plan, Variant, make_plan, open_plan, parse_
 from training.comparison.results import Runs, summary, write_results
 
 _CALIBRATIONS = 3  # runs of each variant that find how many steps fit into a budget of minutes
-_CALIBRATION_MINUTES, _CALIBRATION_STEPS = 0.25, 30
+_CALIBRATION_MINUTES, _CALIBRATION_STEPS = 0.5, 30
 _FIRST_SEED = 1
 
 
