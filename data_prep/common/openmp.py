@@ -17,4 +17,4 @@ def limit_spinning() -> None:
 
 def spin_limit() -> dict[str, str]:
     """The environment variables that `limit_spinning` sets."""
-    return {} if any(name in os.environ for name in _SETTINGS) else {"GOMP_SPINCOUNT": str(_SPINS)}
+    return {} if any(os.environ.get(name) for name in _SETTINGS) else {"GOMP_SPINCOUNT": str(_SPINS)}
