@@ -5,9 +5,13 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import ROOT
 from test_commands import MODULES
+
+from benchmarks.busy_machine import company
+from data_prep.common.openmp import spin_limit
 
 # The first three start processes that compute, each with its trainer's own setting; the last is not this trainer.
 HAVE_OTHERS = {f"benchmarks.{name}" for name in ("busy_machine", "time_to_loss", "training_step", "other_trainers")}
@@ -33,12 +37,26 @@ def spin_counts(*words: str, **settings: str) -> list[str]:
     ("settings", "expected"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
 )
-def test_threads_of_a_launched_run_sleep_soon_unless_the_user_says_otherwise(settings, expected):
-    """The last process to load it is the one that trains."""
-    assert spin_counts(*LAUNCHED, **settings)[-1] == expected
+def test_threads_of_a_launched_run_beside_others_sleep_soon_unless_the_user_says_otherwise(settings, expected):
+    """The last process to load it is the one that trains. The others are real, one a core."""
+    with company(0 if settings else os.cpu_count()):
+        assert spin_counts(*LAUNCHED, **settings)[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "expected"),
+    [(0, "", "10000"), (0.4, "", "10000"), (1, "", "1000"), (1, "1", "10000"), (1, "2,1", "1000"), (1, "99", "1000")],
+)
+def test_threads_spin_longer_where_every_one_has_a_core(monkeypatch, busy, threads, expected):
+    """By the loads that psutil reports: `busy` of two cores are taken."""
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100 * busy, 0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert spin_limit() == {"GOMP_SPINCOUNT": expected}
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("module", LOAD_TORCH)
 def test_threads_of_every_command_that_computes_sleep_soon(module):
-    assert set(spin_counts(module)) <= {"1000"}
+    assert set(spin_counts(module)) <= {"1000", "10000"}
