@@ -51,9 +51,23 @@ def test_threads_spin_longer_where_every_one_has_a_core(monkeypatch, busy, threa
     """By the loads that psutil reports: `busy` of two cores are taken."""
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100 * busy, 0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert spin_limit() == {"GOMP_SPINCOUNT": expected}
+
+
+def test_where_loads_cannot_be_seen_threads_sleep_soon(monkeypatch):
+    """A container that lists one core, where the process has the cores 2 and 5; then one that lets nobody look."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5}, raising=False)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [0.0])
+    assert spin_limit() == {"GOMP_SPINCOUNT": "1000"}
+
+    def refuse(interval, percpu):
+        raise PermissionError(13, "Permission denied", "/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_percent", refuse)
+    assert spin_limit() == {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.mark.processes

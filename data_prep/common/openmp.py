@@ -27,11 +27,16 @@ def spin_limit() -> dict[str, str]:
 
 
 def _others_are_busy() -> bool:
-    """Whether fewer cores are idle than OpenMP will have threads."""
+    """Whether fewer cores are idle than OpenMP will have threads, as far as can be seen."""
     import psutil
 
-    busy = psutil.cpu_percent(interval=_SECONDS, percpu=True)
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    try:
+        loads = psutil.cpu_percent(interval=_SECONDS, percpu=True)
+    except OSError:  # some containers do not let one read it; to sleep soon costs little, to spin may cost much
+        return True
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(loads))
     threads = os.environ.get("OMP_NUM_THREADS", "")
     wanted = int(threads) if threads.isdecimal() else len(cores)
-    return sum(1 - busy[core] / 100 for core in cores) < min(wanted, len(cores)) - 0.5
+    # Containers and machines with cores that are switched off may list others than the process has.
+    idle = sum(1 - load / 100 for core, load in enumerate(loads) if core in cores)
+    return idle < min(wanted, len(cores)) - 0.5
