@@ -1,4 +1,4 @@
-"""Speed of data preparation, beside tiktoken alone and beside build-nanogpt's script, rewritten.
+"""Speed of data preparation, beside tiktoken alone, and build-nanogpt's and nanoGPT's scripts, rewritten.
 
 python -m benchmarks.tokenization
 
@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.tokenization.gigatoken import Engine
 
 _SHARD_TOKENS = 100_000_000
 _CORES = os.cpu_count() or 1
@@ -52,7 +54,7 @@ def make_corpus(path: Path, megabytes: int) -> int:
     return size * copies
 
 
-def ours(corpus: Path, scratch: Path, workers: int = _CORES) -> float:
+def ours(corpus: Path, scratch: Path, engine: Engine, workers: int = _CORES) -> float:
     """Measures this project's preparation, end to end."""
     import fsspec  # noqa: F401  imports are not measured
     import pyarrow.parquet  # noqa: F401
@@ -62,7 +64,7 @@ def ours(corpus: Path, scratch: Path, workers: int = _CORES) -> float:
 
     started = time.perf_counter()
     recipe = Recipe(Source(str(corpus)), shard_tokens=min(_SHARD_TOKENS, corpus.stat().st_size // 4))
-    prepare(recipe, scratch / "ours", workers)
+    prepare(recipe, scratch / "ours", workers, engine)
     return time.perf_counter() - started
 
 
@@ -96,6 +98,34 @@ def _tokens_of_document(document: dict[str, str]) -> np.ndarray:
     tokens = np.array([encoding._special_tokens["<|endoftext|>"], *encoding.encode_ordinary(document["text"])])
     assert (tokens >= 0).all() and (tokens < 2**16).all(), "token ids do not fit into uint16"
     return tokens.astype(np.uint16)
+
+
+def datasets_map(corpus: Path, scratch: Path) -> float:
+    """Measures nanoGPT's method: the data set on disk, `map` with a process a core, then one array on disk."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    started = time.perf_counter()
+    documents = datasets.load_dataset("parquet", data_files=str(corpus), split="train", cache_dir=str(scratch / "hf"))
+    mapped = documents.map(_ids_of_document, remove_columns=["text"], num_proc=_CORES)
+    lengths = np.sum(mapped["len"], dtype=np.uint64)
+    array = np.memmap(scratch / "map.bin", dtype=np.uint16, mode="w+", shape=(int(lengths),))
+    filled = 0
+    for number in range(shards := min(1024, len(mapped))):
+        part = mapped.shard(shards, number, contiguous=True).with_format("numpy")
+        ids = np.concatenate(part["ids"][:])
+        array[filled : filled + len(ids)] = ids
+        filled += len(ids)
+    array.flush()
+    return time.perf_counter() - started
+
+
+def _ids_of_document(document: dict[str, str]) -> dict[str, Any]:
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+    ids = [*encoding.encode_ordinary(document["text"]), encoding.eot_token]
+    return {"ids": ids, "len": len(ids)}
 
 
 def tiktoken_batch(corpus: Path, scratch: Path) -> float:
@@ -153,8 +183,11 @@ def _texts(corpus: Path) -> list[str]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Path, Path], float]] = {
-    "this preparation, all cores": ours,
-    "this preparation, one worker": lambda corpus, scratch: ours(corpus, scratch, 1),
+    "this preparation, gigatoken": lambda corpus, scratch: ours(corpus, scratch, "gigatoken"),
+    "this preparation, gigatoken, one worker": lambda corpus, scratch: ours(corpus, scratch, "gigatoken", 1),
+    "this preparation, tiktoken": lambda corpus, scratch: ours(corpus, scratch, "tiktoken"),
+    "this preparation, tiktoken, one worker": lambda corpus, scratch: ours(corpus, scratch, "tiktoken", 1),
+    "datasets.map, all cores": datasets_map,
     "pool-based, its default of half the cores": pool_based,
     "pool-based, all cores": lambda corpus, scratch: pool_based(corpus, scratch, _CORES),
     "tiktoken alone, encode_ordinary_batch": tiktoken_batch,
@@ -202,14 +235,14 @@ def table(rows: dict[str, list[tuple[float, float]]], text_bytes: int, tokens: i
     def ratio(reference: str, name: str) -> float:
         return statistics.median(r / s for r, s in zip(seconds[reference], seconds[name], strict=True))
 
-    lines = ["| | M tokens/s (spread) | MB/s | of tiktoken alone | of the pool's default | peak memory |"]
+    lines = ["| | M tokens/s (spread) | MB/s | times tiktoken alone | times the pool's default | peak memory |"]
     lines.append("|---|---|---|---|---|---|")
     for name, runs in rows.items():
         rates = sorted(tokens / s / 1e6 for s in seconds[name])
         lines.append(
             f"| {name} | {statistics.median(rates):.2f} ({rates[0]:.2f} to {rates[-1]:.2f}) | "
-            f"{text_bytes / statistics.median(seconds[name]) / 1e6:.1f} | {ratio(fastest, name):.0%} | "
-            f"{ratio(default, name):.2f}x | {max(m for _, m in runs) / 2**20:,.0f} MiB |"
+            f"{text_bytes / statistics.median(seconds[name]) / 1e6:.1f} | {ratio(fastest, name):.2f} | "
+            f"{ratio(default, name):.2f} | {max(m for _, m in runs) / 2**20:,.0f} MiB |"
         )
     return "\n".join(lines)
 

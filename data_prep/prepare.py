@@ -2,56 +2,43 @@
 
 python -m data_prep.prepare data/shakespeare --source shakespeare.txt
 python -m data_prep.prepare data/fineweb-edu --source HuggingFaceFW/fineweb-edu --name sample-10BT
+python -m data_prep.prepare data_prep/configs/gpt3_mixture.yaml
 
 Killed at any moment, the same command goes on from the last finished shard and writes the same bytes.
 """
 
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
-from data_prep.common.command_line import ArgumentParser, UserError, option, run
+from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import partial_name
 from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import Position
-from data_prep.reading.sources import Corpus, Source
+from data_prep.reading.corpus import Corpus
+from data_prep.reading.sources import Source
+from data_prep.recipes import Recipe, read_recipes
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.shards import smallest_dtype
 from data_prep.sharding.writer import Writer, remove_files
-from data_prep.tokenization.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
+from data_prep.tokenization.gigatoken import Engine, with_engine
+from data_prep.tokenization.ids import TokenIds
+from data_prep.tokenization.tokenizer import Encoder, Tokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 
 SHARD_TOKENS = 100_000_000
 _BYTES_PER_TOKEN, _SHARDS_OF_A_SMALL_CORPUS = 4, 20
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that determines the contents of a data folder."""
-
-    source: Source
-    tokenizer: str = option(
-        "gpt2", "'gpt2'; 'bpe' for one trained on the text; or a folder or name that AutoTokenizer loads"
-    )
-    vocab_size: int = option(4096, "tokens of a trained tokenizer, end of text included", type=int)
-    shard_tokens: int | None = option(
-        None, "tokens in a shard; 100M by default, or a twentieth of a smaller local corpus", type=int
-    )
-    val_shards: int = option(1, "number of validation shards, which are the first ones", type=int)
-    dtype: Literal["uint16", "uint32"] | None = option(
-        None, "by default the smaller one that holds the vocabulary", choices=("uint16", "uint32")
-    )
-    format: Literal["npy", "bin"] = option("npy", "of the shards; bin is llm.c's", choices=("npy", "bin"))
-
-
-def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifest:
+def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: Engine = "auto") -> Manifest:
     """Creates or completes a data folder; returns the manifest of a complete one if its recipe is the same.
 
     Args:
         workers: tokenizing threads, by default one a core. The result does not depend on them.
+        engine: that runs byte-level BPE. The result does not depend on it.
 
     Raises:
         UserError: for any error that the user can fix. Finished shards are kept; without any, nothing is left.
@@ -66,7 +53,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifes
                 _resolve_same(recipe, folder, manifest)
             return Manifest.read(folder)
         with locked(folder):
-            return _prepare(recipe, folder, workers or _cores())
+            return _prepare(recipe, folder, workers or _cores(), engine)
     except OSError as error:
         raise UserError(f"{folder}: {error}") from error
     finally:
@@ -74,14 +61,15 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None) -> Manifes
             folder.rmdir()
 
 
-def _prepare(recipe: Recipe, folder: Path, workers: int) -> Manifest:
+def _prepare(recipe: Recipe, folder: Path, workers: int, engine: Engine) -> Manifest:
     manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
     if manifest is not None and manifest.shards:
         _check_same(recipe, folder, manifest)
         corpus = _resolve_same(recipe, folder, manifest)
         if problems := manifest.problems(folder):
             raise UserError(f"{problems[0]}; {manifest.remedy}")
-        return Writer(folder, manifest).write(corpus, load_tokenizer(folder / "tokenizer"), workers)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        return Writer(folder, manifest).write(corpus, _encoder(recipe, tokenizer, engine), workers)
     if manifest is not None:
         remove_files(folder)  # of a preparation that was killed in its first shard
     writer = None
@@ -89,11 +77,15 @@ def _prepare(recipe: Recipe, folder: Path, workers: int) -> Manifest:
         corpus = recipe.source.resolve()
         tokenizer, manifest = _begin(recipe, corpus, folder)
         writer = Writer(folder, manifest)
-        return writer.write(corpus, tokenizer, workers)
+        return writer.write(corpus, _encoder(recipe, tokenizer, engine), workers)
     except BaseException:
         if writer is None or not writer.manifest.shards:
             remove_files(folder)
         raise
+
+
+def _encoder(recipe: Recipe, tokenizer: Tokenizer, engine: Engine) -> Encoder:
+    return with_engine(tokenizer, engine) if recipe.source.tokens_column is None else TokenIds(tokenizer)
 
 
 def _cores() -> int:
@@ -129,7 +121,7 @@ def _refuse_difference(folder: Path, wanted: dict[str, Any], found: dict[str, An
 
 
 def _default_shard_tokens(corpus: Corpus) -> int:
-    if not corpus.is_local:
+    if not corpus.is_local or not corpus.bytes:
         return SHARD_TOKENS
     return min(SHARD_TOKENS, max(1, corpus.bytes // (_BYTES_PER_TOKEN * _SHARDS_OF_A_SMALL_CORPUS)))
 
@@ -151,9 +143,11 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
         unfinished=Position(),
     )
     manifest.write(folder)
-    if recipe.tokenizer == "bpe" and not corpus.is_local:
-        raise UserError("a tokenizer is trained on local text only, not on a stream; use --tokenizer gpt2")
     trains = recipe.tokenizer == "bpe"
+    if trains and not corpus.is_local:
+        raise UserError("a tokenizer is trained on local text only, not on a stream; use --tokenizer gpt2")
+    if trains and recipe.source.tokens_column is not None:
+        raise UserError("a tokenizer is trained on text, not on token ids; name the --tokenizer that made the ids")
     tokenizer = train_tokenizer(corpus.documents(), recipe.vocab_size) if trains else load_tokenizer(recipe.tokenizer)
     dtype = recipe.dtype or smallest_dtype(tokenizer.vocab_size)
     if tokenizer.vocab_size > (limit := np.iinfo(dtype).max + 1):
@@ -176,6 +170,7 @@ def preparing_command(folder: str, manifest: Manifest) -> list[str]:
         ("revision", source.commit or source.revision, None),
         ("split", source.split, "train"),
         ("text_column", source.text_column, "text"),
+        ("tokens_column", source.tokens_column, None),
     ):
         words += [f"--{flag}", value] if value and value != default else []
     words += [word for condition in source.where for word in ("--where", condition)]
@@ -185,17 +180,33 @@ def preparing_command(folder: str, manifest: Manifest) -> list[str]:
 
 def main() -> None:
     parser = ArgumentParser("python -m data_prep.prepare", __doc__)
-    parser.add_argument("folder", type=Path, help="data folder to make, or to go on with")
-    parser.add_fields(Source)
+    parser.add_argument("folder", type=Path, help="data folder to make, or to go on with; or a recipe file of folders")
+    parser.add_fields(Source, required=False)
     parser.add_fields(Recipe)
     workers = "tokenizing threads, by default one for each core; what tiktoken cannot run takes all cores anyway"
     parser.add_option("workers", type=int, help=workers)
+    engines = "what runs byte-level BPE; auto: gigatoken where it is installed; the result is the same"
+    parser.add_option("engine", default="auto", choices=get_args(Engine), help=engines)
     options = vars(parser.parse_args())
-    folder, workers = options.pop("folder"), options.pop("workers")
+    folder, workers, engine = options.pop("folder"), options.pop("workers"), options.pop("engine")
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
+    if folder.suffix in (".yaml", ".yml"):
+        if given := [name for name, value in options.items() if value != parser.get_default(name)]:
+            raise UserError(f"{folder}: {given[0]} is a setting in the recipe file; give --workers and --engine only")
+        recipes = read_recipes(folder)
+        for name, settings in recipes.folders.items():
+            _report(Path(name), prepare(settings.recipe(), Path(name), workers, engine))
+        print(f"for the trainer: {recipes.training_flags()}")
+        return
+    if options["source"] is None:
+        raise UserError("no --source is given, and no recipe file: builtin, a file, a folder or a data set of the Hub")
     source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
-    manifest = prepare(Recipe(replace(source, where=tuple(source.where)), **options), folder, workers)
+    recipe = Recipe(replace(source, where=tuple(source.where)), **options)
+    _report(folder, prepare(recipe, folder, workers, engine))
+
+
+def _report(folder: Path, manifest: Manifest) -> None:
     if dropped := manifest.dropped_tokens:
         reason = "the rest of the document that validation ends in, which training must not see"
         print(f"dropped {dropped:,} tokens: {reason}")

@@ -3,12 +3,13 @@
 import itertools
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.command_line import UserError
 from data_prep.common.files import read_text
-from data_prep.reading.readers import parse_record
+from data_prep.reading.formats import parse_record
 
 SUFFIXES = (".jsonl", ".txt")
 _HELLASWAG = ["ctx", "endings"]
@@ -30,7 +31,7 @@ def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield _texts(parse_record(line, where), fields, where)
+            yield _texts(parse_record(line, partial(str, where)), fields, where)
 
 
 def _texts(record: dict[str, Any], fields: list[str] | None, where: str) -> list[str]:

@@ -114,13 +114,19 @@ class ArgumentParser(argparse.ArgumentParser):
         """Adds `--some_name`, also spelled `--some-name`."""
         self.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **kwargs)
 
-    def add_fields(self, kind: Any) -> None:
-        """Adds an option for each field of a dataclass that `option` describes; tuples are lists."""
+    def add_fields(self, kind: Any, required: bool = True) -> None:
+        """Adds an option for each field of a dataclass that `option` describes; tuples are lists.
+
+        Args:
+            required: fields without a default have to be given.
+        """
         for field in dataclasses.fields(kind):
             if field.metadata:
                 default = list(field.default) if isinstance(field.default, tuple) else field.default
-                needed = default is dataclasses.MISSING
-                self.add_option(field.name, default=None if needed else default, required=needed, **field.metadata)
+                if default is dataclasses.MISSING:
+                    self.add_option(field.name, required=required, **field.metadata)
+                else:
+                    self.add_option(field.name, default=default, **field.metadata)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, rest = self.parse_known_args(args, namespace)

@@ -40,6 +40,7 @@ class SourceRecord:
     split: str = "train"
     revision: str | None = None
     text_column: str = "text"
+    tokens_column: str | None = None
     where: list[str] = field(default_factory=list)
     commit: str | None = None
     files: Count = 0
@@ -78,6 +79,7 @@ class CleaningStep(StepCounts):
     Attributes:
         sources: the counts of each source.
         dropped: number of documents by datatrove's reason.
+        examples: the beginning of a dropped document for each reason.
     """
 
     __pydantic_config__ = STRICT
@@ -86,16 +88,18 @@ class CleaningStep(StepCounts):
     settings: dict[str, Any]
     sources: dict[str, StepCounts]
     dropped: dict[str, Count]
+    examples: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Position:
     """Where an unfinished preparation continues: after `tokens` tokens of the block that begins at the cursor of file,
-    record and byte offset."""
+    record, byte offset, and state of a stream of `datasets`."""
 
     __pydantic_config__ = STRICT
 
     file: Count = 0
     record: Count = 0
     offset: Count = 0
+    state: dict[str, Any] | None = None
     tokens: Count = 0

@@ -22,7 +22,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """Condition on a column: `int_score >= 3`, `language == en`, `lang in ['en', 'de']`."""
+    """Condition on a column, or on a field in one: `int_score >= 3`, `lang in ['en', 'de']`, `meta.language == en`."""
 
     column: str
     comparison: str
@@ -44,8 +44,17 @@ class Condition:
 
     def holds(self, record: dict[str, Any]) -> bool:
         """Whether a record satisfies the condition (`UserError` if the column cannot be compared); null never does."""
-        found = record[self.column]
+        found = _find(record, self.column)
         try:
             return found is not None and bool(_OPERATORS[self.comparison](found, self.value))
         except TypeError as error:
             raise UserError(f"--where {self.column} {self.comparison} {self.value!r}: {error}") from error
+
+
+def _find(record: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of `column.field` in one; None for a field that is not there."""
+    if column in record:
+        return record[column]
+    first, _, rest = column.partition(".")
+    inside = record.get(first)
+    return _find(inside, rest) if isinstance(inside, dict) and rest else None

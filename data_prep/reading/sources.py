@@ -1,30 +1,21 @@
-"""Sources of documents: the built-in corpus, files, and data sets on the Hub, which are lists of files too."""
+"""Requests for documents: the built-in corpus, files, databases, and data sets on the Hub."""
 
-import glob
-import hashlib
-import os
-import random
-import stat
-import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import MISSING, asdict, dataclass
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line, option, redact
-from data_prep.common.records import CleaningStep, SourceRecord
 from data_prep.common.retries import Retries, is_transient
-from data_prep.common.schema import read_json
+from data_prep.reading import streams
+from data_prep.reading.builtin import BuiltinCorpus
 from data_prep.reading.conditions import Condition
-from data_prep.reading.readers import SUFFIXES, Block, Cursor, read_file
+from data_prep.reading.corpus import Corpus
+from data_prep.reading.files import FileCorpus, corpus_of_files, find_files, names_files
+from data_prep.reading.formats import SUFFIXES
 
 BUILTIN = "builtin"
-# Files in the output of data_prep.clean: from the start on, and once it is complete.
-CLEANING_CONFIG, CLEANING_REPORT = "config.json", "cleaning.json"
-# Seconds before each new attempt if the network fails: to find a source, and to read it.
-RESOLVE_DELAYS, RETRY_DELAYS = (1, 2, 4), (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
-_BUILTIN_BLOCK_CHARACTERS = 1 << 20
+# Schemes of databases that SQLAlchemy knows, a driver may follow: postgresql+psycopg://.
+_DATABASES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql")
+RESOLVE_DELAYS = (1, 2, 4)  # seconds before each new attempt if the network fails
 
 
 @dataclass(frozen=True)
@@ -33,19 +24,26 @@ class Source:
 
     source: str = option(
         MISSING,
-        "'builtin' (the Python standard library's sources); a file, folder or glob of .parquet, .jsonl or .txt "
-        "(those two also .gz, .zst), local or as s3://, gs://, https://, ...; or a data set of the Hub, streamed",
+        "'builtin' (the Python standard library's sources); a file, folder or glob of .parquet, .jsonl, .txt, .warc or "
+        "what else `datasets` reads, local or as s3://, gs://, https://, ...; a folder of save_to_disk; the URL of a "
+        "database; or a data set of the Hub, streamed",
     )
-    name: str | None = option(None, "configuration of the Hub data set, as in 'sample-10BT'")
-    split: str = option("train", "split of the Hub data set")
+    name: str | None = option(None, "configuration of the Hub data set, as in 'sample-10BT'; a database's query")
+    split: str = option("train", "split of the Hub data set, or of the folder of save_to_disk")
     revision: str | None = option(None, "branch, tag or commit of the Hub data set")
     text_column: str = option("text", "field of a record that holds the text")
+    tokens_column: str | None = option(None, "field that holds ids of the tokenizer's tokens, instead of a text")
     where: tuple[str, ...] = option(
         (), "keep only records that satisfy this, as in 'int_score >= 3'; repeatable", action="append"
     )
 
-    def resolve(self, commit: str | None = None) -> "Corpus":
-        """Finds the files of the source (`UserError` if there are none that can be read).
+    @property
+    def column(self) -> str:
+        """The field of a record that holds the document."""
+        return self.tokens_column or self.text_column
+
+    def resolve(self, commit: str | None = None) -> Corpus:
+        """Finds what the source consists of (`UserError` if it cannot be read).
 
         Args:
             commit: of a data set on the Hub, from an earlier call.
@@ -54,174 +52,46 @@ class Source:
         retries = Retries(RESOLVE_DELAYS, "run the same command again")
         while True:
             try:
-                if self.source == BUILTIN:
-                    return _builtin_corpus(self)
-                if names_files(self.source):
-                    return _corpus_of_files(self, conditions, self.source)
-                return _corpus_on_the_hub(self, conditions, commit)
+                return self._resolve(conditions, commit)
             except UserError:
                 raise
             except Exception as error:
                 retries.wait(f"source {self.source!r}", error)
+
+    def _resolve(self, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
+        if self.source == BUILTIN:
+            if self != Source(BUILTIN):
+                options = "--name, --split, --text_column, --tokens_column and --where"
+                raise UserError(f"source {BUILTIN!r} is plain text; {options} do not apply")
+            return BuiltinCorpus.find(self)
+        if self.source.split("://")[0].split("+")[0] in _DATABASES and "://" in self.source:
+            return streams.corpus_of_query(self, conditions)
+        if not names_files(self.source):
+            return _corpus_on_the_hub(self, conditions, commit)
+        if streams.saved_to_disk(self.source):
+            return streams.corpus_saved_to_disk(self, conditions)
+        filesystem, found = find_files(self.source)
+        if paths := [path for path in found if path.endswith(SUFFIXES)]:
+            return corpus_of_files(self, conditions, filesystem, paths)
+        return _corpus_of_other_files(self, conditions, filesystem, found)
 
     def describe(self) -> dict[str, Any]:
         """The fields that distinguish two sources, without the passwords of URLs."""
         return {**asdict(self), "source": redact(self.source), "where": list(self.where)}
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The files of a source, in reading order.
-
-    Attributes:
-        filesystem: of `fsspec`; None for the built-in corpus.
-        sizes: of the files, in bytes.
-        commit: of the data set on the Hub.
-    """
-
-    source: Source
-    conditions: tuple[Condition, ...]
-    filesystem: Any
-    paths: Sequence[str]
-    sizes: Sequence[int]
-    commit: str | None = None
-
-    @property
-    def is_local(self) -> bool:
-        return self.filesystem is None or "file" in self.filesystem.protocol
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(self.sizes)
-
-    def describe(self) -> SourceRecord:
-        """The manifest's record of the source; a change of its files' names or sizes changes it."""
-        names = "".join(f"{path.rpartition('/')[2]} {n}\n" for path, n in zip(self.paths, self.sizes, strict=True))
-        return SourceRecord(
-            **self.source.describe(),
-            commit=self.commit,
-            files=len(self.paths),
-            bytes=self.bytes,
-            names_and_sizes=hashlib.sha256(os.fsencode(names)).hexdigest(),
-        )
-
-    def cleaning(self) -> list[CleaningStep]:
-        """Report of `data_prep.clean` from the files' folder or its parent; empty if another program wrote it."""
-        if self.filesystem is None or not self.is_local:
-            return []
-        folder = Path(self.paths[0]).parent
-        for candidate in (folder, folder.parent):
-            if (candidate / CLEANING_CONFIG).is_file() and (candidate / CLEANING_REPORT).is_file():
-                try:
-                    return read_json(candidate / CLEANING_REPORT, list[CleaningStep])
-                except UserError as error:
-                    print(f"not taken for a report of data_prep.clean: {error}", file=sys.stderr)
-        return []
-
-    def documents(self) -> Iterator[str]:
-        """Texts of all documents."""
-        for block in self.blocks(Cursor()):
-            yield from block.texts
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All records with all fields, including records without text."""
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            for block in read_file(self.filesystem, path, size, [self.source.text_column], Cursor(), every_field=True):
-                yield from block.texts
-
-    def blocks(self, start: Cursor, retry_delays: Sequence[float] = RETRY_DELAYS) -> Iterator[Block]:
-        """Non-empty documents from `start` on, in a fixed order, a few megabytes at a time.
-
-        Args:
-            retry_delays: seconds before each new attempt after the network failed; a block resets them.
-
-        Raises:
-            UserError: for a file or record that cannot be read, and once all delays are used.
-        """
-        retries = Retries(retry_delays, "the same command goes on from the last finished shard")
-        while True:
-            try:
-                for block in self._read_from(start):
-                    yield block
-                    start = block.stop
-                    retries.failures = 0
-                return
-            except _ReadError as error:
-                retries.wait(*error.args)
-
-    def _read_from(self, start: Cursor) -> Iterator[Block]:
-        if self.source.source == BUILTIN:
-            yield from _builtin_blocks(self.paths, start.record)
-            return
-        if start.file >= len(self.paths):
-            raise UserError(f"preparation continues in file {start.file} of {len(self.paths)}; prepare a new folder")
-        columns = [self.source.text_column, *(c.column for c in self.conditions)]
-        for number in range(start.file, len(self.paths)):
-            cursor = start if number == start.file else Cursor(file=number)
-            path = self.paths[number]
-            try:
-                for block in read_file(self.filesystem, path, self.sizes[number], columns, cursor):
-                    yield replace(block, texts=self._texts(block.texts))
-            except UserError:
-                raise
-            except Exception as error:
-                raise _ReadError(path, error) from error
-
-    def _texts(self, records: list[dict[str, Any]]) -> list[str]:
-        kept = (r[self.source.text_column] for r in records if all(c.holds(r) for c in self.conditions))
-        return [text for text in kept if text and not text.isspace()]
-
-
-class _ReadError(Exception):
-    """A path, and the error of reading it."""
-
-
-def names_files(source: str) -> bool:
-    """Whether a source is a path or a pattern rather than the name `OWNER/NAME` of a data set."""
-    return (
-        "://" in source
-        or source.startswith(("/", ".", "~"))
-        or source.endswith(SUFFIXES)
-        or any(c in source for c in "*?[")
-        or source.count("/") != 1
-        or Path(source).exists()
-    )
-
-
-def _corpus_of_files(source: Source, conditions: tuple[Condition, ...], pattern: str) -> Corpus:
-    import fsspec
-
-    if "://" not in pattern:
-        pattern = str(Path(pattern).expanduser())
-    try:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-    except (ImportError, ValueError) as error:  # a protocol that is unknown or not installed
-        raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
-    if filesystem.isdir(path):
-        if Path(pattern, CLEANING_CONFIG).is_file() and not Path(pattern, CLEANING_REPORT).is_file():
-            raise UserError(f"source {pattern!r}: its cleaning has not finished; run the same data_prep.clean again")
-        found = [p for p in filesystem.find(path) if p.endswith(SUFFIXES)]
-    elif filesystem.exists(path):
-        found = [path]
-    elif any(c in path for c in "*?["):
-        found = [p for p in filesystem.glob(_with_literal_folders(filesystem, path)) if filesystem.isfile(p)]
-    else:
-        raise UserError(f"source {pattern!r}: no such file or folder")
-    paths = sorted(found)
-    for name in paths if "file" in filesystem.protocol else ():  # reading a pipe or a device may never end
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            raise UserError(f"{name}: not a regular file; name a file, or a folder of files")
-    return _checked(Corpus(source, conditions, filesystem, paths, [filesystem.size(p) for p in paths]))
-
-
-def _with_literal_folders(filesystem: Any, pattern: str) -> str:
-    """Escapes the leading folders of a pattern that exist under their literal name."""
-    parts = pattern.split("/")
-    count = 1
-    while count < len(parts) and filesystem.isdir("/".join(parts[: count + 1])):
-        count += 1
-    return "/".join([glob.escape("/".join(parts[:count])), *parts[count:]])
+def _corpus_of_other_files(
+    source: Source, conditions: tuple[Condition, ...], filesystem: Any, found: list[str]
+) -> Corpus:
+    formats = {path: streams.format_of(path) for path in found}
+    paths = [path for path in found if formats[path]]
+    if not paths:
+        formats_read = ", ".join([*SUFFIXES, *streams.FORMATS])
+        raise UserError(f"source {source.source!r}: no file in it is in a format that is read: {formats_read}")
+    if others := [path for path in paths if formats[path] != formats[paths[0]]]:
+        several = f"files of several formats, {paths[0]} and {others[0]}"
+        raise UserError(f"source {source.source!r}: {several}; name one of them with a pattern")
+    return streams.corpus_of_other_files(source, conditions, filesystem, paths)
 
 
 def _corpus_on_the_hub(source: Source, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
@@ -244,48 +114,8 @@ def _corpus_on_the_hub(source: Source, conditions: tuple[Condition, ...], commit
     filesystem: Any = HfFileSystem()
     paths = [filesystem._strip_protocol(path) for path in files[source.split]]
     folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)  # one request for each folder
-    sizes = {entry["name"]: entry["size"] for folder in folders for entry in filesystem.ls(folder, detail=True)}
-    return _checked(Corpus(source, conditions, filesystem, paths, [sizes[path] for path in paths], commit))
-
-
-def _checked(corpus: Corpus) -> Corpus:
-    if not corpus.paths:
-        raise UserError(f"source {corpus.source.source!r}: no file in it ends in {', '.join(SUFFIXES)}")
-    for path, size in zip(corpus.paths, corpus.sizes, strict=True):
-        if not path.endswith(SUFFIXES):
-            raise UserError(f"{path}: not one of the formats {', '.join(SUFFIXES)}")
-        if size is None:
-            raise UserError(f"{path}: its server does not say how large it is; download it first")
-        if corpus.conditions and ".txt" in path[-8:]:
-            raise UserError(f"{path}: plain text has no columns for --where to look at")
-    return corpus
-
-
-def _standard_library() -> list[Path]:
-    """Python sources of the running interpreter's standard library, without its character tables."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
-    files = sorted(p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts))
-    if not files:
-        raise UserError(f"the built-in corpus is empty: no Python sources in {root}; give another --source")
-    return files
-
-
-def _builtin_corpus(source: Source) -> Corpus:
-    if source != Source(BUILTIN):
-        raise UserError(f"source {BUILTIN!r} is plain text; --name, --split, --text_column and --where do not apply")
-    paths = _standard_library()
-    return Corpus(source, (), None, list(map(str, paths)), [path.stat().st_size for path in paths])
-
-
-def _builtin_blocks(paths: Sequence[str], start: int) -> Iterator[Block]:
-    """Distinct texts in a fixed random order, so that any stretch is a sample of the whole corpus."""
-    distinct = list(dict.fromkeys(Path(path).read_text(encoding="utf-8", errors="ignore") for path in paths))
-    texts = [text for text in random.Random(0).sample(distinct, len(distinct)) if text.strip()]
-    while start < len(texts):
-        stop, size = start, 0
-        while stop < len(texts) and size < _BUILTIN_BLOCK_CHARACTERS:
-            size += len(texts[stop])
-            stop += 1
-        yield Block(texts[start:stop], Cursor(record=start), Cursor(record=stop), size)
-        start = stop
+    all_sizes = {entry["name"]: entry["size"] for folder in folders for entry in filesystem.ls(folder, detail=True)}
+    sizes = [all_sizes[path] for path in paths]
+    if all(path.endswith(SUFFIXES) for path in paths):
+        return FileCorpus(source, conditions, commit, paths, sizes, False, filesystem)
+    return streams.corpus_of_builder(source, conditions, commit, builder, paths, sizes)

@@ -3,12 +3,10 @@
 import contextlib
 import errno
 import shutil
-import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,15 @@ import numpy as np
 from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
 from data_prep.common.records import Position, Shard, Split
+from data_prep.reading.corpus import Corpus
 from data_prep.reading.readers import Block, Cursor
-from data_prep.reading.sources import Corpus
 from data_prep.sharding.manifest import FILE_NAME, Manifest
+from data_prep.sharding.progress import Progress
 from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
-from data_prep.tokenization.tokenizer import Tokenizer, tokenizer_files
+from data_prep.tokenization.tokenizer import Encoder, tokenizer_files
 
 # Blocks in flight for each worker: enough work to cover a wait for the network.
 _BLOCKS_AHEAD = 8
-_SECONDS_BETWEEN_LINES = 30
 
 
 class Writer:
@@ -43,14 +41,14 @@ class Writer:
             if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a killed process
                 path.unlink()
 
-    def write(self, corpus: Corpus, tokenizer: Tokenizer, workers: int) -> Manifest:
+    def write(self, corpus: Corpus, encoder: Encoder, workers: int) -> Manifest:
         """Writes the rest of the shards and returns the final manifest. Raises as `Corpus.blocks`, and a `UserError`
         for a full disk and for too little text (then nothing is left)."""
         position = self.manifest.unfinished or Position()
-        cursor, skipped = Cursor(position.file, position.record, position.offset), position.tokens
+        cursor, skipped = Cursor(position.file, position.record, position.offset, position.state), position.tokens
         with Progress(corpus, cursor) as progress:
             try:
-                for block, tokens in tokenized(corpus.blocks(cursor), tokenizer, self.manifest.dtype, workers):
+                for block, tokens in tokenized(corpus.blocks(cursor), encoder, self.manifest.dtype, workers):
                     self._add(block, tokens, min(skipped, len(tokens)))
                     skipped -= min(skipped, len(tokens))
                     progress.update(block, len(tokens), self.manifest)
@@ -81,7 +79,7 @@ class Writer:
             self.documents += int(np.count_nonzero(part == self.manifest.tokenizer.eos_token_id))
             start += len(part)
             if self.file.tokens == self.manifest.shard_tokens:
-                self._finish_shard(self.file, Position(**asdict(block.start), tokens=start))
+                self._finish_shard(self.file, Position(**vars(block.start), tokens=start))
                 self.manifest.write(self.folder)
 
     def _drop(self, tokens: np.ndarray) -> int:
@@ -108,14 +106,15 @@ class Writer:
         self.manifest.write(self.folder)
         return self.manifest
 
-    def _disk_full(self, progress: "Progress") -> str:
+    def _disk_full(self, progress: Progress) -> str:
         itemsize = np.dtype(self.manifest.dtype).itemsize
+        left = progress.remaining_tokens()
+        rest = "" if left is None else f" and all that is left about {left * itemsize / 1e6:,.0f} MB"
         free = shutil.disk_usage(self.folder).free + (self.file.tokens * itemsize if self.file else 0)
         return (
             f"{self.folder}: the disk is full: {free / 1e6:,.0f} MB are free, the next shard takes "
-            f"{self.manifest.shard_tokens * itemsize / 1e6:,.0f} MB and all that is left about "
-            f"{progress.remaining_tokens() * itemsize / 1e6:,.0f} MB; make room and run the same command again, which "
-            f"goes on after the {len(self.manifest.shards)} shards that are finished"
+            f"{self.manifest.shard_tokens * itemsize / 1e6:,.0f} MB{rest}; make room and run the same command again, "
+            f"which goes on after the {len(self.manifest.shards)} shards that are finished"
         )
 
 
@@ -133,12 +132,12 @@ def remove_files(folder: Path) -> None:
 
 
 def tokenized(
-    blocks: Iterable[Block], tokenizer: Tokenizer, dtype: str, workers: int
+    blocks: Iterable[Block], encoder: Encoder, dtype: str, workers: int
 ) -> Iterator[tuple[Block, np.ndarray]]:
     """Blocks with their tokens, in order, for any number of threads."""
 
-    def encode(texts: list[str]) -> np.ndarray:
-        return tokenizer.encode(texts).astype(dtype)
+    def encode(documents: list[Any]) -> np.ndarray:
+        return encoder.encode(documents).astype(dtype)
 
     pool = ThreadPoolExecutor(workers)
     pending: deque[tuple[Block, Future[np.ndarray]]] = deque()
@@ -169,47 +168,3 @@ def _too_small(corpus: Corpus, manifest: Manifest) -> str:
         f"source {name!r} yields {tokens} tokens, which leaves no document for training after {manifest.val_shards} "
         f"validation shard(s) of {manifest.shard_tokens}; choose a smaller --shard_tokens or more text"
     )
-
-
-class Progress:
-    """A progress bar on a terminal, a line every 30 seconds elsewhere.
-
-    Attributes:
-        done: bytes of the corpus that have been read, by earlier processes too.
-        tokens: tokens that this process has made.
-    """
-
-    def __init__(self, corpus: Corpus, start: Cursor) -> None:
-        self.total = corpus.bytes
-        self.before = self.done = sum(corpus.sizes[: start.file])
-        self.tokens = self.documents = 0
-        self.started = self.last_line = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        from tqdm import tqdm
-
-        form = "{percentage:3.0f}% |{bar:20}| {desc}, {elapsed} gone, {remaining} left"
-        self.bar = tqdm(total=self.total, initial=self.done, disable=None, bar_format=form)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.close()
-
-    def update(self, block: Block, tokens: int, manifest: Manifest) -> None:
-        """Counts a written block."""
-        self.done += block.size
-        self.tokens += tokens
-        self.documents += len(block.texts)
-        now, millions = time.monotonic(), self.tokens / 1e6
-        speed = f"{millions / max(now - self.started, 1e-9):.2f}M tokens/s"
-        text = f"shard {len(manifest.shards)}: {self.documents:,} documents, {millions:,.1f}M tokens, {speed}"
-        self.bar.set_description_str(text, refresh=False)
-        self.bar.update(block.size)
-        if self.bar.disable and now - self.last_line > _SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            left = (self.total - self.done) * (now - self.started) / max(self.done - self.before, 1)
-            print(f"{self.done / self.total:4.0%}  {text}, {self.bar.format_interval(left)} left", file=sys.stderr)
-
-    def remaining_tokens(self) -> int:
-        """Estimated number of tokens in the rest of the corpus."""
-        return int(self.tokens * max(0, self.total - self.done) / max(self.done - self.before, 1))

@@ -18,6 +18,7 @@ from data_prep.tokenization.byte_level import byte_level_ranks, bytes_to_unicode
 
 if TYPE_CHECKING:
     import tiktoken
+    from tokenizers import Tokenizer as Backend
 
 END_OF_TEXT = "<|endoftext|>"
 # Files of transformers' `save_pretrained`.
@@ -26,6 +27,13 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 # Longer documents are encoded in chunks; each takes at most about 100 bytes of memory per character.
 _CHUNK_CHARACTERS = 1 << 20
 _MAX_IDS = 1 << 24  # ten times as many as any published vocabulary
+
+
+class Encoder(Protocol):
+    """Converts documents to ids."""
+
+    def encode(self, documents: list[Any], /) -> np.ndarray:
+        """Ids of the documents, concatenated, each after an end of text: `[tokens]` uint32. Thread-safe."""
 
 
 class Tokenizer(Protocol):
@@ -41,11 +49,12 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_token_id: int
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Ids of the documents, concatenated, each after an end of text: `[tokens]` uint32.
+    def encode(self, texts: list[str], /) -> np.ndarray:
+        """As in `Encoder`. Text that looks like a special token is encoded as text. Mostly without the interpreter's
+        lock."""
 
-        Text that looks like a special token is encoded as text. Thread-safe, and mostly without the interpreter's lock.
-        """
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of `ids`, `[tokens]`; bytes that are not UTF-8 are replaced."""
 
     def save(self, folder: Path) -> str:
         """Writes files that `AutoTokenizer` loads, with the same ids; returns the sha256 of `tokenizer.json`."""
@@ -81,16 +90,27 @@ class ByteLevelTokenizer:
             pieces += [encode(chunk, disallowed_special=()) for chunk in chunks(text, _CHUNK_CHARACTERS)]
         return np.concatenate(pieces) if pieces else eos[:0]
 
-    def save(self, folder: Path) -> str:
+    def decode(self, ids: np.ndarray) -> str:
         """As in `Tokenizer`."""
-        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        return self.encoding.decode(ids.tolist())
+
+    def backend(self) -> "Backend":
+        """The same tokenizer of the `tokenizers` library, without the end of text."""
         from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers
 
         vocab = {bytes_to_unicode(token): rank for token, rank in self.ranks.items()}
         pairs = [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in merges(self.ranks)]
         backend = Backend(models.BPE(vocab=vocab, merges=pairs))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
+        return backend
+
+    def save(self, folder: Path) -> str:
+        """As in `Tokenizer`."""
+        from tokenizers import AddedToken
+
+        backend = self.backend()
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         assert backend.token_to_id(END_OF_TEXT) == self.eos_token_id
 
@@ -128,6 +148,10 @@ class HuggingFaceTokenizer:
                 parts = self.backend.encode_batch_fast(self._split_end_of_text(texts[i]), add_special_tokens=False)
                 documents[i] = [number for part in parts for number in part.ids if number != self.eos_token_id]
         return np.concatenate([np.array([self.eos_token_id, *ids], dtype=np.uint32) for ids in documents])
+
+    def decode(self, ids: np.ndarray) -> str:
+        """As in `Tokenizer`."""
+        return self.backend.decode(ids.tolist(), skip_special_tokens=False)
 
     def _split_end_of_text(self, text: str) -> list[str]:
         """Cuts a text in the middle of each spelling of the end of text."""

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -268,9 +269,7 @@ def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):
 @pytest.mark.parametrize("written", [True, False])
 def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatch, written):
     """Stopped at each of the last manifests: nothing is written twice."""
-    monkeypatch.setattr(
-        "data_prep.reading.sources._standard_library", lambda: sorted(Path(json.__file__).parent.glob("*.py"))
-    )
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(Path(json.__file__).parent))
     options = Recipe(Source("builtin"), tokenizer=str(data_folder / "tokenizer"), shard_tokens=5_000)
     whole = prepare(options, tmp_path / "whole")
     for count in range(len(whole.shards) - 2, len(whole.shards) + 1):
@@ -413,7 +412,14 @@ def test_what_cleaning_has_done_is_taken_over(corpus, tmp_path):
 
     copy = shutil.copytree(corpus, tmp_path / "clean" / "web")
     counts = {"documents_in": 5, "documents_out": 4, "characters_in": 50, "characters_out": 40}
-    step = {"step": "min_length", "settings": {"characters": 9}, **counts, "sources": {"web": counts}, "dropped": {}}
+    step = {
+        "step": "min_length",
+        "settings": {"characters": 9},
+        **counts,
+        "sources": {"web": counts},
+        "dropped": {},
+        "examples": {},
+    }
     (tmp_path / "clean" / "cleaning.json").write_text(json.dumps([step]))
     assert prepare(recipe(copy), tmp_path / "foreign").cleaning == [], "it lacks the configuration of a cleaning"
     (tmp_path / "clean" / "config.json").write_text("{}")

@@ -15,7 +15,8 @@ from standin_hub import serve_dataset
 
 from data_prep.common.command_line import UserError
 from data_prep.reading.conditions import Condition
-from data_prep.reading.readers import MAX_TEXT_DOCUMENT, Cursor
+from data_prep.reading.formats import MAX_TEXT_DOCUMENT
+from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
 
 TEXTS = ["first\nof two lines", "", "zweiter, ünïcode 🙂", "   ", "third"]
@@ -104,7 +105,7 @@ def test_bad_parquet(tmp_path):
     with pytest.raises(UserError, match="not a whole parquet file"):
         documents(path)
     parquet.write_table(pyarrow.table({"body": ["x"]}), path)
-    with pytest.raises(UserError, match=r"no column 'text' among .'body'."):
+    with pytest.raises(UserError, match=r"no field 'text' among .'body'."):
         documents(path)
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     with pytest.raises(UserError, match="row 1: field 'text' is not text but int"):
@@ -117,14 +118,14 @@ def test_bad_text_and_missing_files(tmp_path):
         documents(tmp_path / "a.txt")
     for source, message in (
         (tmp_path / "none.txt", "no such file or folder"),
-        (tmp_path / "none*.txt", "no file in it ends in"),
+        (tmp_path / "none*.txt", "no file in it is in a format"),
         (tmp_path / "a.csv", "no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):
             documents(source)
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(UserError, match=r"a\.csv: not one of the formats"):
-        documents(tmp_path / "a.csv")
+    (tmp_path / "a.zip").write_text("a,b")
+    with pytest.raises(UserError, match=r"no file in it is in a format that is read: \.parquet, "):
+        documents(tmp_path / "a.zip")
 
 
 def parquet_bytes(**columns) -> bytes:

@@ -1,0 +1,126 @@
+"""A corpus of files in formats that are read here, local or of any `fsspec` protocol."""
+
+import glob
+import os
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.common.command_line import UserError
+from data_prep.common.records import CleaningStep
+from data_prep.common.schema import read_json
+from data_prep.reading.conditions import Condition
+from data_prep.reading.corpus import Corpus, ReadError
+from data_prep.reading.formats import SUFFIXES, is_plain_text, read_file
+from data_prep.reading.readers import Block, Cursor
+from data_prep.reading.warc import WARC_SUFFIXES, check_packages
+
+if TYPE_CHECKING:
+    from data_prep.reading.sources import Source
+
+# Files in the output of data_prep.clean: from the start on, and once it is complete.
+CLEANING_CONFIG, CLEANING_REPORT = "config.json", "cleaning.json"
+
+
+@dataclass(frozen=True)
+class FileCorpus(Corpus):
+    """Files that are read one after another, of `fsspec`'s `filesystem`."""
+
+    filesystem: Any
+
+    def __post_init__(self) -> None:
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            if size is None:
+                raise UserError(f"{path}: its server does not say how large it is; download it first")
+            if is_plain_text(path) and (self.conditions or self.source.tokens_column):
+                raise UserError(f"{path}: plain text has no columns for --where or --tokens_column")
+        if any(path.endswith(WARC_SUFFIXES) for path in self.paths):
+            check_packages()
+
+    def cleaning(self) -> list[CleaningStep]:
+        """From the files' folder or its parent."""
+        if not self.is_local:
+            return []
+        folder = Path(self.paths[0]).parent
+        for candidate in (folder, folder.parent):
+            if (candidate / CLEANING_CONFIG).is_file() and (candidate / CLEANING_REPORT).is_file():
+                try:
+                    return read_json(candidate / CLEANING_REPORT, list[CleaningStep])
+                except UserError as error:
+                    print(f"not taken for a report of data_prep.clean: {error}", file=sys.stderr)
+        return []
+
+    def part(self, number: int, count: int) -> "FileCorpus":
+        """As in `Corpus`, of whole files."""
+        return replace(self, paths=self.paths[number::count], sizes=self.sizes[number::count])
+
+    def _read_from(self, start: Cursor, every_field: bool) -> Iterator[Block]:
+        if start.file > 0 and start.file >= len(self.paths):
+            raise UserError(f"preparation continues in file {start.file} of {len(self.paths)}; prepare a new folder")
+        for number in range(start.file, len(self.paths)):
+            cursor = start if number == start.file else Cursor(file=number)
+            path = self.paths[number]
+            try:
+                yield from read_file(self.filesystem, path, self.sizes[number], self.fields, cursor, every_field)
+            except UserError:
+                raise
+            except Exception as error:
+                raise ReadError(path, error) from error
+
+
+def find_files(pattern: str) -> tuple[Any, list[str]]:
+    """The file system, and the files of a folder, a pattern or a name (`UserError` if there is no such thing)."""
+    import fsspec
+
+    if "://" not in pattern:
+        pattern = str(Path(pattern).expanduser())
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:  # a protocol that is unknown or not installed
+        raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
+    if filesystem.isdir(path):
+        if Path(pattern, CLEANING_CONFIG).is_file() and not Path(pattern, CLEANING_REPORT).is_file():
+            raise UserError(f"source {pattern!r}: its cleaning has not finished; run the same data_prep.clean again")
+        found = filesystem.find(path)
+    elif filesystem.exists(path):
+        found = [path]
+    elif any(c in path for c in "*?["):
+        found = [p for p in filesystem.glob(_with_literal_folders(filesystem, path)) if filesystem.isfile(p)]
+    else:
+        raise UserError(f"source {pattern!r}: no such file or folder")
+    return filesystem, sorted(found)
+
+
+def corpus_of_files(
+    source: "Source", conditions: tuple[Condition, ...], filesystem: Any, paths: Sequence[str]
+) -> FileCorpus:
+    """The corpus of files that are read here. Raises a `UserError` for a file that cannot be read."""
+    for name in paths if "file" in filesystem.protocol else ():  # reading a pipe or a device may never end
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise UserError(f"{name}: not a regular file; name a file, or a folder of files")
+    is_local = "file" in filesystem.protocol
+    return FileCorpus(source, conditions, None, paths, list(map(filesystem.size, paths)), is_local, filesystem)
+
+
+def _with_literal_folders(filesystem: Any, pattern: str) -> str:
+    """Escapes the leading folders of a pattern that exist under their literal name."""
+    parts = pattern.split("/")
+    count = 1
+    while count < len(parts) and filesystem.isdir("/".join(parts[: count + 1])):
+        count += 1
+    return "/".join([glob.escape("/".join(parts[:count])), *parts[count:]])
+
+
+def names_files(source: str) -> bool:
+    """Whether a source is a path or a pattern rather than the name `OWNER/NAME` of a data set."""
+    return (
+        "://" in source
+        or source.startswith(("/", ".", "~"))
+        or source.endswith(SUFFIXES)
+        or any(c in source for c in "*?[")
+        or source.count("/") != 1
+        or Path(source).exists()
+    )

@@ -1,0 +1,186 @@
+"""Readers of parquet, JSON lines and plain text, and the choice among those of all formats that are read here."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from data_prep.common.command_line import UserError, first_line
+from data_prep.reading.fields import BadRecord, Fields
+from data_prep.reading.readers import Block, Cursor, Reader
+from data_prep.reading.warc import WARC_SUFFIXES, WarcReader
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# No plain .json: it is rarely lines of records, and other programs leave such files beside the data.
+SUFFIXES = (
+    *(".parquet", ".jsonl", ".txt", *WARC_SUFFIXES),
+    *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in COMPRESSED),
+)
+MAX_TEXT_DOCUMENT = 64 * 1024  # bytes; a longer text file is read as several documents
+_BUFFER_BYTES = 1 << 20
+_REMOTE_READ_BYTES = 32 << 20
+
+
+def read_file(
+    filesystem: Any, path: str, size: int, fields: Fields, start: Cursor, every_field: bool = False
+) -> Iterator[Block]:
+    """Reads the records of a file from `start` on: dictionaries with the fields.
+
+    Args:
+        filesystem: the `fsspec` file system of `path`.
+        size: of the file, in bytes.
+        every_field: also read other fields, if the format can skip them.
+
+    Raises:
+        UserError: for a file of another format, a record without one of the fields, or another kind of document.
+    """
+    with _open(filesystem, path) as raw:
+        if path.endswith(".parquet"):
+            reader: Reader = _Parquet(raw, path, size, fields, start, every_field)
+        else:
+            kind = WarcReader if path.endswith(WARC_SUFFIXES) else _Text if is_plain_text(path) else _JsonLines
+            reader = kind(raw, path, fields, start)
+        yield from reader.blocks(fields.document)
+
+
+def is_plain_text(path: str) -> bool:
+    """Whether a file's records have no fields."""
+    return ".txt" in path[-8:]
+
+
+def _open(filesystem: Any, path: str) -> Any:
+    if "file" in filesystem.protocol:
+        return filesystem.open(path, "rb")
+    return filesystem.open(path, "rb", block_size=_REMOTE_READ_BYTES, cache_type="readahead")
+
+
+class _Lines(Reader):
+    """What text files have in common: a position in decompressed bytes."""
+
+    def __init__(self, raw: Any, path: str, fields: Fields, start: Cursor) -> None:
+        self.raw, self.path, self.fields = raw, path, fields
+        self.file, self.record, self.offset = start.file, start.record, start.offset
+        self.stream = _decompressed(raw, path)
+        _skip(self.stream, start.offset)
+
+    def cursor(self) -> Cursor:
+        return Cursor(self.file, self.record, self.offset)
+
+    def bytes_read(self) -> int:
+        return self.raw.tell()
+
+
+def _decompressed(raw: Any, path: str) -> io.BufferedReader:
+    import pyarrow
+
+    stream = pyarrow.PythonFile(raw, mode="r")
+    for suffix, codec in COMPRESSED.items():
+        if path.endswith(suffix):
+            stream = pyarrow.CompressedInputStream(stream, codec)
+    return io.BufferedReader(stream, _BUFFER_BYTES)
+
+
+def _skip(stream: io.BufferedReader, count: int) -> None:
+    while count > 0:
+        if not (read := len(stream.read(min(count, _BUFFER_BYTES)))):
+            raise UserError("a file of the source ends before the position to continue at; prepare a new folder")
+        count -= read
+
+
+class _JsonLines(_Lines):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for line in self.stream:
+            self.record += 1
+            self.offset += len(line)
+            if not line.isspace():
+                yield self.fields.check(parse_record(line, self.where))
+
+    def where(self) -> str:
+        return f"{self.path}, line {self.record}"
+
+
+def parse_record(line: str | bytes, where: Callable[[], str]) -> dict[str, Any]:
+    """Parses a line of JSON (`UserError` if it is no object); `where` tells its origin, for messages."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where()}: not JSON ({first_line(error)})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where()}: not a JSON object but {type(record).__name__}")
+    return record
+
+
+class _Text(_Lines):
+    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rest = b""
+        while rest := rest + self.stream.read(MAX_TEXT_DOCUMENT + 1 - len(rest)):
+            size = _cut(rest)
+            try:
+                text = rest[:size].decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = self.offset + error.start
+                raise UserError(f"{self.path}: not UTF-8 at byte {byte} ({error.reason})") from error
+            self.record, self.offset, rest = self.record + 1, self.offset + size, rest[size:]
+            yield {self.fields.document: text}
+
+    def where(self) -> str:
+        return f"{self.path}, document {self.record}"
+
+
+def _cut(data: bytes) -> int:
+    if len(data) <= MAX_TEXT_DOCUMENT:
+        return len(data)
+    for separator in (b"\n\n", b"\n"):
+        found = data.rfind(separator, MAX_TEXT_DOCUMENT // 2, MAX_TEXT_DOCUMENT)
+        if found != -1:
+            return found + len(separator)
+    stop = MAX_TEXT_DOCUMENT
+    while stop > MAX_TEXT_DOCUMENT - 4 and data[stop] & 0xC0 == 0x80:  # not within a character
+        stop -= 1
+    return stop
+
+
+class _Parquet(Reader):
+    """Rows of parquet, few at a time, as a file does not tell how long its rows are."""
+
+    def __init__(self, raw: Any, path: str, size: int, fields: Fields, start: Cursor, every_field: bool) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            # With a buffer the pages of a row group are read one by one, not all at once.
+            self.parquet = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path}: not a whole parquet file ({error})") from error
+        try:
+            fields.check_names(self.parquet.schema_arrow.names)
+        except BadRecord as error:
+            raise UserError(f"{path}: {error}") from error
+        self.path, self.size, self.fields = path, size, fields
+        self.file, self.record = start.file, start.record
+        self.wanted = None if every_field else fields.columns(self.parquet.schema_arrow.names)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        metadata, skipped, group = self.parquet.metadata, self.record, 0
+        while group < metadata.num_row_groups and metadata.row_group(group).num_rows <= skipped:
+            skipped -= metadata.row_group(group).num_rows
+            group += 1
+        groups = range(group, metadata.num_row_groups)
+        for batch in self.parquet.iter_batches(batch_size=64, row_groups=groups, columns=self.wanted):
+            rows = batch.slice(min(skipped, batch.num_rows))
+            skipped -= batch.num_rows - rows.num_rows
+            for cells in zip(*map(self.fields.values, rows.schema.names, rows.columns), strict=True):
+                self.record += 1
+                record = dict(zip(rows.schema.names, cells, strict=True))
+                yield self.fields.check(record)
+
+    def where(self) -> str:
+        return f"{self.path}, row {self.record}"
+
+    def cursor(self) -> Cursor:
+        return Cursor(self.file, self.record)
+
+    def bytes_read(self) -> int:
+        return self.size * self.record // max(1, self.parquet.metadata.num_rows)

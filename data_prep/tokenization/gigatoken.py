@@ -1,0 +1,127 @@
+"""gigatoken (Rød 2026), a faster engine of byte-level BPE; its ids are compared with tiktoken's on samples."""
+
+import itertools
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from data_prep.common.command_line import UserError
+from data_prep.tokenization.byte_level import chunks
+from data_prep.tokenization.tokenizer import ByteLevelTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from gigatoken.gigatoken_rs import BPETokenizer
+
+Engine: TypeAlias = Literal["auto", "tiktoken", "gigatoken"]
+TESTED = ("0.10.0",)
+_INSTALL = 'install it with pip install -e ".[fast]" -c constraints.txt, or give --engine tiktoken'
+# The letters and numbers of Unicode 17, which tiktoken's tables have and gigatoken's have not: the words around them
+# are split otherwise. tests/data_prep/tokenization/test_gigatoken.py finds them among all characters.
+_UNKNOWN_TO_GIGATOKEN = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011ddb"
+    "\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff"
+    "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2\U0001e6e4\U0001e6e5"
+    "\U0001e6e7-\U0001e6ed\U0001e6f0-\U0001e6f4\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
+    "\U000323b0-\U00033479]"
+)
+_LEADING_BYTES = b"\xe0\xea\xf0"  # of all of them in UTF-8
+_SAMPLE_CHARACTERS = 2048  # of each call, which has about a million
+_INSTANCE_CHARACTERS = 1 << 28  # then a new instance, as its cache of words only grows
+
+
+class GigatokenTokenizer:
+    """A byte-level tokenizer that is run by gigatoken, with the ids of tiktoken."""
+
+    def __init__(self, reference: ByteLevelTokenizer) -> None:
+        self.name, self.vocab_size, self.eos_token_id = reference.name, reference.vocab_size, reference.eos_token_id
+        self.reference = reference
+        self.save, self.decode = reference.save, reference.decode
+        self._json = reference.backend().to_str()
+        self._local = threading.local()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """As in `Tokenizer`.
+
+        Raises:
+            UserError: if the ids of a sample are not those of tiktoken; it names the document.
+        """
+        known = list(map(_is_known, texts))
+        found = self._encode([text for text, is_known in zip(texts, known, strict=True) if is_known])
+        eos = np.array([self.eos_token_id], dtype=np.uint32)
+        pieces = [eos[:0]]
+        for text, is_known in zip(texts, known, strict=True):
+            pieces += [eos, next(found)] if is_known else [self.reference.encode([text])]
+        return np.concatenate(pieces)
+
+    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """The ids of each document, without an end of text."""
+        if not texts:
+            return
+        layout = self._instance(texts).encode_batch(texts, parallel=False).layout
+        ids, offsets = layout.content.data, layout.offsets.data
+        documents = [ids[start:stop] for start, stop in itertools.pairwise(offsets.tolist())]
+        self._local.calls = number = getattr(self._local, "calls", -1) + 1
+        self._compare(texts[number % len(texts)], documents[number % len(texts)])
+        yield from documents
+
+    def _instance(self, texts: list[str]) -> "BPETokenizer":
+        """The instance of this thread, a new one after some hundred million characters."""
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        if getattr(self._local, "left", 0) <= 0:
+            self._local.instance, self._local.left = load_hf_json(self._json), _INSTANCE_CHARACTERS
+        self._local.left -= sum(map(len, texts))
+        return self._local.instance
+
+    def _compare(self, text: str, found: np.ndarray) -> None:
+        """Compares the ids of a document's beginning with tiktoken's (`UserError`)."""
+        beginning = next(chunks(text, _SAMPLE_CHARACTERS))
+        expected = self.reference.encode([beginning])[1:]
+        if not np.array_equal(found[: len(expected)], expected) or (beginning == text and len(found) != len(expected)):
+            raise UserError(
+                f"gigatoken {_version()} gives other ids than tiktoken for the document that begins with "
+                f"{text[:60]!r}; give --engine tiktoken"
+            )
+
+
+def _is_known(text: str) -> bool:
+    if text.isascii():
+        return True
+    encoded = text.encode("utf-8")  # bytes are found many times faster than the ranges, which most texts do not need
+    return not any(byte in encoded for byte in _LEADING_BYTES) or not _UNKNOWN_TO_GIGATOKEN.search(text)
+
+
+def with_engine(tokenizer: Tokenizer, engine: Engine) -> Tokenizer:
+    """The tokenizer, run by `engine`; `auto` takes gigatoken if a tested version is installed and can run it.
+
+    Raises:
+        UserError: if gigatoken is asked for and cannot be used.
+    """
+    if engine == "tiktoken":
+        return tokenizer
+    problem, version = None, _version()
+    if version is None:
+        problem = f"gigatoken is not installed; {_INSTALL}"
+    elif not isinstance(tokenizer, ByteLevelTokenizer):
+        problem = f"gigatoken runs byte-level BPE as GPT-2's only, not {tokenizer.name!r}; give --engine auto"
+    elif version not in TESTED:
+        problem = f"gigatoken {version} has not been tested, {TESTED[-1]} has; {_INSTALL}"
+    if problem is None:
+        return GigatokenTokenizer(tokenizer)  # type: ignore[arg-type]
+    if engine == "gigatoken":
+        raise UserError(problem)
+    if version is not None and version not in TESTED:
+        print(f"{problem}; tiktoken is used", file=sys.stderr)
+    return tokenizer
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version("gigatoken")
+    except metadata.PackageNotFoundError:
+        return None

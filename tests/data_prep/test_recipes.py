@@ -1,0 +1,100 @@
+"""Recipe files: those of the project against a stand-in Hub, and what a wrong one says."""
+
+import io
+import json
+import os
+import sys
+
+import pyarrow
+import pytest
+import yaml
+from conftest import ROOT, run_command
+from pyarrow import parquet
+from standin_hub import COMMIT, Repository, serve
+
+from data_prep.common.command_line import UserError
+from data_prep.recipes import read_recipes
+from data_prep.sharding.manifest import Manifest
+from data_prep.tokenization.tokenizer import gpt2_tokenizer
+from tests.data_prep.test_prepare import texts
+
+RECIPES = sorted(path for path in (ROOT / "data_prep" / "configs").glob("*.yaml") if path.name != "clean.yaml")
+
+
+def small_copy(settings) -> dict[str, bytes]:
+    """Files of a data set with the configuration, split and column of a recipe's folder."""
+    documents = texts(300)
+    place = f"{settings.name or 'data'}/{settings.split}"
+    card = {"configs": [{"config_name": settings.name or "default",
+                         "data_files": [{"split": settings.split, "path": f"{place}*"}]}]}  # fmt: skip
+    if settings.tokens_column is not None:
+        rows = [{settings.tokens_column: gpt2_tokenizer().encode([text])[1:].tolist()} for text in documents if text]
+        name, content = f"{place}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
+    else:
+        buffer = io.BytesIO()
+        parquet.write_table(pyarrow.table({settings.text_column: documents}), buffer)
+        name, content = f"{place}-00000.parquet", buffer.getvalue()
+    return {"README.md": f"---\n{yaml.safe_dump(card)}---\n".encode(), name: content}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_is_prepared_from_a_hub(path, tmp_path):
+    """With a small copy of each data set; the folders are relative to where the command runs."""
+    recipes = read_recipes(path)
+    folders = yaml.safe_load(path.read_text())["folders"]
+    small = {name: {"shard_tokens": 2000, **settings} for name, settings in folders.items()}
+    (tmp_path / path.name).write_text(yaml.safe_dump({"folders": small}, sort_keys=False))
+    with serve() as hub:
+        for settings in recipes.folders.values():
+            repository = hub.repositories.setdefault(f"datasets/{settings.source}", Repository())
+            repository.add(small_copy(settings), "files", COMMIT)
+        environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        done = run_command(
+            sys.executable, "-m", "data_prep.prepare", path.name, "--workers", "1", cwd=tmp_path, env=environment
+        )
+    for name, settings in recipes.folders.items():
+        manifest = Manifest.read(tmp_path / name)
+        assert manifest.source.source == settings.source and manifest.source.commit == COMMIT
+        assert manifest.tokens("train") > 0 and manifest.tokenizer.name == "gpt2"
+    assert f"--data {' '.join(recipes.folders)}" in done.stdout
+    weights = [settings.weight for settings in recipes.folders.values()]
+    assert ("--data_weights" in done.stdout) == (None not in weights)
+
+
+def test_the_flags_are_those_of_the_trainer():
+    flags = read_recipes(ROOT / "data_prep" / "configs" / "gpt3_mixture.yaml").training_flags()
+    names = [f"data/gpt3-{name}" for name in ("crawl", "webtext", "books", "wikipedia")]
+    assert flags == f"--data {' '.join(names)} --data_weights 60 22 16 3"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("folders: {}", "no folder is named"),
+        ("folders: {a: {name: x}}", "source is missing"),
+        ("folders: {a: {source: x, colunm: y}}", "unknown 'folders.a.colunm'"),
+        ("folders: {a: {source: x, weight: 0}}", "weight=0: input should be greater than 0"),
+        ("folders: {a: {source: x, weight: 1}, b: {source: y}}", "b has no weight, others have"),
+        ("folder: {}", "unknown 'folder'; did you mean 'folders'?"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(UserError) as raised:
+        read_recipes(tmp_path / "r.yaml")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["r.yaml", "--source", "x"], "source is a setting in the recipe file; give --workers and --engine only"),
+        (["folder"], "no --source is given, and no recipe file"),
+    ],
+)
+def test_options_and_recipes_do_not_mix(tmp_path, words, message):
+    (tmp_path / "r.yaml").write_text("folders: {a: {source: builtin}}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "data_prep.prepare", *words]
+    done = run_command(*words, cwd=tmp_path, env=environment, exit_code=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
