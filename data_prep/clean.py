@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.configuration import STEPS, CleanConfig, executor_class, read_config
+from data_prep.cleaning.configuration import CleanConfig, executor_class, read_config
+from data_prep.cleaning.step_settings import STEPS
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import partial_name, write_text
 from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import CleaningStep
 from data_prep.common.schema import read_json
-from data_prep.reading.sources import CLEANING_CONFIG, CLEANING_REPORT
+from data_prep.reading.files import CLEANING_CONFIG, CLEANING_REPORT
 
 QUEUED = "queued"  # sentinel file in work/: Slurm has the tasks
 
@@ -37,14 +38,14 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
     """
     output = Path(config.output)
     work, report = output / "work", output / CLEANING_REPORT
-    _claim(config, output)
+    commits = _claim(config, output)
     with locked(output):
         if not report.exists():
             work.mkdir(exist_ok=True)
             if (work / QUEUED).exists():
                 return None
             with _stderr_to(work / "log"):
-                _run_stages(config, work)
+                _run_stages(config, commits, work)
             if config.executor == "slurm":
                 (work / QUEUED).touch()
                 return None
@@ -58,10 +59,10 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
     return read_json(report, list[CleaningStep])
 
 
-def _run_stages(config: CleanConfig, work: Path) -> None:
+def _run_stages(config: CleanConfig, commits: dict[str, str | None], work: Path) -> None:
     from data_prep.cleaning.stages import stages
 
-    planned = stages(config)
+    planned = stages(config, commits)
     executor = None
     for number, stage in enumerate(planned, start=1):
         print(f"{number}/{len(planned)} {stage.name}", flush=True)
@@ -98,21 +99,28 @@ def _stderr_to(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _claim(config: CleanConfig, output: Path) -> None:
-    """Writes the configuration into the output folder, or checks that it is the same as there."""
-    wanted = json.loads(json.dumps(config.identity()))  # compared as it was written
+def _claim(config: CleanConfig, output: Path) -> dict[str, str | None]:
+    """Writes the configuration into the output folder, or checks that it is the same as there; returns the commits of
+    the data sets on the Hub, by the names of `CleanConfig.requests`."""
     path = output / CLEANING_CONFIG
-    if path.exists():
-        before, now = _flat(read_json(path, dict[str, Any])), _flat(wanted)
+    stored = read_json(path, dict[str, Any]) if path.exists() else None
+    found: Any = stored.get("found", {}) if stored else {}
+    commits = {name: found.get(name, {}).get("commit") for name in config.requests()}
+    corpora = {name: source.resolve(commits[name]) for name, source in config.requests().items()}
+    commits = {name: corpus.commit for name, corpus in corpora.items()}
+    wanted = json.loads(json.dumps(config.identity(corpora)))  # compared as it was written
+    if stored is not None:
+        before, now = _flat(stored), _flat(wanted)
         if different := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
             changes = (f"{name}={_short(before.get(name))} (now: {_short(now.get(name))})" for name in different)
             raise UserError(f"{output} was made with {', '.join(changes)}; choose another output, or remove this one")
-        return
+        return commits
     ours = (partial_name(path.name), LOCK_NAME)
     if output.exists() and any(found.name not in ours for found in output.iterdir()):
         raise UserError(f"{output} exists and was not made by this program (no {path.name}); choose another output")
     output.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(wanted, indent=2) + "\n")
+    return commits
 
 
 def _flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:

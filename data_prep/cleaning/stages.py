@@ -1,5 +1,6 @@
 """Passes of a cleaning over the documents, and its report."""
 
+import inspect
 import json
 import shutil
 from collections import Counter
@@ -11,17 +12,23 @@ from typing import Any, NamedTuple
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline import dedup
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.filters import LambdaFilter
 from datatrove.pipeline.readers import JsonlReader
 
 from data_prep.cleaning import steps
-from data_prep.cleaning.configuration import CleanConfig, filter_class
+from data_prep.cleaning.configuration import CleanConfig
+from data_prep.cleaning.educational import EducationalFilter
+from data_prep.cleaning.examples import KeepExamples, read_examples
+from data_prep.cleaning.quality import Classifier
+from data_prep.cleaning.step_settings import TOGETHER, block_class
 from data_prep.common.files import write_text
-from data_prep.reading.sources import CLEANING_REPORT
+from data_prep.reading.files import CLEANING_REPORT
 
 MIN_HASHES, MAX_HASHES = 96, 160
+MODEL, EXAMPLES = "model.npz", "examples"  # in the folder of a step: of the quality classifier, of dropped documents
 
 
 class Stage(NamedTuple):
@@ -32,23 +39,31 @@ class Stage(NamedTuple):
     tasks: int
 
 
-def stages(config: CleanConfig) -> list[Stage]:
+def stages(config: CleanConfig, commits: dict[str, str | None]) -> list[Stage]:
     """The passes of a cleaning, in order. The last one, a single task, moves the result to its final folder.
 
     Steps that look at one document share a pass; the others read the output of a pass in passes of their own.
+
+    Args:
+        commits: of the data sets on the Hub, by the names of `CleanConfig.requests`.
     """
     work = Path(config.output) / "work"
+    requests = {name: (source, commits[name]) for name, source in config.requests().items()}
     planned: list[Stage] = []
     names: list[str] = []
-    read = partial(steps.read_sources, files=config.files(), text_column=config.text_column)
+    read = partial(steps.read_sources, requests={name: requests[f"sources.{name}"] for name in config.sources})
     pipeline: list[Any] = [read, steps.Count("raw")]
-    for name, settings in config.steps.items():
-        if name in ("exact_dedup", "minhash", "decontamination"):
+    for name in config.running_steps():
+        if name in TOGETHER:
             writer = steps.WritePass(work / name / "in")
             planned.append(Stage("+".join(names) or "read", [*pipeline, writer], config.tasks))
             names, pipeline = [], [_reader(work / name)]
-        before, step = _step(config, name, settings, work / name)
-        planned += before
+            before, step = _step_together(config, name, work / name)
+            planned += before
+        else:
+            if name == "quality_classifier":
+                planned.append(_training(config, requests, work / name / MODEL))
+            step = _step(config, name, work / name)
         pipeline += [step, steps.Count(name)]
         names.append(name)
     planned.append(Stage("+".join(names), [*pipeline, steps.write_sources(work / "out")], config.tasks))
@@ -59,21 +74,51 @@ def _reader(folder: Path) -> JsonlReader:
     return JsonlReader(str(folder / "in"), add_file_path=False)
 
 
-def _step(config: CleanConfig, name: str, settings: Any, folder: Path) -> tuple[list[Stage], Any]:
-    """The passes before a step, and the step itself."""
+def _step(config: CleanConfig, name: str, folder: Path) -> PipelineStep:
+    """A step that looks at one document, with the settings of each source."""
+    settings = config.settings_of(name)
+    if all(one == config.steps.get(name) for one in settings.values()):
+        return _step_with(config, name, config.steps[name], folder, KeepExamples(folder / EXAMPLES))
+    return steps.BySource(
+        {
+            source: _step_with(config, name, one, folder, KeepExamples(folder / EXAMPLES, source))
+            for source, one in settings.items()
+            if one is not None
+        }
+    )
+
+
+def _step_with(config: CleanConfig, name: str, settings: Any, folder: Path, examples: KeepExamples) -> PipelineStep:
     if name == "min_length":
-        return [], LambdaFilter(partial(steps.has_length, least=settings.characters))
+        return LambdaFilter(partial(steps.has_length, least=settings.characters), examples)
     if name == "quality_classifier":
-        model = folder / "model.npz"
-        train = partial(steps.train_classifier, settings=settings, column=config.text_column, model=model)
-        return [Stage("quality_classifier_training", [train], 1)], steps.QualityFilter(model, config.seed)
+        return steps.QualityFilter(folder / MODEL, config.seed, examples)
+    if name == "educational":
+        return EducationalFilter(settings, examples)
+    kind = steps.Extraction if name == "trafilatura" else block_class(name)
+    others = {"language": config.language, "exclusion_writer": examples}
+    taken = inspect.signature(kind).parameters
+    return kind(**settings, **{key: value for key, value in others.items() if key in taken})
+
+
+def _training(config: CleanConfig, requests: dict[str, steps.Request], model: Path) -> Stage:
+    settings = config.steps["quality_classifier"]
+
+    def of(kind: str) -> list[steps.Request]:
+        return [found for name, found in requests.items() if name.startswith(f"steps.quality_classifier.{kind}.")]
+
+    sizes = {"documents": settings.documents, "alpha": settings.alpha}
+    train = partial(steps.train_classifier, curated=of("curated"), raw=of("raw"), **sizes, model=model)
+    return Stage("quality_classifier_training", [train], 1)
+
+
+def _step_together(config: CleanConfig, name: str, folder: Path) -> tuple[list[Stage], PipelineStep]:
+    """The passes before a step that compares documents, and the step itself."""
     if name == "exact_dedup":
         return _exact_dedup(config, folder)
     if name == "minhash":
-        return _minhash(config, settings, folder)
-    if name == "decontamination":
-        return _decontamination(config, settings, folder)
-    return [], filter_class(name)(**settings, language=config.language)
+        return _minhash(config, config.steps[name], folder)
+    return _decontamination(config, config.steps[name], folder)
 
 
 def _exact_dedup(config: CleanConfig, folder: Path) -> tuple[list[Stage], Any]:
@@ -84,7 +129,7 @@ def _exact_dedup(config: CleanConfig, folder: Path) -> tuple[list[Stage], Any]:
         Stage("exact_dedup_signatures", [_reader(folder), sign], config.tasks),
         Stage("exact_dedup_search", [dedup.ExactFindDedups(signatures, duplicates, rule)], config.tasks),
     ]
-    return before, dedup.ExactDedupFilter(duplicates, rule)
+    return before, dedup.ExactDedupFilter(duplicates, rule, KeepExamples(folder / EXAMPLES))
 
 
 def _text(document: Document) -> str:
@@ -101,7 +146,7 @@ def _minhash(config: CleanConfig, settings: Any, folder: Path) -> tuple[list[Sta
         Stage("minhash_pairs", [dedup.MinhashDedupBuckets(signatures, pairs, config=rule)], buckets),
         Stage("minhash_clusters", [dedup.MinhashDedupCluster(pairs, removed, config=rule)], 1),
     ]
-    return before, dedup.MinhashDedupFilter(removed)
+    return before, dedup.MinhashDedupFilter(removed, KeepExamples(folder / EXAMPLES))
 
 
 def buckets_and_rows(jaccard: float) -> tuple[int, int]:
@@ -123,7 +168,7 @@ def _decontamination(config: CleanConfig, settings: Any, folder: Path) -> tuple[
         Stage("decontamination_count", [_reader(folder), partial(steps.count_ngrams, folder=folder)], config.tasks),
         Stage("decontamination_common", [remove], 1),
     ]
-    return before, steps.Decontaminate(folder)
+    return before, steps.Decontaminate(folder, KeepExamples(folder / EXAMPLES))
 
 
 def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: CleanConfig) -> None:
@@ -131,24 +176,24 @@ def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: Clean
     the passes."""
     output = Path(config.output)
     work = output / "work"
-    entries = report(config, work / "logs")
+    entries = report(config, work)
     for name in config.sources:
         if (work / "out" / name).exists():
             (work / "out" / name).rename(output / name)
     write_text(output / CLEANING_REPORT, json.dumps(entries, indent=2) + "\n")
-    for name in [*config.steps, "out"]:
+    for name in [*config.running_steps(), "out"]:
         if (work / name).is_dir():
             shutil.rmtree(work / name)
 
 
-def report(config: CleanConfig, logs: Path) -> list[dict[str, Any]]:
+def report(config: CleanConfig, work: Path) -> list[dict[str, Any]]:
     """Sizes before and after each step, by source and in total, and datatrove's reasons for dropped documents.
 
     Sums datatrove's statistics of all tasks, including those of interrupted runs.
     """
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("raw", *config.steps)}
-    reasons: dict[str, Counter[str]] = {name: Counter() for name in config.steps}
-    for path in sorted(logs.glob("*/stats/*.json")):
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("raw", *config.running_steps())}
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in config.running_steps()}
+    for path in sorted(work.glob("logs/*/stats/*.json")):
         dropped: Counter[str] = Counter()
         for block in json.loads(path.read_text(encoding="utf-8")):
             stats = {key: stat["total"] if isinstance(stat, dict) else stat for key, stat in block["stats"].items()}
@@ -160,14 +205,28 @@ def report(config: CleanConfig, logs: Path) -> list[dict[str, Any]]:
             dropped = Counter({key.removeprefix("dropped_"): n for key, n in stats.items() if "dropped_" in key})
 
     entries, before = [], counts["raw"]
-    for name, settings in config.steps.items():
+    for name in config.running_steps():
         after = counts[name]
-        entry = {"step": name, "settings": asdict(settings) if is_dataclass(settings) else settings}  # type: ignore[arg-type]
+        entry: dict[str, Any] = {"step": name, "settings": _settings(config, name, work / name)}
         entry |= _in_and_out(before, after, config.sources)
         entry["sources"] = {source: _in_and_out(before, after, [source]) for source in config.sources}
-        entries.append({**entry, "dropped": dict(sorted(reasons[name].items()))})
+        entry["dropped"] = dict(sorted(reasons[name].items()))
+        entries.append({**entry, "examples": read_examples(work / name / EXAMPLES)})
         before = after
     return entries
+
+
+def _settings(config: CleanConfig, name: str, folder: Path) -> dict[str, Any]:
+    """The settings of a step, with those of the sources that have others, and the alpha that was fitted."""
+    settings = _plain(config.steps.get(name)) or {}
+    if name == "quality_classifier":
+        settings["alpha"] = Classifier.load(folder / MODEL).alpha
+    others = {source: one for source, one in config.settings_of(name).items() if one != config.steps.get(name)}
+    return settings | ({"sources": {source: _plain(one) for source, one in others.items()}} if others else {})
+
+
+def _plain(settings: Any) -> dict[str, Any] | None:
+    return asdict(settings) if is_dataclass(settings) else settings  # type: ignore[arg-type]
 
 
 def _in_and_out(before: Counter[str], after: Counter[str], sources: Iterable[str]) -> dict[str, int]:

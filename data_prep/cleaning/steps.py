@@ -2,36 +2,61 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter
 
-from data_prep.cleaning.configuration import QualityClassifier, local_files
-from data_prep.cleaning.decontamination import Index, cut
+from data_prep.cleaning.decontamination import WINDOW, Index, cut
 from data_prep.cleaning.evaluation_sets import read_items
+from data_prep.cleaning.examples import KeepExamples
 from data_prep.cleaning.quality import Classifier, keep
+from data_prep.reading.corpus import Corpus
 from data_prep.reading.sources import Source
 
 SOURCE = "_source"  # name of the source, in a document's metadata until it is written
 
 
+Request: TypeAlias = tuple[Source, str | None]  # with the commit of a data set on the Hub
+
+
 def read_sources(
-    data: DocumentsPipeline, rank: int, world_size: int, *, files: dict[str, list[Path]], text_column: str
+    data: DocumentsPipeline, rank: int, world_size: int, *, requests: dict[str, Request]
 ) -> DocumentsPipeline:
-    """Reads each file of the sources in one task, as `Corpus.records` does; skips documents without text."""
-    for name, path in [(name, path) for name, paths in files.items() for path in paths][rank::world_size]:
-        for number, record in enumerate(Source(str(path), text_column=text_column).resolve().records()):
-            text = record.pop(text_column)
+    """Reads a part of each source, as `Corpus.records` does; skips documents without text."""
+    for offset, (name, (source, commit)) in enumerate(requests.items()):
+        part = (rank + offset) % world_size  # sources of one file are read by different tasks
+        for number, record in enumerate(source.resolve(commit).part(part, world_size).records()):
+            text = record.pop(source.column)
             if text.strip():
-                identity, metadata = str(record.pop("id", f"{path}/{number}")), record.pop("metadata", {})
+                identity = str(record.pop("id", f"{name}/{part}/{number}"))
+                metadata = record.pop("metadata", {})
                 if not isinstance(metadata, dict):
                     metadata = {"metadata": metadata}
                 yield Document(text, identity, metadata={**metadata, **record, SOURCE: name})
+
+
+class BySource(PipelineStep):
+    """A step for each source; the documents of a source without one pass."""
+
+    def __init__(self, steps: dict[str, PipelineStep]) -> None:
+        first = next(iter(steps.values()))
+        self.type, self.name, self.steps = first.type, first.name, steps
+        super().__init__()
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        # A task reads one source after another, and all passes keep the order.
+        for source, documents in itertools.groupby(data, key=lambda document: document.metadata[SOURCE]):
+            step = self.steps.get(source)
+            yield from step.run(documents, rank, world_size) if step else documents  # noqa: B031  once
+        for step in self.steps.values():
+            self.stats.stats = self.stats.stats + step.stats.stats
 
 
 class Count(PipelineStep):
@@ -73,6 +98,20 @@ def _without_source(writer: JsonlWriter, document: Document) -> dict[str, Any]:
     return {"text": document.text, "id": document.id, "metadata": metadata}
 
 
+class Extraction(Trafilatura):
+    """datatrove's, with what it leaves out counted by reason."""
+
+    _REASONS: ClassVar = {"dropped": "no_text"} | {name: name for name in ("timeout", "broken_process", "clean_error")}
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        import trafilatura  # noqa: F401  not by the process that datatrove starts, whose time is limited
+
+        yield from super().run(data, rank, world_size)
+
+    def stat_update(self, *names: str, **options: Any) -> None:
+        super().stat_update(*(f"dropped_{self._REASONS[n]}" if n in self._REASONS else n for n in names), **options)
+
+
 def has_length(document: Document, least: int) -> bool:
     """Whether a document has at least `least` characters."""
     return len(document.text) >= least
@@ -83,30 +122,47 @@ class QualityFilter(BaseFilter):
 
     name = "quality classifier"
 
-    def __init__(self, model: Path, seed: int) -> None:
-        super().__init__()
+    def __init__(self, model: Path, seed: int, examples: KeepExamples) -> None:
+        super().__init__(examples)
         self.model, self.seed = model, seed
         self.classifier: Classifier | None = None
 
     def filter(self, doc: Document) -> bool:
         self.classifier = self.classifier or Classifier.load(self.model)
         doc.metadata["quality_score"] = score = self.classifier.score(doc.text)
-        return keep(score, doc.text, self.seed)
+        return keep(score, doc.text, self.classifier.alpha, self.seed)
 
 
 def train_classifier(
-    data: DocumentsPipeline, rank: int, world_size: int, *, settings: QualityClassifier, column: str, model: Path
+    data: DocumentsPipeline,
+    rank: int,
+    world_size: int,
+    *,
+    curated: list[Request],
+    raw: list[Request],
+    documents: int,
+    alpha: float | None,
+    model: Path,
 ) -> None:
-    """Trains the classifier on about `settings.documents` documents of each kind, and saves it."""
+    """Trains the classifier on about `documents` documents of each kind, and saves it.
 
-    def texts(patterns: list[str]) -> Iterator[str]:
-        files = [path for pattern in patterns for path in local_files(pattern)]
-        for path in files:
-            found = Source(str(path), text_column=column).resolve().documents()
-            yield from itertools.islice(found, -(-settings.documents // len(files)))
+    Args:
+        alpha: instead of the fitted one.
+    """
+
+    def texts(requests: list[Request]) -> Iterator[str]:
+        parts = [part for source, commit in requests for part in _files(source.resolve(commit))]
+        for part in parts:
+            yield from itertools.islice(part.documents(), -(-documents // len(parts)))
 
     model.parent.mkdir(parents=True, exist_ok=True)
-    Classifier.train(texts(settings.curated), texts(settings.raw)).save(model)
+    classifier = Classifier.train(texts(curated), texts(raw))
+    (classifier if alpha is None else replace(classifier, alpha=alpha)).save(model)
+
+
+def _files(corpus: Corpus) -> list[Corpus]:
+    """The first documents of a file are not those of all files, so each file is read."""
+    return [corpus.part(number, len(corpus.paths)) for number in range(len(corpus.paths))] or [corpus]
 
 
 def build_index(
@@ -146,9 +202,9 @@ class Decontaminate(PipelineStep):
 
     type, name = "FORMAT", "decontamination"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, examples: KeepExamples) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.examples = folder, examples
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         index = Index.load(self.folder / "used.npz")
@@ -159,5 +215,7 @@ class Decontaminate(PipelineStep):
                 continue
             pieces = cut(document.text, spans)
             self.stat_update("documents_cut" if pieces else "dropped_contaminated")
+            first = document.text[max(0, spans[0][0] - WINDOW) : spans[0][1] + WINDOW]
+            self.examples.write(Document(first, document.id, metadata={"filter_reason": "contaminated"}), rank)
             for number, piece in enumerate(pieces):
                 yield Document(piece, f"{document.id}/{number}", metadata=document.metadata)

@@ -16,8 +16,9 @@ from conftest import ROOT
 from pyarrow import parquet
 
 from data_prep.clean import clean
-from data_prep.cleaning.configuration import STEPS, read_config
+from data_prep.cleaning.configuration import read_config
 from data_prep.cleaning.stages import buckets_and_rows
+from data_prep.cleaning.step_settings import STEPS
 from data_prep.common.command_line import UserError
 from data_prep.prepare import Recipe, prepare
 from data_prep.reading.sources import Source
@@ -101,7 +102,8 @@ def everything(tmp_path_factory):
 
 def test_each_step_drops_what_was_planted_for_it(everything):
     _, report, planted, _ = everything
-    assert list(report) == [name for name in STEPS if name != "quality_classifier"]
+    others = ("trafilatura", "url", "language", "quality_classifier", "educational")
+    assert list(report) == [name for name in STEPS if name not in others]
     expected = {name: len(texts) for name, texts in planted.items()} | {"exact_dedup": 1, "minhash": 1}
     expected["decontamination"] = -1  # one document is cut in two
     assert {name: step.documents_in - step.documents_out for name, step in report.items()} == expected
@@ -232,7 +234,7 @@ def test_all_that_is_wrong_with_a_configuration_is_said_at_once(tmp_path):
     (tmp_path / "c.yaml").write_text(
         yaml.safe_dump(
             {
-                "sources": {"web": str(tmp_path / "none"), "../up": str(tmp_path / "web"), "code": "builtin"},
+                "sources": {"web": str(tmp_path / "none"), "../up": str(tmp_path / "web")},
                 "output": str(tmp_path / "web" / "out"),
                 "ouput": "x",
                 "tasks": 0,
@@ -266,7 +268,6 @@ def test_all_that_is_wrong_with_a_configuration_is_said_at_once(tmp_path):
         "steps.decontamination.against: 'none.jsonl' is not a file",
         "no such file or folder",
         "sources.../up: a name is made of",
-        "sources.code: source 'builtin': only local files are cleaned",
     ):
         assert problem in str(raised.value)
 
@@ -283,7 +284,7 @@ def test_another_file_under_the_same_name_is_another_cleaning(tmp_path):
     clean(config(tmp_path, steps={"min_length": True}))
     with open(tmp_path / "web" / "0.jsonl", "a") as file:
         file.write(json.dumps({"text": "b" * 300}) + "\n")
-    with pytest.raises(UserError, match=r"bytes.*web/0\.jsonl=\d+ \(now: \d+\)"):
+    with pytest.raises(UserError, match=r"found\.sources\.web\.bytes=\d+ \(now: \d+\)"):
         clean(config(tmp_path, steps={"min_length": True}))
 
 
