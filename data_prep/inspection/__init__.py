@@ -1,0 +1,1 @@
+"""What `data_prep.inspect` shows."""
