@@ -1,6 +1,5 @@
 """Byte-level BPE as in GPT-2: the spelling of tokens, their merges and their length in bytes."""
 
-import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -51,23 +50,18 @@ def chunks(text: str, size: int) -> Iterator[str]:
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs that the tokens were merged from, in order of rank: the parts of a token under the ranks below its own."""
+    """Pairs that the tokens were merged from, in order of rank: what is left of a token by the ranks below its own."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        possible = [
-            (left, right)
-            for i in range(1, len(token))
-            if ranks.get(left := token[:i], rank) < rank and ranks.get(right := token[i:], rank) < rank
-        ]
-        if len(possible) == 1:  # nearly always
-            yield possible[0]
-            continue
-        parts = [bytes([byte]) for byte in token]
+        parts = [token[i : i + 1] for i in range(len(token))]
+        pairs = [ranks.get(token[i : i + 2], rank) for i in range(len(token) - 1)]
         while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-            best = min(range(len(pairs)), key=pairs.__getitem__)
+            best = pairs.index(min(pairs))
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
+            del pairs[best]
+            for changed in range(max(0, best - 1), min(best + 1, len(pairs))):
+                pairs[changed] = ranks.get(parts[changed] + parts[changed + 1], rank)
         yield parts[0], parts[1]
 
 

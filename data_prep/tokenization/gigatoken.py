@@ -4,7 +4,6 @@ import itertools
 import re
 import sys
 import threading
-from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from data_prep.common.command_line import UserError
 from data_prep.tokenization.byte_level import chunks
-from data_prep.tokenization.tokenizer import ByteLevelTokenizer, Tokenizer
+from data_prep.tokenization.tokenizer import END_OF_TEXT, ByteLevelTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from gigatoken.gigatoken_rs import BPETokenizer
@@ -29,7 +28,13 @@ _UNKNOWN_TO_GIGATOKEN = re.compile(
     "\U0001e6e7-\U0001e6ed\U0001e6f0-\U0001e6f4\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
     "\U000323b0-\U00033479]"
 )
-_LEADING_BYTES = b"\xe0\xea\xf0"  # of all of them in UTF-8
+# Their first bytes in UTF-8, and their first two.
+_FIRST_BYTES = {
+    b"\xe0": (b"\xe0\xa2", b"\xe0\xb1", b"\xe0\xb3"),
+    b"\xea": (b"\xea\x9f",),
+    b"\xf0": tuple(b"\xf0" + second.to_bytes() for second in b"\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3"),
+}
+_END_OF_TEXT = END_OF_TEXT.encode()
 _SAMPLE_CHARACTERS = 2048  # of each call, which has about a million
 _INSTANCE_CHARACTERS = 1 << 28  # then a new instance, as its cache of words only grows
 
@@ -41,7 +46,7 @@ class GigatokenTokenizer:
         self.name, self.vocab_size, self.eos_token_id = reference.name, reference.vocab_size, reference.eos_token_id
         self.reference = reference
         self.save, self.decode = reference.save, reference.decode
-        self._json = reference.backend().to_str()
+        self._json = reference.backend.to_str()
         self._local = threading.local()
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -50,32 +55,35 @@ class GigatokenTokenizer:
         Raises:
             UserError: if the ids of a sample are not those of tiktoken; it names the document.
         """
-        known = list(map(_is_known, texts))
-        found = self._encode([text for text, is_known in zip(texts, known, strict=True) if is_known])
-        eos = np.array([self.eos_token_id], dtype=np.uint32)
-        pieces = [eos[:0]]
-        for text, is_known in zip(texts, known, strict=True):
-            pieces += [eos, next(found)] if is_known else [self.reference.encode([text])]
-        return np.concatenate(pieces)
+        encoded = [text.encode("utf-8") for text in texts]
+        known = list(map(_is_known, texts, encoded))
+        pieces = [np.empty(0, dtype=np.uint32)]
+        for is_known, numbers in itertools.groupby(range(len(texts)), key=lambda number: known[number]):
+            first, *others = numbers
+            run = slice(first, first + 1 + len(others))
+            pieces.append(self._encode(texts[run], encoded[run]) if is_known else self.reference.encode(texts[run]))
+        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
 
-    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """The ids of each document, without an end of text."""
-        if not texts:
-            return
-        layout = self._instance(texts).encode_batch(texts, parallel=False).layout
-        ids, offsets = layout.content.data, layout.offsets.data
-        documents = [ids[start:stop] for start, stop in itertools.pairwise(offsets.tolist())]
+    def _encode(self, texts: list[str], encoded: list[bytes]) -> np.ndarray:
+        # One call and one array: gigatoken takes the end of text between the documents for the special token.
+        joined = _END_OF_TEXT + _END_OF_TEXT.join(encoded)
+        ids = self._instance(len(joined)).encode_batch([joined], parallel=False).layout.content.data
+        starts = np.flatnonzero(ids == self.eos_token_id)
+        if len(starts) != len(texts):
+            raise UserError(f"{_difference(texts[0])}: {len(starts)} ends of text for {len(texts)} documents")
         self._local.calls = number = getattr(self._local, "calls", -1) + 1
-        self._compare(texts[number % len(texts)], documents[number % len(texts)])
-        yield from documents
+        number %= len(texts)
+        stop = starts[number + 1] if number + 1 < len(texts) else len(ids)
+        self._compare(texts[number], ids[starts[number] + 1 : stop])
+        return ids
 
-    def _instance(self, texts: list[str]) -> "BPETokenizer":
+    def _instance(self, characters: int) -> "BPETokenizer":
         """The instance of this thread, a new one after some hundred million characters."""
         from gigatoken.gigatoken_rs import load_hf_json
 
         if getattr(self._local, "left", 0) <= 0:
             self._local.instance, self._local.left = load_hf_json(self._json), _INSTANCE_CHARACTERS
-        self._local.left -= sum(map(len, texts))
+        self._local.left -= characters
         return self._local.instance
 
     def _compare(self, text: str, found: np.ndarray) -> None:
@@ -83,17 +91,25 @@ class GigatokenTokenizer:
         beginning = next(chunks(text, _SAMPLE_CHARACTERS))
         expected = self.reference.encode([beginning])[1:]
         if not np.array_equal(found[: len(expected)], expected) or (beginning == text and len(found) != len(expected)):
-            raise UserError(
-                f"gigatoken {_version()} gives other ids than tiktoken for the document that begins with "
-                f"{text[:60]!r}; give --engine tiktoken"
-            )
+            raise UserError(_difference(text))
 
 
-def _is_known(text: str) -> bool:
+def _difference(text: str) -> str:
+    return (
+        f"gigatoken {_version()} gives other ids than tiktoken for the document that begins with {text[:60]!r}; "
+        "give --engine tiktoken"
+    )
+
+
+def _is_known(text: str, encoded: bytes) -> bool:
+    """Whether gigatoken splits a text as tiktoken does."""
+    if _END_OF_TEXT in encoded:  # is text there, not the special token
+        return False
     if text.isascii():
         return True
-    encoded = text.encode("utf-8")  # bytes are found many times faster than the ranges, which most texts do not need
-    return not any(byte in encoded for byte in _LEADING_BYTES) or not _UNKNOWN_TO_GIGATOKEN.search(text)
+    # Bytes are found many times faster than the ranges, which most texts do not need.
+    near = any(first in encoded and any(pair in encoded for pair in pairs) for first, pairs in _FIRST_BYTES.items())
+    return not (near and _UNKNOWN_TO_GIGATOKEN.search(text))
 
 
 def with_engine(tokenizer: Tokenizer, engine: Engine) -> Tokenizer:

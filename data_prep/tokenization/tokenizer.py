@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,28 +95,25 @@ class ByteLevelTokenizer:
         """As in `Tokenizer`."""
         return self.encoding.decode(ids.tolist())
 
+    @cached_property
     def backend(self) -> "Backend":
-        """The same tokenizer of the `tokenizers` library, without the end of text."""
+        """The same tokenizer of the `tokenizers` library."""
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers
 
         vocab = {bytes_to_unicode(token): rank for token, rank in self.ranks.items()}
         pairs = [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in merges(self.ranks)]
         backend = Backend(models.BPE(vocab=vocab, merges=pairs))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        assert backend.token_to_id(END_OF_TEXT) == self.eos_token_id
         return backend
 
     def save(self, folder: Path) -> str:
         """As in `Tokenizer`."""
-        from tokenizers import AddedToken
-
-        backend = self.backend()
-        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-        assert backend.token_to_id(END_OF_TEXT) == self.eos_token_id
-
         folder.mkdir(parents=True, exist_ok=True)
-        backend.save(str(folder / "tokenizer.json"))
+        self.backend.save(str(folder / "tokenizer.json"))
         settings = {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
