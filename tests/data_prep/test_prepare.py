@@ -384,16 +384,15 @@ def test_a_folder_of_other_things_is_left_alone(corpus, tmp_path):
 
 def test_uint32_where_the_vocabulary_needs_it(text_files, tmp_path, monkeypatch):
     ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {b"%d" % i: 60_000 + i for i in range(10, 70_000)}
-    large = ByteLevelTokenizer("gpt2", ranks, 140_000)
-    large.save = lambda folder: folder.mkdir(parents=True) or "hash"
+    ranks |= {b"%d" % i: 246 + i for i in range(10, 70_000)}
+    large = ByteLevelTokenizer("gpt2", ranks, 70_246)
     monkeypatch.setattr("data_prep.tokenization.tokenizer.gpt2_tokenizer", lambda: large)
-    with pytest.raises(UserError, match="the tokenizer has 140001 ids, uint16 holds 65536; use dtype uint32"):
+    with pytest.raises(UserError, match="the tokenizer has 70247 ids, uint16 holds 65536; use dtype uint32"):
         prepare(Recipe(Source(str(text_files)), dtype="uint16"), tmp_path / "small")
     assert not list(tmp_path.iterdir())
     manifest = prepare(Recipe(Source(str(text_files))), tmp_path / "out")
     tokens = np.load(tmp_path / "out" / manifest.shards[0].file)
-    assert manifest.dtype == "uint32" and tokens.dtype == np.uint32 and tokens[0] == tokens.max() == 140_000
+    assert manifest.dtype == "uint32" and tokens.dtype == np.uint32 and tokens[0] == tokens.max() == 70_246
 
 
 def test_the_manifest_says_where_the_data_is_from(corpus, undisturbed):
