@@ -27,6 +27,7 @@ from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
 from data_prep.tokenization.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
 from data_prep.verify import verify
+from tests.data_prep.tokenization.test_gigatoken import hostile
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -55,7 +56,7 @@ def recipe(corpus, **options) -> Recipe:
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "data"
-    prepare(recipe(corpus), folder, workers=1)
+    prepare(recipe(corpus), folder, workers=1, engine="tiktoken")
     return folder
 
 
@@ -80,9 +81,9 @@ def test_shards_hold_all_documents_in_order(corpus, undisturbed):
     assert list(verify(undisturbed)) == []
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_bytes_do_not_depend_on_the_number_of_workers(corpus, undisturbed, tmp_path, workers):
-    prepare(recipe(corpus), tmp_path / "data", workers)
+@pytest.mark.parametrize(("workers", "engine"), [(2, "tiktoken"), (1, "gigatoken"), (3, "gigatoken")])
+def test_bytes_do_not_depend_on_workers_and_engine(corpus, undisturbed, tmp_path, workers, engine):
+    prepare(recipe(corpus), tmp_path / "data", workers, engine)
     assert contents(tmp_path / "data") == contents(undisturbed)
 
 
@@ -166,18 +167,35 @@ def test_killed_at_many_moments_it_writes_the_same(corpus, undisturbed, tmp_path
     assert contents(folder) == contents(undisturbed)
 
 
+@pytest.fixture(scope="module")
+def hostile_corpus(tmp_path_factory):
+    """200,000 strings of characters of all planes among ordinary documents."""
+    documents = [*hostile(random.Random(5), 200_000), *texts(6000, 4)]
+    random.Random(6).shuffle(documents)
+    folder = tmp_path_factory.mktemp("hostile")
+    for number in range(3):
+        lines = (json.dumps({"text": text}) + "\n" for text in documents[number::3])
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
 @pytest.mark.slow
-def test_killed_from_outside_at_random_times(corpus, undisturbed, tmp_path):
-    """`kill -9` by another process after random times, over and over until it is done, for several folders."""
-    rng = random.Random(0)
+@pytest.mark.parametrize("which", ["corpus", "hostile_corpus"])
+def test_killed_from_outside_at_random_times(which, request, tmp_path):
+    """`kill -9` by another process after random times, over and over until it is done, for several folders; each
+    process has another engine and number of workers. The result is that of tiktoken on one thread."""
+    corpus, rng = request.getfixturevalue(which), random.Random(0)
+    expected = tmp_path / "expected" / "data"
+    prepare(recipe(corpus), expected, workers=1, engine="tiktoken")
     kills = 0
     for number in range(6):
         folder = tmp_path / str(number) / "data"
-        words = [sys.executable, "-m", "data_prep.prepare", *command_line(corpus, folder)]
         finished = False
         while not finished:
             begun = (folder / "manifest.json").exists() and Manifest.load(folder).shards
             patience = rng.uniform(1, 6) if begun else rng.uniform(0.5, 2.5)
+            how = ["--engine", rng.choice(["tiktoken", "gigatoken"]), "--workers", str(rng.randrange(1, 4))]
+            words = [sys.executable, "-m", "data_prep.prepare", *command_line(corpus, folder), *how]
             with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
                 try:
                     finished = process.wait(timeout=patience) == 0
@@ -185,7 +203,7 @@ def test_killed_from_outside_at_random_times(corpus, undisturbed, tmp_path):
                 except subprocess.TimeoutExpired:
                     process.kill()
                     kills += 1
-        assert contents(folder) == contents(undisturbed)
+        assert contents(folder) == contents(expected)
     assert kills > 6
 
 

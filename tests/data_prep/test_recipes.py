@@ -21,9 +21,13 @@ from tests.data_prep.test_prepare import texts
 RECIPES = sorted(path for path in (ROOT / "data_prep" / "configs").glob("*.yaml") if path.name != "clean.yaml")
 
 
-def small_copy(settings) -> dict[str, bytes]:
-    """Files of a data set with the configuration, split and column of a recipe's folder."""
-    documents = texts(300)
+def small_copy(settings) -> tuple[str, dict[str, bytes]]:
+    """Name and files of a data set with the configuration, split and column of a recipe's folder."""
+    documents = texts(150)
+    if settings.source.startswith("hf://"):  # a folder of lines
+        owner, name, folder = settings.source.removeprefix("hf://datasets/").split("/", 2)
+        content = "".join(json.dumps({settings.text_column: text}) + "\n" for text in documents).encode()
+        return f"{owner}/{name}", {f"{folder}/0.jsonl": content}
     place = f"{settings.name or 'data'}/{settings.split}"
     card = {"configs": [{"config_name": settings.name or "default",
                          "data_files": [{"split": settings.split, "path": f"{place}*"}]}]}  # fmt: skip
@@ -34,7 +38,7 @@ def small_copy(settings) -> dict[str, bytes]:
         buffer = io.BytesIO()
         parquet.write_table(pyarrow.table({settings.text_column: documents}), buffer)
         name, content = f"{place}-00000.parquet", buffer.getvalue()
-    return {"README.md": f"---\n{yaml.safe_dump(card)}---\n".encode(), name: content}
+    return settings.source, {"README.md": f"---\n{yaml.safe_dump(card)}---\n".encode(), name: content}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -42,19 +46,20 @@ def test_each_recipe_is_prepared_from_a_hub(path, tmp_path):
     """With a small copy of each data set; the folders are relative to where the command runs."""
     recipes = read_recipes(path)
     folders = yaml.safe_load(path.read_text())["folders"]
-    small = {name: {"shard_tokens": 2000, **settings} for name, settings in folders.items()}
+    small = {name: {"shard_tokens": 1000, **settings} for name, settings in folders.items()}
     (tmp_path / path.name).write_text(yaml.safe_dump({"folders": small}, sort_keys=False))
     with serve() as hub:
         for settings in recipes.folders.values():
-            repository = hub.repositories.setdefault(f"datasets/{settings.source}", Repository())
-            repository.add(small_copy(settings), "files", COMMIT)
+            name, files = small_copy(settings)
+            hub.repositories.setdefault(f"datasets/{name}", Repository()).add(files, "files", COMMIT)
         environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
         done = run_command(
             sys.executable, "-m", "data_prep.prepare", path.name, "--workers", "1", cwd=tmp_path, env=environment
         )
     for name, settings in recipes.folders.items():
         manifest = Manifest.read(tmp_path / name)
-        assert manifest.source.source == settings.source and manifest.source.commit == COMMIT
+        assert manifest.source.source == settings.source
+        assert manifest.source.commit == (None if settings.source.startswith("hf://") else COMMIT)
         assert manifest.tokens("train") > 0 and manifest.tokenizer.name == "gpt2"
     assert f"--data {' '.join(recipes.folders)}" in done.stdout
     weights = [settings.weight for settings in recipes.folders.values()]

@@ -1,11 +1,20 @@
 """gigatoken's ids beside tiktoken's."""
 
+import json
 import random
+from importlib import metadata
 
 import pytest
 
-from data_prep.tokenization.gigatoken import GigatokenTokenizer
-from data_prep.tokenization.tokenizer import ByteLevelTokenizer, gpt2_tokenizer, train_tokenizer
+from data_prep.common.command_line import UserError
+from data_prep.tokenization.gigatoken import GigatokenTokenizer, with_engine
+from data_prep.tokenization.tokenizer import (
+    END_OF_TEXT,
+    ByteLevelTokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tests.data_prep.tokenization.test_tokenizer import HARD_TEXTS, random_texts
 
 ALL_CHARACTERS = [number for number in range(0x110000) if not 0xD800 <= number < 0xE000]
@@ -53,3 +62,61 @@ def test_the_characters_that_gigatoken_does_not_know_go_to_tiktoken(numbers):
     probe = split_probe()
     texts = [kind + chr(number) for number in numbers for kind in "a1!"]
     assert GigatokenTokenizer(probe).encode(texts).tolist() == probe.encode(texts).tolist()
+
+
+def test_documents_are_told_apart_by_their_ends_of_text(reference):
+    """Also where the text has the end of text's spelling, or all of it goes to tiktoken."""
+    texts = [END_OF_TEXT, "a", "a" + END_OF_TEXT + "b", "", "<|endoftext", "\u088f", "|>", "", f"x {END_OF_TEXT}"]
+    assert GigatokenTokenizer(reference).encode(texts).tolist() == reference.encode(texts).tolist()
+    assert GigatokenTokenizer(reference).encode([]).tolist() == []
+
+
+def test_a_wrong_id_is_noticed(reference):
+    """Two words that have changed places, and an end of text that gigatoken does not know."""
+    tokenizer = GigatokenTokenizer(reference)
+    state = json.loads(tokenizer._json)
+    vocab = state["model"]["vocab"]
+    first, second = (word for word in vocab if word in ("Ġt", "Ġa"))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    tokenizer._json = json.dumps(state)
+    assert tokenizer.encode(["xyz"]).tolist() == reference.encode(["xyz"]).tolist()
+    with pytest.raises(UserError, match=r"gigatoken .* other ids than tiktoken for the document that begins with ' t a'"):
+        for _ in range(2):  # a sample of each call: one document after another
+            tokenizer.encode(["xyz", " t a"])
+    tokenizer = GigatokenTokenizer(reference)
+    state = json.loads(tokenizer._json)
+    state["added_tokens"] = []
+    tokenizer._json = json.dumps(state)
+    with pytest.raises(UserError, match="begins with 'xyz'.*: 0 ends of text for 2 documents"):
+        tokenizer.encode(["xyz", " t a"])
+
+
+def test_an_engine_that_cannot_be_used_is_said(reference, tmp_path, monkeypatch, capsys):
+    assert with_engine(reference, "tiktoken") is reference
+    assert isinstance(with_engine(reference, "auto"), GigatokenTokenizer) and capsys.readouterr().err == ""
+    monkeypatch.setattr(metadata, "version", lambda name: "0.99.1")
+    assert with_engine(reference, "auto") is reference
+    assert "gigatoken 0.99.1 has not been tested, 0.10.0 has" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"gigatoken 0\.99\.1 has not been tested, .* or give --engine tiktoken"):
+        with_engine(reference, "gigatoken")
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert with_engine(reference, "auto") is reference and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="gigatoken is not installed; install it with pip install"):
+        with_engine(reference, "gigatoken")
+
+
+def test_other_tokenizers_run_as_before(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "<e>": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>").save_pretrained(tmp_path)
+    words = load_tokenizer(tmp_path)
+    assert with_engine(words, "auto") is words
+    with pytest.raises(UserError, match="gigatoken runs byte-level BPE as GPT-2's only"):
+        with_engine(words, "gigatoken")
