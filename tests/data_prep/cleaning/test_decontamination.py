@@ -214,3 +214,31 @@ def test_contamination_reports_what_was_planted(planted_folder):
     assert found.found_ngrams == len(PLANTED.split()) - 8 + 1
     assert found.common_ngrams == 17 - 8 + 1
     assert "1 of 4 items found (25.00%)" in str(found)
+
+
+def test_why_it_is_not_datatroves(tmp_path):
+    """Its filter drops a document for one n-gram, and has no rule for common phrases; its indexer needs lighteval."""
+    from datatrove.data import Document
+    from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter, NGramsDecontIndexer
+    from datatrove.utils.hashing import create_hash_func
+    from datatrove.utils.text import ngrams, simplify_text
+
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices("abcdefghij", k=6)) for _ in range(5000)]
+    item = " ".join(rng.choices(vocabulary, k=30))
+    long = " ".join([*rng.choices(vocabulary, k=2000), item, *rng.choices(vocabulary, k=2000)])
+    config = NGramsDecontConfig(n_grams=13)
+    theirs = NGramsDecontFilter(str(tmp_path), config)
+    words = theirs.tokenizer.word_tokenize(simplify_text(item, config.norm_config))
+    hashes = [create_hash_func(config.hash_config)(" ".join(ngram)) for ngram in ngrams(words, 13)]
+    np.array(hashes, dtype=config.hash_config.np_descr).tofile(tmp_path / "task.index.hashes")
+    index = Index.build([item])
+    common = [f"{' '.join(rng.choices(vocabulary, k=300))} {item}" for _ in range(11)]
+
+    dropped = [theirs.filter(Document(text, "0")) for text in [long, *common]]
+    assert dropped == [(False, "contaminated")] * 12
+    pieces = cut(long, index.find(long)[1])
+    assert sum(map(len, pieces)) > 0.85 * len(long) and not any(item[:60] in piece for piece in pieces)
+    used = index.without(count_documents(index, common) > 10)
+    assert all(not len(used.find(text)[1]) for text in [long, *common])
+    assert NGramsDecontIndexer._requires_dependencies == ["lighteval"]

@@ -1,5 +1,6 @@
 """Cleaning of sources that differ: settings of each, the Hub, and a model that scores documents."""
 
+import itertools
 import json
 import os
 import sys
@@ -65,31 +66,6 @@ def test_reasons_are_counted_over_sources(tmp_path):
     assert step.dropped == {"lorem_ipsum": 2}
 
 
-def test_a_data_set_of_the_hub_is_cleaned(tmp_path):
-    """As a local copy of it is; two configurations of one repository, and conditions."""
-    texts = {name: [essay(i) for i in range(first, first + 20)] for name, first in (("en", 0), ("de", 100))}
-    card = "---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_files: {n}/*.jsonl\n" for n in texts) + "---\n"
-    files = {f"{name}/{i}.jsonl": lines(texts[name][i::2]) for name in texts for i in (0, 1)}
-    files["README.md"] = card.encode()
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    steps = {"min_length": {"characters": 300}, "exact_dedup": True}
-    hub = {name: {"source": "user/corpus", "name": name, "where": ["id != x"]} for name in texts}
-    config = write_config(tmp_path, sources=hub, steps=steps)
-    with serve_dataset("user/corpus", files) as (endpoint, _):
-        home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
-        run_command(sys.executable, "-m", "data_prep.clean", config, cwd=ROOT, env=environment)
-    local = write_config(tmp_path, "local", sources={n: str(tmp_path / n) for n in texts}, steps=steps)
-    clean(read_config(local))
-    assert texts_of(tmp_path / "out") == texts_of(tmp_path / "local") == {n: set(texts[n]) for n in texts}
-    report = read_json(tmp_path / "out" / "cleaning.json", list[CleaningStep])
-    assert [step.sources["de"].documents_in for step in report] == [20, 20]
-    stored = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert stored["found"]["sources.en"]["commit"] == "0123456789abcdef0123456789abcdef01234567"
-
-
 EDUCATIONAL = [essay(i, sentences=2 + i % 7) for i in range(30)]
 
 
@@ -116,6 +92,65 @@ def scorer(tmp_path_factory):
         model.classifier.bias.fill_(2.5 - 2 * scores.mean() / scores.std())
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_data_set_of_the_hub_is_cleaned(scorer, tmp_path):
+    """As a local copy of it is; two configurations of one repository with settings of their own, conditions, a model
+    that scores, and a classifier trained on the Hub's documents."""
+    texts = {name: [essay(i) for i in range(first, first + 40)] for name, first in (("en", 0), ("de", 100))}
+    for name in texts:
+        texts[name] += [texts[name][0], f"short {name}"]
+    card = "---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_files: {n}/*.jsonl\n" for n in texts) + "---\n"
+    files = {f"{name}/{i}.jsonl": lines(texts[name][i::2]) for name in texts for i in (0, 1)}
+    files["README.md"] = card.encode()
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+
+    def settings(request):
+        return {
+            "sources": {"en": request("en"), "de": {**request("de"), "steps": {"min_length": False}}},
+            "steps": {
+                "min_length": {"characters": 300},
+                "exact_dedup": True,
+                "quality_classifier": {"curated": [request("en")], "raw": [request("de")]},
+                "educational": {"model": str(scorer), "tokens": 100},
+            },
+        }
+
+    config = write_config(
+        tmp_path, **settings(lambda name: {"source": "user/corpus", "name": name, "where": ["id != x"]})
+    )
+    with serve_dataset("user/corpus", files) as (endpoint, _):
+        home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
+        run_command(sys.executable, "-m", "data_prep.clean", config, cwd=ROOT, env=environment)
+    clean(read_config(write_config(tmp_path, "local", **settings(lambda name: {"source": str(tmp_path / name)}))))
+    assert texts_of(tmp_path / "out") == texts_of(tmp_path / "local")
+    report = {step.step: step for step in read_json(tmp_path / "out" / "cleaning.json", list[CleaningStep])}
+    assert {name: counts.documents_in for name, counts in report["min_length"].sources.items()} == {"en": 42, "de": 42}
+    assert {name: counts.documents_out for name, counts in report["min_length"].sources.items()} == {"en": 41, "de": 42}
+    assert {name: counts.documents_out for name, counts in report["exact_dedup"].sources.items()} == {
+        "en": 40,
+        "de": 41,
+    }
+    check_counts(list(report.values()), texts_of(tmp_path / "out"))
+    assert 0 < report["educational"].documents_out < report["quality_classifier"].documents_out < 81
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["found"]["sources.en"]["commit"] == "0123456789abcdef0123456789abcdef01234567"
+
+
+def check_counts(report: list[CleaningStep], left: dict[str, set[str]]) -> None:
+    """Each step begins with what the one before has left, sources add up, and the last one's are the documents."""
+    for before, step in itertools.pairwise(report):
+        assert (before.documents_out, before.characters_out) == (step.documents_in, step.characters_in)
+    for step in report:
+        for count in ("documents_in", "documents_out", "characters_in", "characters_out"):
+            assert getattr(step, count) == sum(getattr(source, count) for source in step.sources.values())
+        assert sum(step.dropped.values()) in (0, step.documents_in - step.documents_out)
+    for name, texts in left.items():
+        assert report[-1].sources[name].documents_out == len(texts)
+        assert report[-1].sources[name].characters_out == sum(map(len, texts))
 
 
 def test_educational_value_is_that_of_the_model(scorer, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import sqlite3
 import sys
 import tarfile
@@ -19,7 +20,7 @@ from data_prep.prepare import Recipe, prepare
 from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
-from tests.data_prep.test_prepare import contents, stopped
+from tests.data_prep.test_prepare import KILLED, contents, stopped
 
 RECORDS = 3000
 
@@ -128,17 +129,30 @@ def test_conditions_select_records_of_a_stream(tmp_path):
     assert kept == [text for i, text in enumerate(TEXTS) if i % 7 in (3, 4, 6)]
 
 
-def test_a_csv_of_the_hub_is_streamed(tmp_path, data_folder):
-    """From a stand-in Hub on 127.0.0.1: the same shards as from the file."""
-    flags = ["--tokenizer", data_folder / "tokenizer", "--shard_tokens", "300000"]
-    words = [sys.executable, "-m", "data_prep.prepare"]
-    with serve_dataset("user/corpus", {"train.csv": csv_bytes()}) as (endpoint, _):
+HUB_KINDS = [
+    make_csv,
+    *(pytest.param(make, marks=pytest.mark.slow) for make in (make_json, make_arrow, make_webdataset)),
+]
+
+
+@pytest.mark.parametrize("make", HUB_KINDS)
+def test_a_data_set_of_the_hub_goes_on_after_a_kill(make, tmp_path, data_folder):
+    """From a stand-in Hub on 127.0.0.1, killed at its third manifest: the same shards as from the files."""
+    (tmp_path / "source").mkdir()
+    source = make(tmp_path / "source")
+    paths = [path for path in (tmp_path / "source").rglob("*") if path.is_file()]
+    tokenizer = data_folder / "tokenizer"
+    folder, program = tmp_path / "hub" / "data", tmp_path / "killed.py"
+    program.write_text(KILLED)
+    flags = ["--source", "user/corpus", "--text_column", source.text_column, "--tokenizer", tokenizer]
+    words = [program, folder, *flags, "--shard_tokens", "300000"]
+    with serve_dataset("user/corpus", {path.name: path.read_bytes() for path in paths}) as (endpoint, _):
         home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
-        folder = tmp_path / "hub" / "data"
-        run_command(*words, folder, "--source", "user/corpus", *flags, cwd=ROOT, env=environment)
-    recipe = Recipe(make_csv(tmp_path), tokenizer=str(data_folder / "tokenizer"), shard_tokens=300_000)
-    prepare(recipe, tmp_path / "file" / "data")
+        run_command(sys.executable, *words, "manifest", "4", cwd=ROOT, env=environment, exit_code=-signal.SIGKILL)
+        assert len(Manifest.load(folder).shards) == 2
+        run_command(sys.executable, *words, "manifest", "1000", cwd=ROOT, env=environment)
+    prepare(Recipe(source, tokenizer=str(tokenizer), shard_tokens=300_000), tmp_path / "file" / "data")
     shards = [{name: value for name, value in contents(path).items() if name.endswith(".npy")}
               for path in (folder, tmp_path / "file" / "data")]  # fmt: skip
     assert shards[0] == shards[1]

@@ -80,14 +80,16 @@ def test_a_wrong_id_is_noticed(reference):
     vocab[first], vocab[second] = vocab[second], vocab[first]
     tokenizer._json = json.dumps(state)
     assert tokenizer.encode(["xyz"]).tolist() == reference.encode(["xyz"]).tolist()
-    with pytest.raises(UserError, match=r"gigatoken .* other ids than tiktoken for the document that begins with ' t a'"):
+    with pytest.raises(
+        UserError, match=r"gigatoken .* other ids than tiktoken for the document that begins with ' t a'"
+    ):
         for _ in range(2):  # a sample of each call: one document after another
             tokenizer.encode(["xyz", " t a"])
     tokenizer = GigatokenTokenizer(reference)
     state = json.loads(tokenizer._json)
     state["added_tokens"] = []
     tokenizer._json = json.dumps(state)
-    with pytest.raises(UserError, match="begins with 'xyz'.*: 0 ends of text for 2 documents"):
+    with pytest.raises(UserError, match=r"begins with 'xyz'.*: 0 ends of text for 2 documents"):
         tokenizer.encode(["xyz", " t a"])
 
 
