@@ -168,7 +168,8 @@ class _Parquet(Reader):
             skipped -= metadata.row_group(group).num_rows
             group += 1
         groups = range(group, metadata.num_row_groups)
-        for batch in self.parquet.iter_batches(batch_size=64, row_groups=groups, columns=self.wanted):
+        options = {"columns": self.wanted, "use_threads": False}  # one column leaves nothing to share out
+        for batch in self.parquet.iter_batches(batch_size=64, row_groups=groups, **options):
             rows = batch.slice(min(skipped, batch.num_rows))
             skipped -= batch.num_rows - rows.num_rows
             for cells in zip(*map(self.fields.values, rows.schema.names, rows.columns), strict=True):

@@ -15,6 +15,7 @@ import numpy as np
 from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
 from data_prep.common.records import Position, Shard, Split
+from data_prep.reading.ahead import read_ahead
 from data_prep.reading.corpus import Corpus
 from data_prep.reading.readers import Block, Cursor
 from data_prep.sharding.manifest import FILE_NAME, Manifest
@@ -24,6 +25,8 @@ from data_prep.tokenization.tokenizer import Encoder, tokenizer_files
 
 # Blocks in flight for each worker: enough work to cover a wait for the network.
 _BLOCKS_AHEAD = 8
+# Blocks that are read before they are asked for.
+_BLOCKS_READ_AHEAD = 4
 
 
 class Writer:
@@ -144,7 +147,7 @@ def tokenized(
     failure = None
     try:
         try:
-            for block in blocks:
+            for block in read_ahead(blocks, _BLOCKS_READ_AHEAD):
                 if block.texts:
                     pending.append((block, pool.submit(encode, block.texts)))
                 if len(pending) > _BLOCKS_AHEAD * workers:

@@ -35,7 +35,7 @@ _FIRST_BYTES = {
     b"\xf0": tuple(b"\xf0" + second.to_bytes() for second in b"\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3"),
 }
 _END_OF_TEXT = END_OF_TEXT.encode()
-_SAMPLE_CHARACTERS = 2048  # of each call, which has about a million
+_SAMPLE_CHARACTERS = 1024  # of each call, which has about a million
 _INSTANCE_CHARACTERS = 1 << 28  # then a new instance, as its cache of words only grows
 
 
@@ -43,10 +43,13 @@ class GigatokenTokenizer:
     """A byte-level tokenizer that is run by gigatoken, with the ids of tiktoken."""
 
     def __init__(self, reference: ByteLevelTokenizer) -> None:
+        from gigatoken.gigatoken_rs import PadTruncate
+
         self.name, self.vocab_size, self.eos_token_id = reference.name, reference.vocab_size, reference.eos_token_id
         self.reference = reference
         self.save, self.decode = reference.save, reference.decode
         self._json = reference.backend.to_str()
+        self._options = PadTruncate(pad_id=self.eos_token_id)
         self._local = threading.local()
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -65,9 +68,10 @@ class GigatokenTokenizer:
         return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
 
     def _encode(self, texts: list[str], encoded: list[bytes]) -> np.ndarray:
-        # One call and one array: gigatoken takes the end of text between the documents for the special token.
+        # One row without padding, in which gigatoken takes the end of text between documents for the special token. Its
+        # other calls hold the interpreter's lock, or return another library's array, which takes milliseconds to make.
         joined = _END_OF_TEXT + _END_OF_TEXT.join(encoded)
-        ids = self._instance(len(joined)).encode_batch([joined], parallel=False).layout.content.data
+        ids = self._instance(len(joined)).encode_batch_padded([joined], self._options, parallel=False)[0][0]
         starts = np.flatnonzero(ids == self.eos_token_id)
         if len(starts) != len(texts):
             raise UserError(f"{_difference(texts[0])}: {len(starts)} ends of text for {len(texts)} documents")
