@@ -49,6 +49,11 @@ def chunks(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def ends_a_word(text: str, stop: int) -> bool:
+    """Whether a chunk that ends at `stop` leaves GPT-2's split of a text into words as it is."""
+    return stop == len(text) or _CHUNK_END.match(text, stop - 1) is not None
+
+
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """Pairs that the tokens were merged from, in order of rank: what is left of a token by the ranks below its own."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

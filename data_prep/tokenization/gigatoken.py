@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from data_prep.common.command_line import UserError
-from data_prep.tokenization.byte_level import chunks
-from data_prep.tokenization.tokenizer import END_OF_TEXT, ByteLevelTokenizer, Tokenizer
+from data_prep.tokenization.byte_level import chunks, ends_a_word
+from data_prep.tokenization.tokenizer import CHUNK_CHARACTERS, END_OF_TEXT, ByteLevelTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from gigatoken.gigatoken_rs import BPETokenizer
@@ -93,6 +93,8 @@ class GigatokenTokenizer:
     def _compare(self, text: str, found: np.ndarray) -> None:
         """Compares the ids of a document's beginning with tiktoken's (`UserError`)."""
         beginning = next(chunks(text, _SAMPLE_CHARACTERS))
+        if not ends_a_word(text, len(beginning)):
+            beginning = next(chunks(text, CHUNK_CHARACTERS))
         expected = self.reference.encode([beginning])[1:]
         if not np.array_equal(found[: len(expected)], expected) or (beginning == text and len(found) != len(expected)):
             raise UserError(_difference(text))
@@ -109,6 +111,10 @@ def _is_known(text: str, encoded: bytes) -> bool:
     """Whether gigatoken splits a text as tiktoken does."""
     if _END_OF_TEXT in encoded:  # is text there, not the special token
         return False
+    if len(text) > CHUNK_CHARACTERS:
+        stops = itertools.accumulate(map(len, chunks(text, CHUNK_CHARACTERS)))
+        if not all(ends_a_word(text, stop) for stop in stops):
+            return False
     if text.isascii():
         return True
     # Bytes are found many times faster than the ranges, which most texts do not need.

@@ -26,7 +26,7 @@ END_OF_TEXT = "<|endoftext|>"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 # Longer documents are encoded in chunks; each takes at most about 100 bytes of memory per character.
-_CHUNK_CHARACTERS = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 _MAX_IDS = 1 << 24  # ten times as many as any published vocabulary
 
 
@@ -88,7 +88,7 @@ class ByteLevelTokenizer:
         pieces = []
         for text in texts:
             pieces.append(eos)
-            pieces += [encode(chunk, disallowed_special=()) for chunk in chunks(text, _CHUNK_CHARACTERS)]
+            pieces += [encode(chunk, disallowed_special=()) for chunk in chunks(text, CHUNK_CHARACTERS)]
         return np.concatenate(pieces) if pieces else eos[:0]
 
     def decode(self, ids: np.ndarray) -> str:

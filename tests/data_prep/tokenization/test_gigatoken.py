@@ -4,6 +4,7 @@ import json
 import random
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 from data_prep.common.command_line import UserError
@@ -69,6 +70,20 @@ def test_documents_are_told_apart_by_their_ends_of_text(reference):
     texts = [END_OF_TEXT, "a", "a" + END_OF_TEXT + "b", "", "<|endoftext", "\u088f", "|>", "", f"x {END_OF_TEXT}"]
     assert GigatokenTokenizer(reference).encode(texts).tolist() == reference.encode(texts).tolist()
     assert GigatokenTokenizer(reference).encode([]).tolist() == []
+
+
+def test_documents_that_tiktoken_reads_in_parts(reference):
+    """Cut in a word of a million letters, or between words; in each, the first words are long ones too."""
+    texts = [
+        "na" * 40_000,
+        "xé" * 600_000,
+        "word " * 250_000,
+        "ab" * 300_000 + " end" * 200_000,
+        "x" * (1 << 20) + " y",
+    ]
+    tokenizer = GigatokenTokenizer(reference)
+    for text in texts:
+        assert np.array_equal(tokenizer.encode([text]), reference.encode([text]))
 
 
 def test_a_wrong_id_is_noticed(reference):
