@@ -22,6 +22,7 @@ FORMATS = ("csv", "json", "arrow", "webdataset", "xml")
 _SAVED = ("state.json", "dataset_dict.json")  # of a `Dataset` and a `DatasetDict`, by `save_to_disk`
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _SQL_ROWS = 1000  # at a time
+_NOT_RESUMED = "`datasets` cannot go on in the middle of it; export it to parquet first"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,18 @@ class _Stream(Reader):
     def cursor(self) -> Cursor:
         if self.number == self.start.record:
             return self.start
-        state = self.stream.state_dict()
-        if json.loads(json.dumps(state, default=str)) != state:
-            raise UserError(f"source {self.name!r}: `datasets` cannot say where its reading of it is; export it first")
-        return Cursor(record=self.number, state=state)
+        return Cursor(record=self.number, state=_state(self.stream, self.name))
 
     def bytes_read(self) -> int:
         return 0
+
+
+def _state(stream: Any, name: str) -> dict[str, Any]:
+    """Where the reading of a stream is, as JSON has it (`UserError` for a stream that cannot say it)."""
+    state = stream.state_dict()
+    if json.loads(json.dumps(state, default=str)) != state:
+        raise UserError(f"source {name!r}: {_NOT_RESUMED}")
+    return state
 
 
 def saved_to_disk(path: str) -> bool:
@@ -167,10 +173,13 @@ def corpus_of_builder(
 
 def _checked(corpus: StreamCorpus) -> StreamCorpus:
     """Starts the stream once, so that what is wrong is known before a folder is made."""
+    name = redact(corpus.source.source)
     try:
-        corpus.load().state_dict()
+        _state(corpus.load(), name)
+    except (UserError, NotImplementedError) as error:
+        raise UserError(f"source {name!r}: {_NOT_RESUMED}") from error
     except Exception as error:
         if is_transient(error):
             raise
-        raise UserError(f"source {redact(corpus.source.source)!r}: {first_line(error)}") from error
+        raise UserError(f"source {name!r}: {first_line(error)}") from error
     return corpus

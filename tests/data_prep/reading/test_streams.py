@@ -13,6 +13,7 @@ import tarfile
 import datasets
 import pytest
 from conftest import ROOT, run_command
+from datasets.iterable_dataset import _BaseExamplesIterable
 from standin_hub import serve_dataset
 
 from data_prep.common.command_line import UserError
@@ -197,3 +198,28 @@ def test_another_split_than_the_folder_has(tmp_path):
 def test_a_query_needs_an_order(name):
     with pytest.raises(UserError, match="a database needs a query with an order"):
         Source("sqlite:///a.db", name=name).resolve()
+
+
+class WithoutState(_BaseExamplesIterable):
+    """A stream of a kind that has not learned to say where it is."""
+
+    num_shards = 1
+
+    def __iter__(self):
+        yield 0, {"text": "a"}
+
+
+class WithObjects(WithoutState):
+    """One whose state is more than JSON can hold."""
+
+    def _init_state_dict(self):
+        self._state_dict = {"generator": random.Random(0), "type": self.__class__.__name__}
+        return self._state_dict
+
+
+@pytest.mark.parametrize("kind", [WithoutState, WithObjects])
+def test_a_stream_that_cannot_go_on_is_refused(kind, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\na\n")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.IterableDataset(kind()))
+    with pytest.raises(UserError, match=r"a\.csv': `datasets` cannot go on in the middle of it; export it to parquet"):
+        Source(str(tmp_path / "a.csv")).resolve()
