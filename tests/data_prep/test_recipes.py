@@ -41,7 +41,13 @@ def small_copy(settings) -> tuple[str, dict[str, bytes]]:
     return settings.source, {"README.md": f"---\n{yaml.safe_dump(card)}---\n".encode(), name: content}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+SLOW = ("fineweb_edu_100b", "slimpajama")  # much like others
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in RECIPES],
+)
 def test_each_recipe_is_prepared_from_a_hub(path, tmp_path):
     """With a small copy of each data set; the folders are relative to where the command runs."""
     recipes = read_recipes(path)

@@ -114,8 +114,9 @@ def test_documents_and_resumption(source, data_folder, tmp_path):
         assert [text for later in corpus.blocks(start) for text in later.texts] == [
             text for later in blocks[number:] for text in later.texts
         ]
-    recipe = Recipe(source, tokenizer=str(data_folder / "tokenizer"), shard_tokens=300_000)
+    recipe = Recipe(source, tokenizer=str(data_folder / "tokenizer"), shard_tokens=700_000)
     whole = prepare(recipe, tmp_path / "whole" / "data")
+    assert len(whole.shards) > 2
     for count in range(1, len(whole.shards)):
         folder = tmp_path / str(count) / "data"
         with stopped(count, written=True):
