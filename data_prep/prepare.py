@@ -21,8 +21,8 @@ from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import Position
 from data_prep.reading.corpus import Corpus
 from data_prep.reading.sources import Source
-from data_prep.recipes import Recipe, read_recipes
 from data_prep.sharding.manifest import FILE_NAME, Manifest
+from data_prep.sharding.recipes import Recipe, read_recipes
 from data_prep.sharding.shards import smallest_dtype
 from data_prep.sharding.writer import Writer, remove_files
 from data_prep.tokenization.gigatoken import Engine, with_engine

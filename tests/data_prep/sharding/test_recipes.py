@@ -13,8 +13,8 @@ from pyarrow import parquet
 from standin_hub import COMMIT, Repository, serve
 
 from data_prep.common.command_line import UserError
-from data_prep.recipes import read_recipes
 from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.recipes import read_recipes
 from data_prep.tokenization.tokenizer import gpt2_tokenizer
 from tests.data_prep.test_prepare import texts
 
