@@ -95,9 +95,9 @@ def _step_with(config: CleanConfig, name: str, settings: Any, folder: Path, exam
         return steps.QualityFilter(folder / MODEL, config.seed, examples)
     if name == "educational":
         return EducationalFilter(settings, examples)
-    kind = steps.Extraction if name == "trafilatura" else block_class(name)
+    kind: Any = {"trafilatura": steps.Extraction, "language": steps.Language}.get(name, block_class(name))
     others = {"language": config.language, "exclusion_writer": examples}
-    taken = inspect.signature(kind).parameters
+    taken = inspect.signature(block_class(name)).parameters
     return kind(**settings, **{key: value for key, value in others.items() if key in taken})
 
 

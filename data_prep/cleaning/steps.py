@@ -10,6 +10,7 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.extractors import Trafilatura
+from datatrove.pipeline.filters import LanguageFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers import JsonlWriter
 
@@ -17,9 +18,11 @@ from data_prep.cleaning.decontamination import WINDOW, Index, cut
 from data_prep.cleaning.evaluation_sets import read_items
 from data_prep.cleaning.examples import KeepExamples
 from data_prep.cleaning.quality import Classifier, keep
+from data_prep.common.command_line import UserError
 from data_prep.reading.corpus import Corpus
 from data_prep.reading.sources import Source
 
+_MOST_BEYOND_ONE = 0.05  # fasttext adds 1e-5 to each of some hundred probabilities
 SOURCE = "_source"  # name of the source, in a document's metadata until it is written
 
 
@@ -110,6 +113,21 @@ class Extraction(Trafilatura):
 
     def stat_update(self, *names: str, **options: Any) -> None:
         super().stat_update(*(f"dropped_{self._REASONS[n]}" if n in self._REASONS else n for n in names), **options)
+
+
+class Language(LanguageFilter):
+    """datatrove's, with a check that probabilities add up to 1: those of fasttext-numpy2-wheel 0.9.2 do not always."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.wanted, self.model.languages = self.model.languages, None
+        self._predict, self.model.predict = self.model.predict, self._checked  # type: ignore[method-assign]
+
+    def _checked(self, document: Document) -> tuple[Any, dict[str, float]]:
+        best, found = self._predict(document)
+        if abs(sum(found.values()) - 1) > _MOST_BEYOND_ONE:
+            raise UserError(f"fasttext's probabilities of languages add up to {sum(found.values()):.2f}, not 1")
+        return best, {name: found.get(name, 0.0) for name in self.wanted} if self.wanted else found
 
 
 def has_length(document: Document, least: int) -> bool:

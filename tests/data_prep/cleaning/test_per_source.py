@@ -198,6 +198,19 @@ def test_language_is_that_of_fasttext(tmp_path, monkeypatch):
     assert texts_of(tmp_path / "out") == {"a": set(texts["en"])} and step.documents_out == 40
 
 
+def test_languages_that_are_all_certain_are_an_error():
+    from datatrove.data import Document
+
+    from data_prep.cleaning.steps import Language
+
+    step = Language(languages=["en"])
+    step._predict = lambda document: (("en", 1.00001), {"en": 1.00001, "de": 1.00001})
+    with pytest.raises(UserError, match=r"probabilities of languages add up to 2\.00, not 1"):
+        step.filter(Document("text", "0"))
+    step._predict = lambda document: (("de", 0.9), {"en": 0.1, "de": 0.9})
+    assert not step.filter(Document("text", "0"))
+
+
 def test_what_no_source_can_have_is_said_at_once(tmp_path, scorer):
     (tmp_path / "a.jsonl").write_bytes(lines([essay(1)]))
     several = tmp_path / "several"
