@@ -195,6 +195,7 @@ def main() -> None:
         if given := [name for name, value in options.items() if value != parser.get_default(name)]:
             raise UserError(f"{folder}: {given[0]} is a setting in the recipe file; give --workers and --engine only")
         recipes = read_recipes(folder)
+        recipes.check_sources()
         for name, settings in recipes.folders.items():
             _report(Path(name), prepare(settings.recipe(), Path(name), workers, engine))
         print(f"for the trainer: {recipes.training_flags()}")

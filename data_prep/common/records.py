@@ -24,14 +24,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class SourceRecord:
-    """Origin of the documents: the request (`data_prep.reading.sources.Source`), and the files that were found.
-
-    Attributes:
-        source: "registered" for shards of another program; all else is unknown then.
-        commit: of the data set on the Hub.
-        names_and_sizes: hash over the names and sizes of the files.
-    """
+class SourceSettings:
+    """A request for documents, as in `data_prep.reading.sources.Source`."""
 
     __pydantic_config__ = STRICT
 
@@ -42,6 +36,20 @@ class SourceRecord:
     text_column: str = "text"
     tokens_column: str | None = None
     where: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SourceRecord(SourceSettings):
+    """Origin of the documents: the request (`data_prep.reading.sources.Source`), and the files that were found.
+
+    Attributes:
+        source: "registered" for shards of another program; all else is unknown then.
+        commit: of the data set on the Hub.
+        names_and_sizes: hash over the names and sizes of the files.
+    """
+
+    __pydantic_config__ = STRICT
+
     commit: str | None = None
     files: Count = 0
     bytes: Count = 0

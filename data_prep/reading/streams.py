@@ -149,6 +149,16 @@ def corpus_of_query(source: "Source", conditions: tuple[Condition, ...]) -> Stre
         example = '--name "SELECT text FROM documents ORDER BY id"'
         raise UserError(f"source {redact(source.source)!r}: a database needs a query with an order, as in {example}")
 
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(source.source)
+    except ArgumentError as error:
+        raise UserError(f"source {redact(source.source)!r}: {first_line(error)}") from error
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).is_file():
+        raise UserError(f"source {source.source!r}: no such file")  # SQLite would make it
+
     def load() -> Any:
         return Sql(sql=query, con=source.source, chunksize=_SQL_ROWS).as_streaming_dataset(split="train")
 

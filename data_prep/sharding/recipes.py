@@ -1,12 +1,14 @@
 """Recipes: YAML files that name data folders, how each is prepared, and their shares of a mixture."""
 
-from dataclasses import dataclass, field, fields
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_prep.common.command_line import UserError, option
+from data_prep.common.command_line import UserError, option, raise_all
+from data_prep.common.records import SourceSettings
 from data_prep.common.schema import STRICT, Positive, read_yaml, validate
 from data_prep.reading.sources import Source
 
@@ -31,19 +33,10 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class FolderSettings:
+class FolderSettings(SourceSettings):
     """How a folder is prepared, as the options of `python -m data_prep.prepare`; `weight` is its share of a mixture, in
     any unit."""
 
-    __pydantic_config__ = STRICT
-
-    source: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_column: str = "text"
-    tokens_column: str | None = None
-    where: list[str] = field(default_factory=list)
     tokenizer: str = "gpt2"
     vocab_size: Positive = 4096
     shard_tokens: Positive | None = None
@@ -67,10 +60,20 @@ class Recipes:
 
     folders: dict[str, FolderSettings]
 
+    def check_sources(self) -> None:
+        """Finds all sources, as the last folder may begin days after the first (`UserError` with all problems)."""
+        problems = []
+        for name, settings in self.folders.items():
+            try:
+                settings.recipe().source.resolve()
+            except UserError as error:
+                problems.append(f"{name}: {error}")
+        raise_all(problems, "folders cannot be prepared")
+
     def training_flags(self) -> str:
         """The options with which the trainer reads the folders."""
         weights = [f"{settings.weight:g}" for settings in self.folders.values() if settings.weight is not None]
-        return f"--data {' '.join(self.folders)}" + (f" --data_weights {' '.join(weights)}" if weights else "")
+        return f"--data {shlex.join(self.folders)}" + (f" --data_weights {' '.join(weights)}" if weights else "")
 
 
 def read_recipes(path: Path) -> Recipes:

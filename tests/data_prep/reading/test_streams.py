@@ -201,6 +201,16 @@ def test_a_query_needs_an_order(name):
         Source("sqlite:///a.db", name=name).resolve()
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("sqlite:///{}/none.db", "no such file"), ("sqlite://{}", "Invalid SQLite URL|not parse|no such")],
+)
+def test_a_database_that_is_missing_is_not_made(tmp_path, url, message):
+    with pytest.raises(UserError, match=message) as raised:
+        Source(url.format(tmp_path), name="SELECT text FROM documents ORDER BY id").resolve()
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
 class WithoutState(_BaseExamplesIterable):
     """A stream of a kind that has not learned to say where it is."""
 

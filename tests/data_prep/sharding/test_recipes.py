@@ -109,3 +109,18 @@ def test_options_and_recipes_do_not_mix(tmp_path, words, message):
     words = [sys.executable, "-m", "data_prep.prepare", *words]
     done = run_command(*words, cwd=tmp_path, env=environment, exit_code=2)
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_all_sources_are_found_before_the_first_folder_is_made(tmp_path):
+    sources = {"a": "builtin", "my b": "none.jsonl", "c": "missing/*.parquet"}
+    folders = {str(tmp_path / name): {"source": source} for name, source in sources.items()}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"folders": folders}, sort_keys=False))
+    recipes = read_recipes(tmp_path / "r.yaml")
+    with pytest.raises(UserError, match="2 folders cannot be prepared") as raised:
+        recipes.check_sources()
+    assert "none.jsonl" in str(raised.value) and "missing/*.parquet" in str(raised.value)
+    assert f"'{tmp_path}/my b'" in recipes.training_flags()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "data_prep.prepare", "r.yaml"]
+    assert "2 folders" in run_command(*words, cwd=tmp_path, env=environment, exit_code=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
