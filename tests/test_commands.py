@@ -119,7 +119,7 @@ QUICK = {
 }
 # Those that take more than some seconds are run with the pages.
 LONGER = {
-    "benchmarks.tokenization": ("--megabytes 1 --repeats 1", "of tiktoken alone"),
+    "benchmarks.tokenization": ("--megabytes 1 --repeats 1", "| tiktoken alone, processes |"),
     "benchmarks.evaluation": ("{checkpoint} --data {swag} --items 2 --new_tokens 4 --repeats 1", "items a second"),
     "eval.harness": ("{checkpoint} --tasks hellaswag_local --limit 2", "hellaswag_local"),
     "benchmarks.training_step": ("--sizes quickstart --steps 1 --rounds 1 --precision no", "gpt-accelerate"),
