@@ -19,6 +19,8 @@ _BY_DECORATORS = {"return_dict", "output_attentions", "output_hidden_states", "i
                   "prune_layers"}  # fmt: skip
 # transformers.modeling_flash_attention_utils.FlashAttentionKwargs: the limits of packed sequences.
 _BY_FLASH_KERNELS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+# Collators of packed sequences (transformers' and TRL's) give their limits in these ways beside `position_ids`.
+_BESIDE_POSITIONS = _BY_FLASH_KERNELS | {"seq_idx"}
 _BY_FLEX_KERNEL = {"kernel_options"}  # transformers.integrations.flex_attention.flex_attention_forward
 # transformers.generation.continuous_batching.input_outputs.PagedAttentionArgs: `generate_batch` always passes all of
 # them, and each kernel uses some. `max_seqlen_*` are the names before 5.22.
@@ -49,14 +51,17 @@ def argument_names(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD) - {"self"}
 
 
-def refuse_unknown_arguments(model: Any, declared: frozenset[str], cache: Any, given: dict[str, Any]) -> None:
+def refuse_unknown_arguments(
+    model: Any, declared: frozenset[str], cache: Any, given: dict[str, Any], *, packed: bool
+) -> None:
     """Raises `TypeError` for `given` arguments that neither the model nor the attention kernel acts on.
 
     Args:
         declared: names of the arguments that `forward` declares.
         cache: argument of the call. It and the configuration decide which kernel runs.
+        packed: `position_ids` separate the sequences that are packed into a row.
     """
-    known = _BY_DECORATORS
+    known = _BY_DECORATORS | _BESIDE_POSITIONS if packed else _BY_DECORATORS
     if is_paged(cache):
         known = known | _BY_PAGED_KERNELS
     elif is_flash_attention_requested(model.config):

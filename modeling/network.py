@@ -178,7 +178,8 @@ class GPTBackbone(GPTPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Returns the hidden states `[B, T, C]` after the final norm. Arguments as in `GPTModel.forward`."""
-        refuse_unknown_arguments(self, _BACKBONE_ARGUMENTS, cache, kwargs)
+        packed = position_ids is not None and attention_mask is None and cache is None
+        refuse_unknown_arguments(self, _BACKBONE_ARGUMENTS, cache, kwargs, packed=packed)
         for name in ("output_attentions", "output_hidden_states"):  # `capture_outputs` acts on them
             kwargs.pop(name, None)
         if (input_ids is None) == (inputs_embeds is None):
@@ -204,7 +205,7 @@ class GPTBackbone(GPTPreTrainedModel):
         x = self.drop(x)
 
         past: dict[str, Any] = {CACHE_NAME: None if is_paged(cache) else cache}
-        if position_ids is not None and attention_mask is None and cache is None:
+        if packed and position_ids is not None:
             past["and_mask_function"] = _within_sequences(position_ids.expand(len(x), -1))
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, **past)
         for block in self.h:
@@ -302,7 +303,8 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             TypeError: for an argument that nothing acts on, with the nearest known name.
             ValueError: for arguments that exclude each other.
         """
-        refuse_unknown_arguments(self, _MODEL_ARGUMENTS, cache, kwargs)
+        packed = position_ids is not None and attention_mask is None and cache is None
+        refuse_unknown_arguments(self, _MODEL_ARGUMENTS, cache, kwargs, packed=packed)
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction={loss_reduction!r} must be 'mean' or 'none'")
         if loss_reduction == "none" and (z_loss or num_items_in_batch is not None):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import SMALL, as_ours, random_stock_model, tokens
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, GPT2LMHeadModel
 
 from modeling import GPTConfig, GPTModel
 
@@ -114,13 +114,16 @@ def test_inputs_embeds_token_types_and_outputs_are_those_of_stock(tmp_path):
             torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
 
 
-def test_packed_documents_do_not_see_each_other():
-    """Positions that restart within a row separate what is packed into it, as elsewhere in transformers."""
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_documents_do_not_see_each_other(use_cache):
+    """Positions that restart within a row separate what is packed into it, as elsewhere in transformers. Collators
+    give their limits beside them, for kernels that need them."""
     torch.manual_seed(0)
     ours = GPTModel(GPTConfig(**SMALL)).eval()
     first, second = tokens(1, 7), tokens(1, 9, seed=2)
-    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
-    packed = ours(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator([{"input_ids": ids[0].tolist()} for ids in (first, second)])
+    packed = ours(**batch, use_cache=use_cache).logits
     torch.testing.assert_close(packed[:, 7:], ours(second, use_cache=False).logits, atol=1e-5, rtol=0)
 
 
