@@ -24,8 +24,8 @@ from transformers import GPT2LMHeadModel
 from benchmarks.interleaved import Setup, Workload, run_interleaved, spread
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from eval.common.devices import make_accelerator
+from eval.common.generation import Sampling, generate
 from eval.common.models import compile_blocks, load_model
-from eval.generate import Sampling, generate
 from eval.hellaswag import HellaSwag, read_items
 
 _STOCK, _OURS_ONE_BY_ONE = "one item at a time, stock GPT-2", "one item at a time, GPTModel"

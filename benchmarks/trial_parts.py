@@ -168,8 +168,8 @@ def evaluation(trial: Trial) -> None:
     """Reports the speed of HellaSwag and of generation with random weights."""
     from data_prep.tokenization.tokenizer import hf_tokenizer
     from eval.common.devices import make_accelerator
+    from eval.common.generation import Sampling, generate
     from eval.common.models import compile_blocks
-    from eval.generate import Sampling, generate
     from eval.hellaswag import HellaSwag, read_items
     from modeling import GPTConfig, GPTModel
 

@@ -188,8 +188,9 @@ class GPTBackbone(GPTPreTrainedModel):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
         length = inputs_embeds.shape[1]
-        if length > self.config.n_positions:
-            raise ValueError(f"{length} tokens exceed n_positions={self.config.n_positions}; truncate the input.")
+        longest = kwargs.get("max_length_q", length) if packed else length
+        if longest > self.config.n_positions:
+            raise ValueError(f"{longest} tokens exceed n_positions={self.config.n_positions}; truncate the input.")
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError("cache= does not work with gradient checkpointing, which would write to it twice")
         if use_cache and cache is None:

@@ -17,18 +17,27 @@ if TYPE_CHECKING:
 _BLOCK_CHARACTERS = 1 << 20
 
 
+def standard_library() -> Path:
+    """The folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def standard_library_files() -> list[Path]:
+    """Its sources without its character tables, in order."""
+    root, skipped = standard_library(), {"site-packages", "dist-packages", "encodings", "pydoc_data"}
+    return sorted(p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts))
+
+
 @dataclass(frozen=True)
 class BuiltinCorpus(Corpus):
-    """The files of the running interpreter's standard library, without its character tables."""
+    """The sources of the standard library."""
 
     @classmethod
     def find(cls, source: "Source") -> "BuiltinCorpus":
         """Finds the files (`UserError` if there are none)."""
-        root = Path(sysconfig.get_path("stdlib"))
-        skipped = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
-        files = sorted(p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts))
-        if not files:
-            raise UserError(f"the built-in corpus is empty: no Python sources in {root}; give another --source")
+        if not (files := standard_library_files()):
+            where = standard_library()
+            raise UserError(f"the built-in corpus is empty: no Python sources in {where}; give another --source")
         return cls(source, (), None, list(map(str, files)), [path.stat().st_size for path in files], True)
 
     def part(self, number: int, count: int) -> "BuiltinCorpus":

@@ -80,7 +80,7 @@ class Corpus(ABC):
     def fields(self) -> Fields:
         """Fields that are read of each record."""
         others = tuple(condition.column for condition in self.conditions)
-        return Fields(self.source.column, others, holds_tokens=self.source.tokens_column is not None)
+        return Fields(self.source.column, others, self.source.kind)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records with all fields, including records without text. Raises as `blocks`."""

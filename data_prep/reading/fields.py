@@ -1,12 +1,15 @@
-"""The fields of a record that are read, and the check of a record's document: text, or ids of tokens."""
+"""The fields of a record that are read, and the check of a record's document: text, ids of tokens or a conversation."""
 
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Kind = Literal["text", "tokens", "messages"]
+ROLES = ("system", "user", "assistant")
 
 
 class BadRecord(Exception):
@@ -20,12 +23,12 @@ class Fields:
     Attributes:
         document: holds the document.
         others: for conditions.
-        holds_tokens: the document is a list of ids, not text.
+        kind: of the document: text, a list of ids, or a conversation as a list of messages.
     """
 
     document: str
     others: tuple[str, ...] = ()
-    holds_tokens: bool = False
+    kind: Kind = "text"
 
     @cached_property
     def names(self) -> list[str]:
@@ -40,8 +43,9 @@ class Fields:
         """Refuses a record, or a file, without one of the fields (`BadRecord`)."""
         for name in self.names:
             if name not in found and (name == self.document or name.partition(".")[0] not in found):
-                options = "--text_column, --tokens_column or --where"
-                raise BadRecord(f"no field {name!r} among {list(found)}; name one with {options}")
+                options = {"text": "--text_column, --tokens_column or --where", "messages": "--messages_column"}
+                named = options.get(self.kind, options["text"])
+                raise BadRecord(f"no field {name!r} among {list(found)}; name one with {named}")
 
     def values(self, name: str, column: Any) -> Sequence[Any]:
         """The values of a column of arrow's; lists of ids without copying each id to Python."""
@@ -49,7 +53,9 @@ class Fields:
 
         kind = column.type
         is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-        if not (self.holds_tokens and name == self.document and is_list and pyarrow.types.is_integer(kind.value_type)):
+        if not (
+            self.kind == "tokens" and name == self.document and is_list and pyarrow.types.is_integer(kind.value_type)
+        ):
             return column.to_pylist()  # many times faster than a batch's own to_pylist
         if column.null_count or column.values.null_count:
             return column.to_pylist()
@@ -61,7 +67,9 @@ class Fields:
         fields, and a document of another kind)."""
         self.check_names(record)
         document = record[self.document]
-        if self.holds_tokens:
+        if self.kind == "messages":
+            record[self.document] = _messages(document, f"field {self.document!r}")
+        elif self.kind == "tokens":
             record[self.document] = _ids(document, f"field {self.document!r}")
         elif document is None:
             record[self.document] = ""
@@ -89,3 +97,28 @@ def _ids(found: Any, field: str) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise BadRecord(f"{field} is not a list of token ids, which are whole numbers")
     return ids
+
+
+def _messages(found: Any, field: str) -> list[dict[str, str]]:
+    """The role and the content of each message."""
+    if not isinstance(found, list):
+        raise BadRecord(f"{field} is not a list of messages but {type(found).__name__}")
+    messages = [_message(message, f"message {number} of {field}") for number, message in enumerate(found, start=1)]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise BadRecord(f"{field} has no message of the assistant, from which alone is learned; its roles are {roles}")
+    if "system" in roles[1:]:
+        raise BadRecord(f"message {roles.index('system', 1) + 1} of {field} is the system's, which must be the first")
+    return messages
+
+
+def _message(found: Any, place: str) -> dict[str, str]:
+    if not isinstance(found, dict) or not {"role", "content"} <= found.keys():
+        raise BadRecord(f"{place} has no role and content; it is {str(found)[:60]!r}")
+    role, content = found["role"], found["content"]
+    if role not in ROLES:
+        raise BadRecord(f"{place} has the unknown role {role!r}; the roles are {', '.join(ROLES)}")
+    _check_text(content, f"the content of {place}")
+    if not content.strip():
+        raise BadRecord(f"{place}, the {role}'s, is empty; correct the conversation or remove it")
+    return {"role": role, "content": content}

@@ -35,8 +35,8 @@ class FileCorpus(Corpus):
         for path, size in zip(self.paths, self.sizes, strict=True):
             if size is None:
                 raise UserError(f"{path}: its server does not say how large it is; download it first")
-            if is_plain_text(path) and (self.conditions or self.source.tokens_column):
-                raise UserError(f"{path}: plain text has no columns for --where or --tokens_column")
+            if is_plain_text(path) and (self.conditions or self.source.kind != "text"):
+                raise UserError(f"{path}: plain text has no columns for --where, token ids or conversations")
         if any(path.endswith(WARC_SUFFIXES) for path in self.paths):
             check_packages()
 

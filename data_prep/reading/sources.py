@@ -9,6 +9,7 @@ from data_prep.reading import streams
 from data_prep.reading.builtin import BuiltinCorpus
 from data_prep.reading.conditions import Condition
 from data_prep.reading.corpus import Corpus
+from data_prep.reading.fields import Kind
 from data_prep.reading.files import FileCorpus, corpus_of_files, find_files, names_files
 from data_prep.reading.formats import SUFFIXES
 
@@ -41,6 +42,11 @@ class Source:
     def column(self) -> str:
         """The field of a record that holds the document."""
         return self.tokens_column or self.text_column
+
+    @property
+    def kind(self) -> Kind:
+        """What a document is."""
+        return "text" if self.tokens_column is None else "tokens"
 
     def resolve(self, commit: str | None = None) -> Corpus:
         """Finds what the source consists of (`UserError` if it cannot be read).
@@ -78,6 +84,16 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """The fields that distinguish two sources, without the passwords of URLs."""
         return {**asdict(self), "source": redact(self.source), "where": list(self.where)}
+
+
+@dataclass(frozen=True)
+class ConversationSource(Source):
+    """Request for conversations: lists of messages, each with a role and a content, in the field `text_column`."""
+
+    @property
+    def kind(self) -> Kind:
+        """As in `Source`."""
+        return "messages"
 
 
 def _corpus_of_other_files(

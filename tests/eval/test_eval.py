@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.command_line import UserError, run
+from eval.common.generation import Sampling, generate
 from eval.common.models import load_model
 from eval.common.scores import language_modeling_scores
-from eval.generate import Sampling, generate
 from eval.loss import bytes_of_tokens, read_tokens, summed_loss, windows
 
 

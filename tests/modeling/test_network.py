@@ -120,7 +120,7 @@ def test_packed_documents_do_not_see_each_other(use_cache):
     give their limits beside them, for kernels that need them."""
     torch.manual_seed(0)
     ours = GPTModel(GPTConfig(**SMALL)).eval()
-    first, second = tokens(1, 7), tokens(1, 9, seed=2)
+    first, second = tokens(1, 7), tokens(1, SMALL["n_positions"], seed=2)  # together longer than the context
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = collator([{"input_ids": ids[0].tolist()} for ids in (first, second)])
     packed = ours(**batch, use_cache=use_cache).logits

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from eval.generate import isolated_random_state
+from eval.common.generation import isolated_random_state
 from eval.harness import evaluate_tasks, load_tasks
 from training.loop.run import Run
 from training.settings.config import TrainingConfig

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from eval.generate import Sampling, generate
+from eval.common.generation import Sampling, generate
 from training.loop.run import Run
 
 

@@ -92,7 +92,7 @@ def test_ids_of_another_tokenizer_are_refused(tokenizer, tmp_path):
 
 def test_what_token_ids_cannot_have(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("1 2 3")
-    with pytest.raises(UserError, match="plain text has no columns for --where or --tokens_column"):
+    with pytest.raises(UserError, match="plain text has no columns for --where"):
         Source(str(tmp_path), tokens_column="ids").resolve()
     write(tmp_path / "a.parquet", [[1, 2]])
     source = Source(str(tmp_path / "a.parquet"), tokens_column="ids")

@@ -1,0 +1,154 @@
+"""TRL's `SFTTrainer` with the settings of this project."""
+
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.command_line import option
+from data_prep.reading.docstrings import Conversation
+from eval.common.devices import chosen_precision, on_cpu
+from modeling import GPTModel
+
+_LORA_MATRICES = ["c_attn", "c_fc", "c_proj"]
+_WARMUP = 0.1  # of all steps
+
+
+@dataclass(frozen=True)
+class FinetuningSettings:
+    """Settings of the training, named as in `transformers.TrainingArguments` and `peft.LoraConfig`."""
+
+    learning_rate: float = option(3e-4, "AdamW's largest, reached after a tenth of the steps", type=float)
+    num_train_epochs: float = option(1.0, "passes over the conversations", type=float)
+    max_steps: int = option(-1, "optimizer steps, instead of passes; -1 for none", type=int)
+    per_device_train_batch_size: int = option(4, "rows of max_length tokens at a time", type=int)
+    gradient_accumulation_steps: int = option(1, "batches in a step", type=int)
+    lora_r: int = option(0, "rank of LoRA matrices, which are merged at the end; 0 trains all weights", type=int)
+    mixed_precision: str = option("auto", "auto is bf16 where it is fast", choices=["auto", "no", "bf16", "fp16"])
+    seed: int = option(0, "of the order and of new weights", type=int)
+
+    def problems(self) -> list[str]:
+        """What is out of bounds."""
+        positive = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+        found = [
+            f"{name}={getattr(self, name)} must be greater than 0" for name in positive if getattr(self, name) <= 0
+        ]
+        found += [
+            f"{name}={getattr(self, name)} must be at least 0" for name in ("lora_r", "seed") if getattr(self, name) < 0
+        ]
+        if self.max_steps == 0 or self.max_steps < -1:
+            found.append(f"max_steps={self.max_steps} must be at least 1, or -1")
+        return found
+
+
+def finetune(
+    model: GPTModel,
+    tokenizer: Any,
+    new_tokens: list[int],
+    train: list[Conversation],
+    held_out: list[Conversation],
+    max_length: int,
+    settings: FinetuningSettings,
+) -> tuple[Any, list[float]]:
+    """Trains `model` on the assistant's tokens of packed conversations.
+
+    Args:
+        new_tokens: ids whose embeddings are trained beside LoRA's matrices.
+
+    Returns:
+        The trained model with LoRA merged, and the losses of the held-out conversations before and during training, in
+        nats per token of the assistant.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _trainer(model, tokenizer, new_tokens, train, held_out, max_length, settings, Path(scratch))
+        trainer.train()
+        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+    return trained.merge_and_unload() if settings.lora_r else trained, losses
+
+
+def _trainer(
+    model: GPTModel,
+    tokenizer: Any,
+    new_tokens: list[int],
+    train: list[Conversation],
+    held_out: list[Conversation],
+    max_length: int,
+    settings: FinetuningSettings,
+    scratch: Path,
+) -> Any:
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    disable_progress_bars()
+    trainer = SFTTrainer(
+        model=model,
+        args=_config(max_length, settings, scratch),
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in train]),
+        eval_dataset=Dataset.from_list([{"messages": messages} for messages in held_out]),
+        processing_class=tokenizer,
+        peft_config=_lora(settings.lora_r, new_tokens) if settings.lora_r else None,
+        callbacks=[_print_losses()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _config(max_length: int, settings: FinetuningSettings, scratch: Path) -> Any:
+    from trl import SFTConfig
+
+    precision = chosen_precision(settings.mixed_precision)
+    with warnings.catch_warnings():  # transformers 5.24 renames it, those before know this name only
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        return SFTConfig(
+            output_dir=str(scratch),
+            max_length=max_length,
+            packing=True,
+            assistant_only_loss=True,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=_WARMUP,
+            weight_decay=0.0,
+            num_train_epochs=settings.num_train_epochs,
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=settings.per_device_train_batch_size,
+            per_device_eval_batch_size=settings.per_device_train_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            gradient_checkpointing=False,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=on_cpu(),
+            seed=settings.seed,
+            eval_on_start=True,
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+
+def _print_losses() -> Any:
+    """A callback that prints the losses as the pre-trainer does."""
+    from transformers import TrainerCallback
+
+    class PrintLosses(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            for key, name in (("loss", "loss"), ("eval_loss", "held-out loss")):
+                if key in logs and state.is_local_process_zero:
+                    print(f"step {state.global_step:6}/{state.max_steps}  {name} {logs[key]:.4f}", flush=True)
+
+    return PrintLosses()
+
+
+def _lora(rank: int, new_tokens: list[int]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=_LORA_MATRICES,
+        trainable_token_indices={"wte": new_tokens} if new_tokens else None,
+    )
