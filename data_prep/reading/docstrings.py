@@ -19,7 +19,7 @@ _QUESTIONS = {
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def docstring_conversations(count: int = 400) -> list[Conversation]:
+def docstring_conversations(count: int = 800) -> list[Conversation]:
     """At most `count` conversations, the same in each call: what a module, function or class is for, how to call it,
     and what methods it has. Nothing is imported."""
     rng = random.Random(0)

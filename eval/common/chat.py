@@ -15,6 +15,11 @@ def check_chat_model(name: str, tokenizer: Any) -> None:
         )
 
 
+def special_token_in(tokenizer: Any, text: str) -> str | None:
+    """A special token that the text spells out, and that the tokenizer would read as such, or None."""
+    return next((t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content in text), None)
+
+
 def answer(
     model: GPTModel,
     tokenizer: Any,
@@ -32,8 +37,8 @@ def answer(
     Raises:
         UserError: for a message that contains a special token, and one that does not fit by itself.
     """
-    if special := [token for token in tokenizer.all_special_tokens if token in history[-1]["content"]]:
-        raise UserError(f"the message contains {special[0]!r}, a special token of the model; leave it out")
+    if token := special_token_in(tokenizer, history[-1]["content"]):
+        raise UserError(f"the message contains {token!r}, a special token of the model; leave it out")
     room, left_out = prompt_room(model, sampling), 0
     first = 1 if history[0]["role"] == "system" else 0
     while len(ids := _prompt(tokenizer, history)) > room:

@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.common.command_line import UserError
 from data_prep.reading.docstrings import Conversation, docstring_conversations
 from data_prep.reading.sources import BUILTIN, ConversationSource
+from eval.common.chat import special_token_in
 from training.finetuning.template import render
 
 
@@ -53,11 +54,11 @@ def fit(conversations: Iterable[Conversation], tokenizer: Any, max_length: int, 
     Raises:
         UserError: for text that contains a special token of the tokenizer, and if no conversation fits.
     """
-    fitted, special = Fitted(), tokenizer.all_special_tokens
+    fitted = Fitted()
     for number, messages in enumerate(conversations, start=1):
         for message in messages:
-            if found := [token for token in special if token in message["content"]]:
-                raise UserError(f"conversation {number:,} contains {found[0]!r}, a special token; remove it there")
+            if token := special_token_in(tokenizer, message["content"]):
+                raise UserError(f"conversation {number:,} contains {token!r}, a special token; remove it there")
         length = len(render(tokenizer, messages).ids)
         if length > max_length:
             fitted.first = fitted.first or (number, length)
