@@ -22,6 +22,9 @@ def base_model(data_folder: Path, n_positions: int = 128) -> tuple[GPTModel, Any
     tokenizer = AutoTokenizer.from_pretrained(data_folder / "tokenizer")
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": n_positions}
-    return GPTModel(
-        GPTConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
-    ).eval(), tokenizer
+    model = GPTModel(GPTConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:  # so that its choices depend on all of the text, not on the last token alone
+            block.attn.c_proj.weight *= 200
+            block.mlp.c_proj.weight *= 200
+    return model, tokenizer

@@ -87,7 +87,11 @@ def main() -> None:
     model, losses = finetune(model, tokenizer, new_tokens, train, held_out, max_length, settings)
     output.parent.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, output)
-    print(f"held-out loss {losses[0]:.4f} before, {losses[-1]:.4f} after, in nats per token of the assistant")
+    best, last = min(losses, key=losses.__getitem__), max(losses)
+    print(
+        f"held-out loss {losses[0]:.4f} before, {losses[last]:.4f} after step {last:,}, lowest after step {best:,}; in "
+        f"nats per token of the assistant"
+    )
     print(f"chat model  {output}\ntalk to it  python -m eval.generate {output} --chat")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_prep.common.command_line import option
 from data_prep.reading.docstrings import Conversation
 from eval.common.devices import chosen_precision, on_cpu
@@ -50,20 +52,20 @@ def finetune(
     held_out: list[Conversation],
     max_length: int,
     settings: FinetuningSettings,
-) -> tuple[Any, list[float]]:
+) -> tuple[Any, dict[int, float]]:
     """Trains `model` on the assistant's tokens of packed conversations.
 
     Args:
         new_tokens: ids whose embeddings are trained beside LoRA's matrices.
 
     Returns:
-        The trained model with LoRA merged, and the losses of the held-out conversations before and during training, in
-        nats per token of the assistant.
+        The trained model with LoRA merged, and the losses of the held-out conversations, in nats per token of the
+        assistant, by the number of steps before them.
     """
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(model, tokenizer, new_tokens, train, held_out, max_length, settings, Path(scratch))
         trainer.train()
-        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
         trained = trainer.accelerator.unwrap_model(trainer.model)
     return trained.merge_and_unload() if settings.lora_r else trained, losses
 
@@ -83,16 +85,18 @@ def _trainer(
     from trl import SFTTrainer
 
     disable_progress_bars()
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         model=model,
         args=_config(max_length, settings, scratch),
         train_dataset=Dataset.from_list([{"messages": messages} for messages in train]),
         eval_dataset=Dataset.from_list([{"messages": messages} for messages in held_out]),
         processing_class=tokenizer,
-        peft_config=_lora(settings.lora_r, new_tokens) if settings.lora_r else None,
+        peft_config=_lora(settings.lora_r) if settings.lora_r else None,
         callbacks=[_print_losses()],
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.lora_r and new_tokens:
+        _train_rows(trainer.model.get_input_embeddings().weight, new_tokens)
     return trainer
 
 
@@ -142,13 +146,18 @@ def _print_losses() -> Any:
     return PrintLosses()
 
 
-def _lora(rank: int, new_tokens: list[int]) -> Any:
+def _lora(rank: int) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=_LORA_MATRICES,
-        trainable_token_indices={"wte": new_tokens} if new_tokens else None,
-    )
+    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=_LORA_MATRICES)
+
+
+def _train_rows(weight: torch.Tensor, rows: list[int]) -> None:
+    """Trains these rows of a frozen embedding: AdamW without decay leaves alone what has no gradient.
+
+    PEFT's `trainable_token_indices` wraps the head, whose weight TRL's loss then does not find.
+    """
+    kept = torch.zeros(len(weight), 1, device=weight.device)
+    kept[rows] = 1
+    weight.requires_grad_(True)
+    weight.register_hook(lambda gradient: gradient * kept.to(gradient))

@@ -1,0 +1,129 @@
+"""A base model trained on conversations by TRL, against stock GPT-2 on one conversation at a time."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from chats import TALK, base_model
+from conftest import run_command
+from standin_hub import serve_dataset
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.reading.docstrings import docstring_conversations
+from training.chat import save
+from training.finetuning.template import add_chat_template, render
+from training.finetuning.trainer import FinetuningSettings, finetune
+
+pytestmark = pytest.mark.clients
+pytest.importorskip("trl")
+FEW = FinetuningSettings(learning_rate=5e-3, max_steps=12, per_device_train_batch_size=64, mixed_precision="no")
+
+
+@pytest.fixture(scope="module")
+def talks() -> list:
+    return [talk for talk in docstring_conversations() if len(str(talk)) < 400][:24]
+
+
+def loss_of(model, tokenizer, talks) -> float:
+    """Nats per token of the assistant; each conversation by itself."""
+    total, count = 0.0, 0
+    for talk in talks:
+        rendered = render(tokenizer, talk)
+        ids, learned = torch.tensor(rendered.ids), torch.tensor(rendered.learned)
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += float(F.cross_entropy(logits, ids[1:], reduction="none")[learned[1:]].sum())
+        count += int(learned[1:].sum())
+    return total / count
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_the_loss_is_that_of_stock_and_falls(lora_r, talks, data_folder, tmp_path):
+    """The held-out conversations are one packed batch: none of them sees another."""
+    settings = FinetuningSettings(**vars(FEW) | {"lora_r": lora_r, "learning_rate": 2e-2 if lora_r else 5e-3})
+    model, tokenizer = base_model(data_folder, n_positions=256)
+    new_tokens = add_chat_template(model, tokenizer)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train, held_out = talks[6:], talks[:6]
+    expected = loss_of(model, tokenizer, held_out)
+    trained, losses = finetune(model, tokenizer, new_tokens, train, held_out, 256, settings)
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+    assert list(losses) == list(range(FEW.max_steps + 1))
+    last = losses[FEW.max_steps]
+    assert last < losses[0] - 0.1
+    save(trained, tokenizer, tmp_path / "chat")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "chat").eval()
+    assert type(stock).__name__ == "GPT2LMHeadModel" and not (tmp_path / "chat" / "adapter_config.json").exists()
+    assert loss_of(stock, tokenizer, held_out) == pytest.approx(last, rel=1e-4)
+    rows = stock.transformer.wte.weight
+    assert not torch.equal(rows[new_tokens], before["transformer.wte.weight"][new_tokens])
+    if lora_r:  # only LoRA's matrices and the new rows are trained
+        torch.testing.assert_close(rows[: new_tokens[0]], before["transformer.wte.weight"][: new_tokens[0]])
+        torch.testing.assert_close(stock.transformer.wpe.weight, before["transformer.wpe.weight"])
+
+
+def test_trl_trains_the_result_further_with_no_flag(talks, data_folder, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = base_model(data_folder, n_positions=256)
+    add_chat_template(model, tokenizer)
+    save(model, tokenizer, tmp_path / "chat")
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    config = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, max_steps=2, **options)
+    data = Dataset.from_list([{"messages": talk} for talk in talks])
+    trainer = SFTTrainer(model=str(tmp_path / "chat"), args=config, train_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 1
+
+
+def test_the_command_with_a_data_set_of_the_hub(data_folder, tmp_path):
+    """Conversations of the (stand-in) Hub in, a chat model out, which answers; the folder is not written twice."""
+    from io import BytesIO
+
+    import pyarrow
+    from pyarrow import parquet
+
+    model, tokenizer = base_model(data_folder, n_positions=48)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": TALK[1:], "source": "x"}] * 12), file)
+    command = [sys.executable, "-m", "training.chat", "base", "--data", "user/talks", "--max_eval_samples", "2"]
+    command += ["--max_train_samples", "8", "--max_steps", "2", "--output_dir", "out/talker"]
+    with serve_dataset("user/talks", {"data/train-00000-of-00001.parquet": file.getvalue()}) as (endpoint, _):
+        hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        environment = os.environ | hub | {"HF_HUB_DISABLE_XET": "1"}
+        done = run_command(*command, cwd=tmp_path, env=environment)
+        again = run_command(*command, cwd=tmp_path, env=environment, exit_code=2)
+    assert "10 of 10 conversations are longer than 48 tokens, the first is number 1" in done.stdout
+    assert "10 keep the turns that fit, 0 are left out" in done.stdout
+    assert "8 conversations to learn from, 2 held out" in done.stdout and "[<|im_end|>]" in done.stdout
+    assert "held-out loss" in done.stdout and "python -m eval.generate out/talker --chat" in done.stdout
+    assert again.stderr == "error: output_dir=out/talker exists; give another, or remove it\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["talker"]
+    written = json.loads((tmp_path / "out/talker/config.json").read_text())
+    assert written["architectures"] == ["GPT2LMHeadModel"] and written["vocab_size"] == len(tokenizer) + 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/talker").chat_template
+    talk = [sys.executable, "-m", "eval.generate", "out/talker", "--chat", "--max_new_tokens", "4"]
+    assert "[4 tokens" in run_command(*talk, "--prompt", "What?", cwd=tmp_path).stderr
+    refused = run_command(*talk[:3], "base", "--chat", "--prompt", "x", cwd=tmp_path, exit_code=2)
+    assert "has no chat template, so it is no chat model" in refused.stderr
+
+
+def test_settings_out_of_bounds_are_told_together(tmp_path):
+    bad = "--learning_rate 0 --max_steps 0 --lora_r -1 --max_eval_samples 0 --max_length 1 --output_dir ."
+    done = run_command(sys.executable, "-m", "training.chat", "x", *bad.split(), cwd=tmp_path, exit_code=2)
+    for text in (
+        "6 problems with the settings",
+        "learning_rate=0.0 must be greater than 0",
+        "max_steps=0 must be at least 1, or -1",
+        "lora_r=-1 must be at least 0",
+        "max_eval_samples=0 must be at least 1",
+        "max_length=1 must be at least 2",
+        "output_dir=. exists",
+    ):
+        assert text in done.stderr
