@@ -126,6 +126,10 @@ LONGER = {
     "benchmarks.data_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
     "benchmarks.checkpoint_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
     "benchmarks.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
+    "training.chat": (
+        "{checkpoint} --data builtin --max_steps 1 --output_dir chat",
+        "talk to it  python -m eval.generate",
+    ),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
     "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.md"),
     "benchmarks.busy_machine": ("--busy 0 1 --steps 1 --rounds 1", "beside 1"),

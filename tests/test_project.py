@@ -29,6 +29,7 @@ SUB_PACKAGES = {
         "loop",
         "evaluations",
         "resilience",
+        "finetuning",
     ],
 }
 

@@ -12,7 +12,7 @@ from conftest import DATA, ROOT
 from standin_hub import USER, serve
 
 pytestmark = pytest.mark.docs
-PAGES = ["docs/data.md", "docs/training.md", "docs/evaluation.md", "docs/releasing.md"]
+PAGES = ["docs/data.md", "docs/training.md", "docs/evaluation.md", "docs/releasing.md", "docs/chat.md"]
 # What the pages take for granted: the quickstart has been run (here by a smaller model).
 QUICKSTART = "--n_layer 1 --n_embd 64 --n_head 1 --sequence_length 32 --batch_tokens 32 "
 QUICKSTART += "--per_device_train_batch_size 1 --val_tokens 256"
