@@ -1,4 +1,4 @@
-"""Plots and report.md of a run, or of several compared.
+"""Plots, report.html and report.md of a run, or of several compared.
 
 python -m eval.report runs/quickstart
 python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.txt
@@ -13,45 +13,54 @@ from data_prep.common.command_line import ArgumentParser, UserError, redact, run
 from data_prep.common.files import partial_name, read_text, write_text
 from eval.common.scores import language_modeling_scores
 from eval.reporting import sections
+from eval.reporting.page import write_page
 from eval.reporting.plots import models_beside, plot_all
 from eval.reporting.run_records import Record, read_run
 from eval.reporting.sections import duration, number, section, table
 
-FILE_NAME = "report.md"
+FILE_NAME, PAGE_NAME = "report.md", "report.html"
 _SENTINEL = "<!-- written by python -m eval.report -->"
 
 
 def write_report(records: list[Record], folder: Path) -> Path:
-    """Writes `report.md` and its plots to `folder`, and returns the path of `report.md`."""
+    """Writes `report.md`, its plots, and all of it as `report.html` to `folder`; returns the path of `report.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plot_all(records, folder)
     parts = [
-        f"{_SENTINEL}\n# {' and '.join(record.name for record in records)}",
+        f"# {' and '.join(record.name for record in records)}",
         section("Results", _results(records)),
         sections.pictures(pictures),
         section("lm-evaluation-harness", _harness(records)),
-        section("Settings" if len(records) == 1 else "Settings that differ", sections.settings(records)),
     ]
     for record in records:
-        parts.append(section(f"Data of {record.name}", sections.data(record)))
         if samples := sections.last_samples(record):
             parts.append(section(f"Samples of {record.name} at step {samples[0].step}", sections.samples(record)))
+    parts.append(section("Settings" if len(records) == 1 else "Settings that differ", sections.settings(records)))
+    for record in records:
+        parts.append(section(f"Data of {record.name}", sections.data(record)))
         parts.append(section(f"Environment of {record.name}", sections.environment(record)))
+    text = redact("\n\n".join(filter(None, parts))) + "\n"
     path = folder / FILE_NAME
-    write_text(path, redact("\n\n".join(filter(None, parts))) + "\n")
+    write_text(path, f"{_SENTINEL}\n{text}")
+    write_page(folder / PAGE_NAME, text, pictures, _SENTINEL)
     return path
 
 
 def check_output(folder: Path) -> None:
     """Raises `UserError` if a report in a folder that the user names would overwrite a file of others."""
-    existing = [folder / name for name in (FILE_NAME, *sections.CAPTIONS) if os.path.lexists(folder / name)]
-    if existing and not (existing[0].name == FILE_NAME and read_text(existing[0]).startswith(_SENTINEL)):
-        raise UserError(f"{existing[0]} exists and does not belong to a report of ours; choose another --output")
+    texts, pictures = (
+        [folder / name for name in names if os.path.lexists(folder / name)]
+        for names in ((FILE_NAME, PAGE_NAME), sections.CAPTIONS)
+    )
+    # Pictures have no sentinel: they are ours where a text with one is.
+    foreign = [path for path in texts if not read_text(path, "replace").startswith(_SENTINEL)] if texts else pictures
+    if foreign:
+        raise UserError(f"{foreign[0]} exists and does not belong to a report of ours; choose another --output")
 
 
 def remove_report(folder: Path) -> None:
     """Removes the files of `write_report` from a folder, and the folder if it is then empty."""
-    for name in (FILE_NAME, partial_name(FILE_NAME), *sections.CAPTIONS):
+    for name in (FILE_NAME, partial_name(FILE_NAME), PAGE_NAME, partial_name(PAGE_NAME), *sections.CAPTIONS):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not there, or not empty
         folder.rmdir()
@@ -126,7 +135,7 @@ def main() -> None:
     if args.output or len(args.runs) > 1 or not args.runs[0].is_dir():
         folder = args.output or Path("report")
         check_output(folder)
-    print(write_report(records, folder))
+    print(write_report(records, folder).with_name(PAGE_NAME))
 
 
 if __name__ == "__main__":

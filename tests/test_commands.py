@@ -107,7 +107,7 @@ QUICK = {
     "eval.generate": ("{checkpoint} --prompt import --max_new_tokens 3", "import"),
     "eval.hellaswag": ("{checkpoint} --data {swag} --limit 2", "acc_norm"),
     "eval.loss": ("{checkpoint} --data {data}", "nats per token"),
-    "eval.report": ("{run}", "report.md"),
+    "eval.report": ("{run}", "report.html"),
     "modeling.import_checkpoint": ("ckpt.pt imported", "of nanoGPT at step 7"),
     "training.export_llmc": ("gpt2 model.bin", "model.bin"),
     "benchmarks.scaling": ("", "gpt3-175b"),
@@ -131,7 +131,7 @@ LONGER = {
         "talk to it  python -m eval.generate",
     ),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
-    "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.md"),
+    "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.html"),
     "benchmarks.busy_machine": ("--busy 0 1 --steps 1 --rounds 1", "beside 1"),
     "benchmarks.time_to_loss": (
         "text.txt --vocab_size 300 --seeds 1 --recipe tiny.yaml --steps 10 --our_steps 10 --trainers build-nanogpt",

@@ -12,6 +12,7 @@ from data_prep.reading.sources import BUILTIN
 from eval.reporting.run_records import DataRecord, Environment, Record, Sample
 
 CAPTIONS = {
+    "overview.png": "Losses, and texts of the model",
     "loss.png": "Training and validation loss",
     "hellaswag.png": "HellaSwag",
     "training.png": "Learning rate, gradient norm and speed",

@@ -1,10 +1,14 @@
 """Reports of the logs of real runs and of other trainers."""
 
+import base64
 import email.message
+import html.parser
 import json
 import re
 import shutil
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,10 @@ from conftest import ROOT, run_command
 from data_prep.common.command_line import UserError
 from data_prep.contamination import contamination, record, recorded
 from eval.report import write_report
+from eval.reporting.page import write_page
 from eval.reporting.plots import plot_all
 from eval.reporting.reference_results import of_the_same_size
-from eval.reporting.run_records import Curve, Environment, read_run
+from eval.reporting.run_records import Curve, Environment, Sample, read_run
 
 NANOGPT_LOG = "0 val 10.9512\n0 hella 0.2463\n0 train 10.955029\n1 train 9.5\n2 val 9.7\n2 hella 0.2501\n"
 LLM_C_LOG = (
@@ -37,6 +42,25 @@ def is_picture(path, at_least):
     return content.startswith(b"\x89PNG") and width >= at_least and height >= at_least // 3
 
 
+class Page(html.parser.HTMLParser):
+    """The elements of an HTML file with their attributes, and the text of its body."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if ("body", {}) in self.elements:
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
 def test_a_run_writes_its_report(tiny_run):
     folder = tiny_run.folder / "report"
     text = (folder / "report.md").read_text()
@@ -53,6 +77,42 @@ def test_a_run_writes_its_report(tiny_run):
     assert pictures == ["loss.png", "training.png"]
     assert all(is_picture(folder / name, at_least=900) for name in pictures)
     assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_the_page_is_the_report_in_one_file(tiny_run):
+    folder = tiny_run.folder / "report"
+    page, text = Page(folder / "report.html"), (folder / "report.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(rows) > 50 and all(cell.strip("*`") in page.text for row in rows for cell in row)
+    names = re.findall(r"!\[.*\]\((.*)\)", text)
+    pictures = [base64.b64decode(one["src"].removeprefix("data:image/png;base64,")) for one in page.all("img")]
+    assert pictures == [(folder / name).read_bytes() for name in names]
+    targets = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert len(page.all("a")) == 4 and {one["href"].removeprefix("#") for one in page.all("a")} <= targets
+    assert "report           runs/tiny/report/report.html" in tiny_run.stdout
+
+
+def test_nothing_in_a_page_runs_or_is_fetched(tmp_path):
+    """Whatever data says: a model may write HTML and Markdown, and a setting may be an address."""
+    (tmp_path / "secret.png").write_bytes(b"not a picture of this report")
+    hostile = [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "![beacon](https://example.com/b.png)",
+        "![other](secret.png)",
+        "[link](javascript:alert(1))",
+        "</table></div></body>",
+    ]
+    rows = "".join(f"| {one} |\n" for one in hostile)
+    blocks = "\n\n".join(f"{one}\n\n```text\n{one}\n```" for one in hostile)
+    write_page(tmp_path / "page.html", f"# <b>Title</b>\n\n| a |\n| --- |\n{rows}\n\n{blocks}\n", [])
+    page = Page(tmp_path / "page.html")
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "img", "iframe", "object", "link", "b"}
+    assert not [one for one in page.all("a") if not one["href"].startswith("#")]
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert page.text.count("<script>alert(1)</script>") == 3 and "<b>Title</b>" in page.text
+    assert page.all("meta")[2]["content"].startswith("default-src 'none';")
 
 
 def test_what_the_curves_say(tiny_run):
@@ -97,7 +157,7 @@ def test_several_runs_are_compared(tiny_run, tmp_path):
     config = other / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
     done = run_command(sys.executable, "-m", "eval.report", tiny_run.folder, other, tmp_path / "log.txt", cwd=tmp_path)
-    assert done.stdout.strip() == "report/report.md"
+    assert done.stdout.strip() == "report/report.html"
     text = (tmp_path / "report" / "report.md").read_text()
     rows = table(text, "Results")
     assert [*rows] == ["**tiny**", "**other**", f"**{tmp_path.name}/log.txt**"]
@@ -106,7 +166,7 @@ def test_several_runs_are_compared(tiny_run, tmp_path):
     assert is_picture(tmp_path / "report" / "hellaswag.png", at_least=500)
 
 
-@pytest.mark.parametrize("name", ["report.md", "loss.png"])
+@pytest.mark.parametrize("name", ["report.md", "report.html", "loss.png"])
 def test_files_of_the_user_are_not_written_over(tiny_run, tmp_path, name):
     (tmp_path / name).write_text("mine")
     command = [sys.executable, "-m", "eval.report", tiny_run.folder, "--output", tmp_path]
@@ -116,6 +176,9 @@ def test_files_of_the_user_are_not_written_over(tiny_run, tmp_path, name):
     (tmp_path / name).unlink()
     for _ in range(2):  # a report of ours makes room for the next
         run_command(*command, cwd=ROOT)
+    (tmp_path / "report.html").write_text("mine, made of report.md")
+    assert "report.html exists" in run_command(*command, cwd=ROOT, exit_code=2).stderr
+    assert (tmp_path / "report.html").read_text() == "mine, made of report.md"
 
 
 def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
@@ -188,6 +251,21 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, log, message):
     (tmp_path / "log.txt").write_text(log)
     with pytest.raises(UserError, match=message):
         read_run(tmp_path)
+
+
+def test_the_overview_shows_the_first_and_the_last_samples(tiny_run, tmp_path):
+    def overview(*texts):
+        samples = [Sample(step, "def", text) for step, text in enumerate(texts)]
+        paths = plot_all([replace(read_run(tiny_run.folder), samples=samples)], tmp_path)
+        assert [path.name for path in paths] == ["overview.png", "loss.png", "training.png"]
+        assert is_picture(paths[0], at_least=900)
+        return paths[0].read_bytes()
+
+    with warnings.catch_warnings(action="error"):  # of letters that the font lacks
+        first = overview("a", "b", "c")
+        assert first == overview("a", "another", "c") != overview("a", "b", "d") != overview("d", "b", "d")
+        overview("")
+        overview("\u6587 \U0001f389 $\\frac{1}$ \0\x1b[31m\ud800 \t" + 500 * "x", "\n" * 50)
 
 
 def test_a_log_of_something_else_has_no_pictures(tmp_path):

@@ -20,7 +20,15 @@ NEAR_NAMES = [
     *("step_best", "step_00000006_gguf", "step_00000012.bak", "step_6_keep", "step_00000009_copy", "step_6", "best"),
     *("step_000000060", "step_0000006", "Step_00000006", "step_00000006 ", "step_00000006.lm_eval", "damaged_step_6"),
     *(".step_6.partial", ".step_00000006.part", ".step_00000006.partial.bak", "COMPLETE", "training_state", "hub"),
-    *("report.md.bak", "my_report.md", "loss2.png", "notes.txt", "metrics.jsonl.old", "log.txt~", ".uploading_step_6"),
+    *(
+        "report.md.bak",
+        "my_report.html",
+        "loss2.png",
+        "notes.txt",
+        "metrics.jsonl.old",
+        "log.txt~",
+        ".uploading_step_6",
+    ),
 ]
 
 

@@ -176,4 +176,6 @@ def test_worse_is_called_worse_and_the_same_is_not_told_apart(data_folder, tmp_p
     assert code == 0 and text.count(" steps ...") == 1
     assert "- same: not told apart (p = 1)" in text and "- worse: worse than base (p = " in text
     report = (tmp_path / "out" / "comparison.md").read_text()
+    assert text.rstrip().splitlines()[-1] == "out/comparison.html"
+    assert "data:image/png;base64," in (tmp_path / "out" / "comparison.html").read_text()
     assert report.count("| worse |") == 2 and (tmp_path / "out" / "comparison.png").stat().st_size > 10_000

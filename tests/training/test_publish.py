@@ -135,7 +135,7 @@ def test_a_hub_that_fails_does_not_touch_the_run(recipe, tmp_path, what, message
     *_, last = (line for line in run.stdout.splitlines() if "published" in line)
     assert message in last
     assert last.endswith("this tries again: python -m training.publish runs/failing")
-    assert "report           runs/failing/report/report.md" in run.stdout
+    assert "report           runs/failing/report/report.html" in run.stdout
     assert hub.environment()["HF_TOKEN"] not in run.stdout
     assert len(list((run.folder / "hub").glob("*step_*"))) == 1  # the others were overtaken
 

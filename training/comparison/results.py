@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.files import write_text
+from eval.reporting.page import write_page
 from eval.reporting.plots import COLORS, new_figure, save_figure
 from eval.reporting.run_records import Curve, Record
 from eval.reporting.sections import number, table
 from training.comparison.plan import Budget
 
-REPORT_NAME, PICTURE_NAME = "comparison.md", "comparison.png"
+REPORT_NAME, PAGE_NAME, PICTURE_NAME = "comparison.md", "comparison.html", "comparison.png"
 SIGNIFICANCE = 0.05  # of the p-values, after the correction for several variants
 _EQUAL = 0.1  # largest difference of minutes that are called the same, as a part of the first's
 
@@ -142,10 +143,11 @@ def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
 
 
 def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) -> Path:
-    """Writes the report of a comparison and its picture; returns the path of the report."""
-    shown = [one for one in runs if one.records]
+    """Writes the report of a comparison and its picture; returns the path of the page with both."""
+    shown, pictures = [one for one in runs if one.records], []
     if shown:
-        save_figure(_plot(shown), folder / PICTURE_NAME)
+        pictures.append(folder / PICTURE_NAME)
+        save_figure(_plot(shown), pictures[0])
     text = (
         f"# Comparison at {budget} a run\n\n```bash\n{command}\n```\n\n{summary(runs, budget)}\n\n"
         f"Losses are means over the seeds. p is that of Welch's t-test against the first line, corrected for the "
@@ -153,7 +155,8 @@ def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) 
         f"![Validation loss]({PICTURE_NAME})\n"
     )
     write_text(folder / REPORT_NAME, text)
-    return folder / REPORT_NAME
+    write_page(folder / PAGE_NAME, text, pictures)
+    return folder / PAGE_NAME
 
 
 def _plot(runs: list[Runs]) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker
 
 from data_prep.common.command_line import first_line
-from eval.report import FILE_NAME
+from eval.report import PAGE_NAME
 from eval.reporting.sections import CAPTIONS
 from training.checkpointing.storage import checkpoint_folder
 from training.loop.run import Run
@@ -65,7 +65,7 @@ def print_ending(run: Run) -> None:
         print(f"\nstopped after step {run.state.step} ({run.stop_reason}); {remedy}")
         return
     repository = run.config.hub.hub_model_id
-    report = run.config.report_folder / FILE_NAME
+    report = run.config.report_folder / PAGE_NAME
     longer = ["accelerate", "launch", "training/train.py", f"{folder}/config.yaml", "--output_dir", f"{folder}_longer"]
     longer += ["--max_steps", str(2 * run.config.max_steps)]
     longer += ["--hub_model_id", f"{repository}_longer"] if run.config.hub.push_to_hub else []
