@@ -107,7 +107,7 @@ def evaluate_tasks(
 def main() -> None:
     parser = ArgumentParser("python -m eval.harness", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
-    parser.add_option("tasks", required=True, metavar="A,B,...", help="tasks and groups; gpt2_zero_shot: GPT-2's paper")
+    parser.add_option("tasks", required=True, metavar="A,B,...", help="tasks, or groups such as gpt3_zero_shot")
     parser.add_option("stock", action="store_true", help="use transformers' GPT-2 instead of GPTModel")
     parser.add_option("model_args", default="", metavar="A=B,...", help="of the harness's model, as dtype=bfloat16")
     parser.add_option("include_path", default=str(TASKS), help="folder of task files")

@@ -6,7 +6,7 @@ python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.t
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from data_prep.common.command_line import ArgumentParser, UserError, redact, run
@@ -67,13 +67,32 @@ def remove_report(folder: Path) -> None:
 
 
 def _harness(records: list[Record]) -> str:
-    rows = [
-        [record.name, checkpoint, task, ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())]
-        for record in records
-        for checkpoint, results in record.harness.items()
-        for task, scores in results.items()
-    ]
-    return table(["run", "checkpoint", "task", "scores"], rows) if rows else ""
+    """Returns the table of the harness's scores, with those that GPT-3's paper has of the same metrics."""
+    published = [model for model in models_beside(records) if model.harness]
+    rows = []
+    for record in records:
+        for checkpoint, results in record.harness.items():
+            for task, scores in results.items():
+                if not scores:  # of a group
+                    continue
+                metrics = {metric: (task, metric.partition(",")[0]) for metric in scores}  # without the filter's name
+                beside = [
+                    {metric: model.harness[name] for metric, name in metrics.items() if name in model.harness}
+                    for model in published
+                ]
+                rows.append([record.name, checkpoint, task, *map(_scores, [scores, *beside])])
+    if not rows:
+        return ""
+    note = (
+        "\n\nGPT-3's scores are those of its paper (table H.1, zero-shot), with prompts of its own."
+        if published
+        else ""
+    )
+    return table(["run", "checkpoint", "task", "scores", *(model.name for model in published)], rows) + note
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
 
 
 def _results(records: list[Record]) -> str:

@@ -1,12 +1,51 @@
 """EleutherAI's harness: its plain command on our checkpoints, our command, and evaluations during a run."""
 
 import json
+import runpy
 import sys
 
 import pytest
 from conftest import ROOT, run_command
 
+from eval.harness import check_tasks
+from eval.reporting.reference_results import of_the_same_size
+
 TASKS = "lambada_local,wikitext_local"
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return check_tasks(["gpt2_zero_shot", "gpt3_zero_shot"])
+
+
+def members(manager, group):
+    """The settings of each task of a group, by its name, as the installed harness and the group have them."""
+    tasks = [task if isinstance(task, dict) else {"task": task} for task in manager.task_index[group].cfg["task"]]
+    assert {task["task"] for task in tasks} <= set(manager.all_tasks)
+    return {task["task"]: {**manager.task_index[task["task"]].cfg, **task} for task in tasks}
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(("group", "at_least"), [("gpt2_zero_shot", 7), ("gpt3_zero_shot", 30)])
+def test_the_code_of_each_task_of_a_group_can_be_imported(manager, group, at_least):
+    """A task whose code cannot be imported would end the whole group."""
+    found = members(manager, group)
+    assert len(found) >= at_least
+    for task, settings in found.items():
+        functions = [value for value in settings.values() if isinstance(value, str) and value.startswith("/")]
+        for module, _, name in (value.rpartition(".") for value in functions):
+            assert name in runpy.run_path(f"{module}.py"), task
+
+
+@pytest.mark.clients
+def test_published_scores_are_of_metrics_that_the_group_has(manager):
+    found = members(manager, "gpt3_zero_shot")
+    (gpt3,) = (model for model in of_the_same_size(760e6) if model.harness)
+    assert gpt3.name == "GPT-3 760M" and gpt3.harness["lambada_openai", "perplexity"] == 6.53
+    assert {task for task, _ in gpt3.harness} | {"multirc"} == found.keys() | {"coqa", "record"}
+    for task, metric in gpt3.harness:
+        if "metric_list" in found.get(task, {}):
+            assert metric in {one["metric"] for one in found[task]["metric_list"]}, task
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,18 @@ def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
         parameters=124_439_808,
         data=[],
     )
+    run.harness["step_00000001"] = {
+        "lambada_openai": {"acc": 0.3, "perplexity": 40.5, "other": 1.0},
+        "nq_open": {"exact_match,remove_whitespace": 0.25},
+        "arc_easy": {"acc": 0.5},
+        "gpt3_zero_shot": {},
+    }
     text = write_report([run], tmp_path / "report").read_text()
+    assert "| task | scores | GPT-3 125M |" in text
+    assert "| lambada_openai | acc 0.3000, perplexity 40.5000, other 1.0000 | acc 0.4270, perplexity 18.6000 |" in text
+    assert "| exact_match,remove_whitespace 0.2500 | exact_match,remove_whitespace 0.0064 |" in text
+    assert "| arc_easy | acc 0.5000 |  |" in text, "GPT-3's is of another metric"
+    assert "gpt3_zero_shot" not in text
     assert "\n- `training/train.py --seed 1`\n" in text
     rows = table(text, "Results")
     assert rows["GPT-2 124M"]["HellaSwag, completion"] == "0.2955"
