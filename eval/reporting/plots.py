@@ -23,7 +23,7 @@ _AXES: dict[str, _Axis] = {
     "tokens": lambda record, steps: _interpolate(record.tokens(), steps),
     "time": lambda record, steps: _interpolate(record.seconds(), steps),
 }
-_SAMPLE_LINES, _SAMPLE_COLUMNS = 7, 36  # of two samples side by side, legible on a phone
+_SAMPLE_LINES, _SAMPLE_COLUMNS = 7, 31  # of two samples side by side, legible on a phone
 
 
 def plot_all(records: list[Record], folder: Path) -> list[Path]:
@@ -57,8 +57,8 @@ def _plot_overview(record: Record) -> Any:
         return None
     steps = dict.fromkeys([record.samples[0].step, record.samples[-1].step])
     columns = {step: _excerpts([sample for sample in record.samples if sample.step == step]) for step in steps}
-    rows = (3.2, 0.17 * (2 + max(text.count("\n") + 1 for text in columns.values())))
-    figure, (losses, below) = _figure("Overview", [record], 1, width=7, height=sum(rows), rows=rows)
+    rows = (2.8, 0.17 * (2 + max(text.count("\n") + 1 for text in columns.values())))
+    figure, (losses, below) = _figure("Overview", [record], 1, width=6, height=sum(rows), rows=rows)
     _plot_losses(losses, "step", [record])
     _finish_losses(losses, [record])
     below.set_axis_off()
