@@ -25,9 +25,11 @@ def batches(steps: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": t[:, :-1].contiguous(), "shift_labels": t[:, 1:].contiguous()} for t in tokens]
 
 
-def train(model: GPTModel, micro_batches: int = 1, steps: int = STEPS, **settings) -> torch.Tensor:
-    """The losses of some steps."""
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+def train(
+    model: GPTModel, micro_batches: int = 1, steps: int = STEPS, accelerator: Accelerator | None = None, **settings
+) -> torch.Tensor:
+    """The losses of some steps, in float32 if no accelerator is given."""
+    accelerator = accelerator or Accelerator(cpu=True, mixed_precision="no")
     optimizer = make_optimizer(model, OptimizerSettings(**{"optim": "adamw", "learning_rate": 1e-2} | settings))
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []

@@ -99,12 +99,14 @@ def _check_launch(cpu_only: bool, num_processes: int) -> None:
 
 
 def chosen_precision(asked_for: str) -> str:
-    """Returns the mixed precision to use: `asked_for`, or for `auto` that of the Accelerate config, else bf16 where it
-    is fast."""
+    """Returns the mixed precision to use: `asked_for`, or for `auto` that of the Accelerate config, else the fastest of
+    this process's device."""
     if asked_for != "auto":
         return asked_for
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return configured if configured != "no" else "bf16" if bf16_is_fast() else "no"
+    if configured != "no":
+        return configured
+    return "bf16" if bf16_is_fast() else "fp16" if _only_fp16_is_fast() else "no"
 
 
 def fp8_is_available() -> bool:
@@ -117,3 +119,8 @@ def bf16_is_fast() -> bool:
     if not on_cpu():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _only_fp16_is_fast() -> bool:
+    """Whether this process's device is a GPU with matrix products in fp16, but bf16 in emulation only: V100, T4."""
+    return not on_cpu() and torch.cuda.is_available() and (7, 0) <= torch.cuda.get_device_capability() < (8, 0)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import needs_compiler
 from tiny import LENGTH, VOCAB_SIZE, batches, make_model, train
 from torch.optim import AdamW
@@ -247,6 +248,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind):
     assert all(map(torch.equal, before, (*model.parameters(), *values(optimizer))))
     training_step(accelerator, model, optimizer, [good], max_grad_norm=1.0)
     assert not any(map(torch.equal, before, (*model.parameters(), *values(optimizer))))
+
+
+@pytest.fixture
+def fp16():
+    """An accelerator as on a GPU in fp16, which Accelerate does not do on a CPU: torch's autocast and loss scale."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    yield accelerator
+    AcceleratorState._reset_state(reset_partial_state=False)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_fp16_is_close_to_float32(kind, fp16):
+    losses = train(make_model(), accelerator=fp16, optim=kind)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    in_float32 = train(make_model(), optim=kind)
+    assert 0 < (losses - in_float32).abs().max() < 2e-2
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_loss_scale_that_is_too_large_is_halved_by_steps_that_change_nothing(kind, fp16):
+    fp16.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    model = make_model()
+    model, optimizer = fp16.prepare(model, make_optimizer(model, OptimizerSettings(optim=kind), fp16.mixed_precision))
+    before = [parameter.clone() for parameter in model.parameters()]
+    skipped = 0
+    while not training_step(fp16, model, optimizer, batches(1), max_grad_norm=1.0)["grad_norm"].isfinite():
+        skipped += 1
+        assert fp16.scaler.get_scale() == 2.0 ** (30 - skipped)
+        assert all(map(torch.equal, before, model.parameters()))
+    assert skipped and not any(map(torch.equal, before, model.parameters()))
 
 
 def values(optimizer):

@@ -1,6 +1,9 @@
 """Settings: who overrides whom, and every problem at once."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -265,6 +268,24 @@ def test_an_accelerate_config_for_the_cpu_means_the_cpu(monkeypatch):
     assert not on_cpu() and chosen_precision("auto") == "bf16"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert on_cpu() and chosen_precision("auto") == "no"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "precision"),
+    [("A100", (8, 0), "bf16"), ("T4", (7, 5), "fp16"), ("V100", (7, 0), "fp16"), ("P100", (6, 0), "no")],
+)
+def test_the_precision_of_a_gpu_is_what_its_hardware_has(gpu, capability, precision, monkeypatch):
+    """torch, asked for bf16 on a T4, says yes: it emulates it."""
+    properties = SimpleNamespace(major=capability[0])
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported() and chosen_precision("auto") == precision
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert chosen_precision("auto") == "bf16"
 
 
 def test_precision_of_flag_over_accelerate_config(monkeypatch):
