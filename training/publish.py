@@ -34,6 +34,7 @@ from training.checkpointing.storage import (
     is_checkpoint,
     step_of,
 )
+from training.publishing.dashboard import publish_dashboard
 from training.publishing.queue import FOLDER, SENTINEL, claim, enqueue, pending, release_claims
 from training.settings.old_names import translate
 
@@ -50,6 +51,7 @@ class Destination:
         revisions: tag each checkpoint with its step.
         private: make a new repository private.
         licence: in the model card.
+        space: `USER/NAME` of the dashboard; None for no dashboard.
     """
 
     repository: str
@@ -57,6 +59,7 @@ class Destination:
     revisions: bool
     private: bool
     licence: str
+    space: str | None
 
 
 def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
@@ -78,10 +81,11 @@ def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
             _enqueue_intact(checkpoint, run_folder)
         chosen = _to_upload(run_folder, to.strategy, steps)
         hub.create(to.private)
+        dashboard = _publish_dashboard(run_folder, to, step_of(chosen[-1])) if chosen else None
         for checkpoint in chosen:
             step = step_of(checkpoint)
             with claim(checkpoint) as folder:
-                _add_card(folder, step, run_folder, to)
+                _add_card(folder, step, run_folder, to, dashboard)
                 files: dict[str, Path | bytes] = {
                     path.name: path for path in sorted(folder.iterdir()) if path.name != SENTINEL
                 }
@@ -135,15 +139,27 @@ def _released_checkpoint(run_folder: Path, strategy: str) -> Path:
     return min(complete, key=lambda checkpoint: by_step.get(step_of(checkpoint), math.inf))
 
 
-def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination) -> None:
+def _publish_dashboard(run_folder: Path, to: Destination, step: int) -> str | None:
+    """The address of the dashboard, None if there is none: the model is published without it, too."""
+    if to.space is None:
+        return None
+    try:
+        return publish_dashboard(run_folder, to.space, to.private)
+    except UserError as error:
+        print(f"step {step:>6}  published without a dashboard: {error}", flush=True)
+        return None
+
+
+def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination, dashboard: str | None) -> None:
     """Writes the model card, its pictures and the settings of the run into the folder to upload."""
     record = read_run(run_folder)
     pictures = plot_all([truncate_to_step(record, step)], checkpoint)
-    card = model_card(record, step, checkpoint, to.repository, to.licence, pictures)
+    card = model_card(record, step, checkpoint, to.repository, to.licence, pictures, dashboard)
     # write_text replaces a link; it never writes through it.
     write_text(checkpoint / "README.md", card)
     # Not the repository: others who run these settings have their own.
-    settings = {name: value for name, value in record.settings.items() if not name.startswith(("push_to_hub", "hub_"))}
+    own = ("push_to_hub", "hub_", "trackio_")
+    settings = {name: value for name, value in record.settings.items() if not name.startswith(own)}
     write_text(checkpoint / "training_config.yaml", redact(yaml.safe_dump(settings, sort_keys=False)))
 
 
@@ -156,6 +172,11 @@ def main() -> None:
     parser.add_option("hub_revisions", action="store_true", help="tag each with its step")
     parser.add_option("hub_private_repo", action="store_true", help="make the repository a private one")
     parser.add_option("hub_license", help="licence that the model card names; the run's, which is mit, if not given")
+    parser.add_option(
+        "trackio_static_space_id",
+        metavar="USER/NAME",
+        help="static Space for trackio's dashboard; the run's if not given",
+    )
     parser.add_option("check", action="store_true", help="only check whether the Hub would accept an upload")
     args = parser.parse_args()
     settings = _settings(args.run)
@@ -176,6 +197,7 @@ def main() -> None:
         revisions=args.hub_revisions or settings.hub_revisions,
         private=args.hub_private_repo or settings.hub_private_repo,
         licence=args.hub_license or settings.hub_license,
+        space=args.trackio_static_space_id or settings.trackio_static_space_id,
     )
     publish(args.run, to, args.step)
 
@@ -191,6 +213,7 @@ class _HubSettings:
     hub_revisions: bool = False
     hub_private_repo: bool = False
     hub_license: str = "mit"
+    trackio_static_space_id: str | None = None
 
 
 def _settings(run_folder: Path) -> _HubSettings:

@@ -30,6 +30,7 @@ from training.publishing.uploader import Uploads
 from training.records.environment import write_environment
 from training.records.run_log import RunLog
 from training.records.step_metrics import StepTimer
+from training.records.trackers import start_trackers
 from training.records.versions import untested_versions
 from training.resilience.disk_space import room_for_checkpoints
 from training.resilience.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
@@ -140,7 +141,7 @@ def _open_log(
         write_environment(config, accelerator, data, parameters, flops_per_token(model.config, config.sequence_length))
         print(header(config, accelerator, data, parameters, describe(optimizer.optimizer), state))
     if config.logging.report_to != "none":
-        accelerator.init_trackers(config.run_name, config={k: str(v) for k, v in config.to_dict().items()})
+        start_trackers(config, accelerator)
     log = RunLog(
         config.run_folder, state.step, config.max_steps, config.logging.logging_steps, accelerator.is_main_process
     )

@@ -60,6 +60,13 @@ def local_folder(name: str, download: bool = True) -> Path:
     return Path(Hub(repository, "dataset").snapshot(revision or None, download))
 
 
+def limit_waiting() -> None:
+    """Makes requests to the Hub fail after a time without an answer; the default is to wait for ever."""
+    from huggingface_hub import get_session
+
+    get_session().timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
+
+
 class Hub:
     """A repository on the Hub. Requests are repeated after transient failures.
 
@@ -125,13 +132,11 @@ class Hub:
             self.api.create_tag(**self._address, tag=name, revision=commit)
 
     def _try(self, request: Callable[[], T]) -> T:
-        from huggingface_hub import get_session
         from huggingface_hub.errors import RepositoryNotFoundError
 
         retries = Retries(_DELAYS, "the same command tries again")
         while True:
-            # The default timeout is none.
-            get_session().timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
+            limit_waiting()
             try:
                 return request()
             except (LookupError, TypeError, AttributeError):  # programming errors

@@ -16,7 +16,15 @@ from eval.reporting.run_records import Curve, Environment, Record
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
-def model_card(record: Record, step: int, checkpoint: Path, repository: str, licence: str, pictures: list[Path]) -> str:
+def model_card(
+    record: Record,
+    step: int,
+    checkpoint: Path,
+    repository: str,
+    licence: str,
+    pictures: list[Path],
+    dashboard: str | None = None,
+) -> str:
     """Returns the text of `README.md` for the checkpoint of a step.
 
     Args:
@@ -25,6 +33,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
         repository: `USER/NAME` on the Hub.
         licence: an identifier of the Hub, as `mit`.
         pictures: files of `eval.reporting.plots.plot_all`, in the folder of the card.
+        dashboard: address of a Space with trackio's dashboard of the run.
 
     Raises:
         UserError: if the run has no `environment.json`.
@@ -44,7 +53,8 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "gpt-accelerate"],
+        # The Hub shows a dashboard that a tag names on the page of the model, as "Training metrics".
+        tags=["gpt2", "gpt-accelerate", *(["trackio", f"trackio:{dashboard}"] if dashboard else [])],
         eval_results=results or None,
     )
     tokens, settings = record.tokens(), record.settings
@@ -64,6 +74,7 @@ def model_card(record: Record, step: int, checkpoint: Path, repository: str, lic
         sources=", ".join(dict.fromkeys(map(sections.source, about.data))),
         prompt=repr(next(iter(settings.get("sample_prompts", [])), "The")),
         evaluation="\n\n".join(filter(None, [_evaluation_table(results), sections.pictures(pictures)])),
+        dashboard=dashboard,
         samples_title=f"Samples of step {record.samples[-1].step}" if record.samples else "",
         prepared_by=[shlex.join(["python", "-m", *one.prepared_by]) for one in about.data if one.prepared_by],
     )

@@ -34,11 +34,12 @@ def write_run_report(run: Run) -> None:
 
 
 def _log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> None:
-    """Sends pictures to a tracker that shows them."""
+    """Sends pictures to a tracker that shows them, as `report/NAME`: `loss` is the name of a metric."""
+    named = {f"report/{path.stem}": path for path in pictures}
     if tracker.name == "trackio":
         import trackio
 
-        tracker.log({path.stem: trackio.Image(path) for path in pictures}, step=step)
+        tracker.log({name: trackio.Image(path) for name, path in named.items()}, step=step)
         return
     if not hasattr(tracker, "log_images"):
         return
@@ -46,9 +47,9 @@ def _log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> N
     from PIL import Image
 
     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    for path in pictures:
+    for name, path in named.items():
         with Image.open(path) as image:
-            tracker.log_images({path.stem: np.array(image.convert("RGB"))[None]}, step=step, **options)
+            tracker.log_images({name: np.array(image.convert("RGB"))[None]}, step=step, **options)
 
 
 def print_ending(run: Run) -> None:
@@ -64,11 +65,12 @@ def print_ending(run: Run) -> None:
         )
         print(f"\nstopped after step {run.state.step} ({run.stop_reason}); {remedy}")
         return
-    repository = run.config.hub.hub_model_id
+    repository, space = run.config.hub.hub_model_id, run.config.hub.trackio_static_space_id
     report = run.config.report_folder / PAGE_NAME
     longer = ["accelerate", "launch", "training/train.py", f"{folder}/config.yaml", "--output_dir", f"{folder}_longer"]
     longer += ["--max_steps", str(2 * run.config.max_steps)]
     longer += ["--hub_model_id", f"{repository}_longer"] if run.config.hub.push_to_hub else []
+    longer += ["--trackio_static_space_id", f"{space}_longer"] if space is not None else []
     prompt = next(iter(run.config.evaluation.sample_prompts), "")
     commands = [
         ["python", "-m", "eval.generate", str(last), "--prompt", prompt],

@@ -10,7 +10,7 @@ from eval.common.devices import chosen_precision, fp8_is_available, on_cpu
 from eval.hellaswag import RULES
 from training.settings.config import TrainingConfig
 from training.settings.parsing import read_settings
-from training.settings.schema import QUICKSTART_DATA, EvaluationSettings, HubSettings
+from training.settings.schema import QUICKSTART_DATA, EvaluationSettings
 
 
 def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
@@ -30,7 +30,7 @@ def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
         problems.append(f"report_to={tracker!r} is not installed; pip install {tracker}")
     known = config.to_dict()
     problems += [f"override: {unknown_name(name, known)}" for name in config.run.override if name not in known]
-    raise_all(problems + _hub_problems(config.hub) + _folder_problems(config))
+    raise_all(problems + _hub_problems(config) + _folder_problems(config))
     return config
 
 
@@ -48,14 +48,19 @@ def _size_problems(config: TrainingConfig, num_processes: int) -> list[str]:
     return problems + (_batch_problems(config, num_processes) or schedule_problems(config))
 
 
-def _hub_problems(hub: HubSettings) -> list[str]:
+def _hub_problems(config: TrainingConfig) -> list[str]:
+    hub, problems = config.hub, []
+    if hub.trackio_static_space_id is not None and config.logging.report_to not in ("trackio", "all"):
+        problems.append("trackio_static_space_id shows what trackio has recorded; add --report_to trackio")
     if not hub.push_to_hub:
-        return []
+        return problems
     if hub.hub_model_id is None:
-        return ["push_to_hub needs the name of a repository; add --hub_model_id USER/NAME"]
-    uploads = os.environ.get("RANK", "0") == "0"
-    problem = repository_problem("hub_model_id", hub.hub_model_id) if uploads else None
-    return [] if problem is None else [problem]
+        return [*problems, "push_to_hub needs the name of a repository; add --hub_model_id USER/NAME"]
+    if os.environ.get("RANK", "0") == "0":  # which uploads
+        names = {"hub_model_id": hub.hub_model_id, "trackio_static_space_id": hub.trackio_static_space_id}
+        found = [repository_problem(option, name) for option, name in names.items() if name is not None]
+        problems += [problem for problem in found if problem is not None]
+    return problems
 
 
 def _folder_problems(config: TrainingConfig) -> list[str]:

@@ -1,0 +1,88 @@
+"""Runs that report to trackio: what it has stored, read by trackio itself, and its dashboard on the Hub."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import launch, run_command
+from forks import begin
+from plants import no_network, online
+from standin_hub import StandIn, serve
+
+pytestmark = pytest.mark.clients
+RECORDS = """
+import json, sys
+from pathlib import Path
+import pandas, trackio
+from trackio.sqlite_storage import SQLiteStorage
+project, exported = sys.argv[1:]
+(run,) = trackio.Api().runs(project)
+SQLiteStorage.export_for_static_space(project, Path(exported))  # what its static dashboard reads
+loss = pandas.read_parquet(f"{exported}/metrics.parquet")[["step", "loss"]].dropna()
+logs = SQLiteStorage.get_logs(project, run.name, run_id=run.id)
+print(json.dumps([run.name, run.config, logs, loss.values.tolist()]))
+"""
+
+
+@pytest.fixture
+def flags(short_steps) -> list[str]:
+    return [*short_steps, "--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--report_to", "trackio"]
+
+
+@pytest.fixture(autouse=True)
+def default_folder(monkeypatch):
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+
+
+def stored(folder: Path, project: str, exported: Path) -> tuple[str, dict, list[dict], list]:
+    """The name of the one run in `folder`, its settings, its logs, and the losses in the export of a static Space."""
+    environment = os.environ | {"TRACKIO_DIR": str(folder)}
+    done = run_command(sys.executable, "-c", RECORDS, project, exported, cwd=folder, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
+    """Every number of every step, the samples and the pictures; a resumed run goes on in the same records."""
+    samples = ["--sample_every", "3", "--sample_tokens", "4", "--sample_prompts", "import"]
+    run = begin([*flags, *samples, "--run_name", "seen"], tmp_path, no_network).finished("seen")
+    resume = ["--run_name", "seen", "--resume_from_checkpoint", "--max_steps", "8", "--override", "max_steps"]
+    run = begin(resume, tmp_path, no_network).finished("seen")
+    name, settings, logs, exported = stored(run.folder / "trackio", "seen", tmp_path / "exported")
+    assert name == "seen" and settings["max_steps"] == "8"
+
+    found: dict[int, dict] = {}
+    for line in logs:
+        found.setdefault(line["step"], {}).update(line)
+    for step, expected in run.metrics().items():
+        numbers = {name: value for name, value in expected.items() if name not in ("data", "message")}
+        assert numbers == {name: found[step][name] for name in numbers}
+    assert exported == [[step, loss] for step, loss in enumerate(run.losses())]
+    texts = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert len(texts) == 3  # steps 3, 6 and 8
+    assert [found[text["step"]]["sample/0"] for text in texts] == [text["prompt"] + text["text"] for text in texts]
+    pictures = [file.read_bytes() for file in (run.folder / "trackio" / "media").rglob("*.png")]
+    assert (run.folder / "report" / "loss.png").read_bytes() in pictures
+
+
+def test_a_hub_that_does_not_answer_does_not_hold_a_run(flags, tmp_path):
+    """trackio asks it for the name of the owner of a token, if there is one."""
+    with serve(StandIn(failing="hang")) as hub:
+        launch(*flags, "--max_steps", "1", "--run_name", "alone", cwd=tmp_path, env=os.environ | hub.environment())
+        assert "GET /api/whoami-v2" in hub.requests
+    assert (tmp_path / "runs" / "alone" / "trackio" / "alone.db").is_file()
+
+
+def test_a_model_is_published_without_its_dashboard_if_that_fails(flags, tmp_path):
+    """The stand-in has no Spaces. (No test has published a dashboard: its files go to a bucket of the real Hub.)"""
+    publishing = ["--push_to_hub", "--hub_model_id", "user/seen", "--trackio_static_space_id", "user/dashboard"]
+    with serve() as hub:
+        words = [*flags, *publishing, "--run_name", "seen", "--hub_strategy", "end"]
+        run = begin(words, tmp_path, online, hub.environment()).finished("seen")
+        assert "step      6  published without a dashboard: user/dashboard: " in run.stdout
+        assert "GET /api/spaces/user/dashboard" in hub.requests
+        repository = hub.repositories["models/user/seen"]
+    files = repository.commits[repository.branches["main"]]
+    assert "model.safetensors" in files and b"trackio:" not in files["README.md"]
+    assert b"trackio_static_space_id" not in files["training_config.yaml"]
