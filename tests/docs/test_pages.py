@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DATA, ROOT
+from project import link_project
 from standin_hub import USER, serve
 
 pytestmark = pytest.mark.docs
@@ -30,9 +31,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def clone(tmp_path_factory, text_files) -> Path:
     """The folder of a user: the project, some text, evaluation sets, and the quickstart's run."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in ROOT.iterdir():
-        if path.name not in ("data", "runs", ".git", ".venv") and not path.name.startswith("."):
-            (folder / path.name).symlink_to(path)
+    link_project(folder)
     shutil.copytree(text_files, folder / "my_texts")
     (folder / "more_texts").mkdir()
     for path in text_files.glob("json_*.txt"):
