@@ -6,6 +6,8 @@ python -m training.chat runs/mine/checkpoints/step_00019073 --max_train_samples 
 Needs the extra `chat`: pip install -e ".[chat]" -c constraints.txt
 """
 
+import os
+import shlex
 import sys
 import tempfile
 from dataclasses import fields
@@ -22,6 +24,7 @@ import torch
 
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.reading.sources import ConversationSource
+from eval.common.devices import on_cpu, processes_launched
 from eval.common.models import load_model
 from training.finetuning.conversations import fit, read_conversations, split
 from training.finetuning.template import add_chat_template, render, show
@@ -53,7 +56,7 @@ def main() -> None:
         "data",
         default=DEFAULT_DATA,
         help="conversations: a data set of the Hub, a file or folder of what data_prep reads, or 'builtin', about "
-        "Python's standard library",
+        "Python's standard library, without a network",
     )
     parser.add_option("name", help="configuration of the Hub data set")
     parser.add_option("split", default="train", help="split of the Hub data set")
@@ -78,13 +81,21 @@ def main() -> None:
         args.data, name=args.name, split=args.split, revision=args.revision, text_column=args.messages_column
     )
     limit = args.max_train_samples and args.max_train_samples + args.max_eval_samples
-    fitted = fit(read_conversations(source), tokenizer, max_length, limit)
-    if line := fitted.describe(max_length):
-        print(line)
+    try:
+        fitted = fit(read_conversations(source), tokenizer, max_length, limit)
+    except UserError as error:
+        hint = " (--data builtin needs no network)" if args.data == DEFAULT_DATA else ""
+        raise UserError(f"{error}{hint}") from error
     train, held_out = split(fitted.conversations, args.max_eval_samples, settings.seed)
-    print(f"{len(train):,} conversations to learn from, {len(held_out):,} held out; of the first, this is learned:")
-    print(show(tokenizer, render(tokenizer, train[0]), sys.stdout.isatty()))
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        if line := fitted.describe(max_length):
+            print(line)
+        print(f"{len(train):,} conversations to learn from, {len(held_out):,} held out; of the first, this is learned:")
+        print(show(tokenizer, render(tokenizer, train[0]), sys.stdout.isatty()), flush=True)
     model, losses = finetune(model, tokenizer, new_tokens, train, held_out, max_length, settings)
+    if not is_first:
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, output)
     best, last = min(losses, key=losses.__getitem__), max(losses)
@@ -92,7 +103,7 @@ def main() -> None:
         f"held-out loss {losses[0]:.4f} before, {losses[last]:.4f} after step {last:,}, lowest after step {best:,}; in "
         f"nats per token of the assistant"
     )
-    print(f"chat model  {output}\ntalk to it  python -m eval.generate {output} --chat")
+    print(f"chat model  {output}\ntalk to it  python -m eval.generate {shlex.quote(str(output))} --chat")
 
 
 def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
@@ -101,6 +112,9 @@ def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
     for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("max_length", 2)):
         if (value := getattr(args, name)) is not None and value < least:
             problems.append(f"{name}={value} must be at least {least}")
+    if processes_launched() == 1 and not on_cpu() and torch.cuda.device_count() > 1:
+        gpus = f"{torch.cuda.device_count()} GPUs and one process"
+        problems.append(f"{gpus}; start by accelerate launch -m training.chat, or set CUDA_VISIBLE_DEVICES=0")
     if output.exists():
         problems.append(f"output_dir={output} exists; give another, or remove it")
     packages = ["trl", *(["peft"] if settings.lora_r else [])]

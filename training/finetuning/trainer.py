@@ -124,6 +124,7 @@ def _config(max_length: int, settings: FinetuningSettings, scratch: Path) -> Any
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             use_cpu=on_cpu(),
+            ddp_find_unused_parameters=False,
             seed=settings.seed,
             eval_on_start=True,
             eval_strategy="epoch",
