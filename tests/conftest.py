@@ -128,6 +128,19 @@ def launch(
     return run_command(*launcher, *files, ROOT / script, *flags, cwd=cwd, exit_code=exit_code, env=env)
 
 
+def torchrun(
+    processes: int,
+    *flags: str,
+    cwd: Path,
+    exit_code: int | None = 0,
+    script: str = "training/train.py",
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """`torchrun --standalone --nproc_per_node PROCESSES SCRIPT FLAGS`, from `cwd`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return run_command(*launcher, ROOT / script, *flags, cwd=cwd, exit_code=exit_code, env=env)
+
+
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, data_folder):
     """Train the tiny model on the small data in real processes: float32, sequential, 512 tokens a step; started by

@@ -88,10 +88,12 @@ def _check_launch(cpu_only: bool, num_processes: int) -> None:
     if not cpu_only and torch.cuda.is_available() and local_processes > (gpus := torch.cuda.device_count()):
         raise UserError(
             f"the launch asked for {local_processes} processes on this machine, which has {gpus} GPUs; give "
-            f"accelerate launch --num_processes {gpus}"
+            f"--num_processes {gpus} to accelerate launch, or --nproc_per_node {gpus} to torchrun"
         )
-    # cpu_ddp.yaml hides the GPUs on purpose; without that, the launch expected GPUs.
-    if cpu_only and num_processes > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"):
+    # cpu_ddp.yaml hides the GPUs on purpose; without that, the Accelerate config expected GPUs. torchrun has none.
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+    if cpu_only and num_processes > 1 and by_accelerate and not hidden:
         raise UserError(
             f"the launch asked for {num_processes} processes on GPUs, and torch sees none; for several processes on "
             f"CPUs use accelerate_configs/cpu_ddp.yaml"

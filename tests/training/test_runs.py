@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_MODEL, VOCAB_SIZE, Finished, launch
+from conftest import TINY_MODEL, VOCAB_SIZE, Finished, launch, torchrun
 from forks import begin
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,15 +66,29 @@ def test_losses_are_those_of_build_nanogpts_loop(tiny_run, data_folder, tmp_path
     np.testing.assert_allclose([metrics[step]["grad_norm"] for step in range(max_steps)], norms, rtol=1e-3)
 
 
-@pytest.mark.processes
-def test_two_processes_do_not_change_the_losses(tiny_run, train):
+@pytest.fixture(scope="module")
+def two_processes(train):
     flags = ["--max_steps", "20", "--per_device_train_batch_size", "4", "--eval_steps", "5"]
-    other = train("two_processes", *flags, launch_file="cpu_ddp")
+    return train("two_processes", *flags, launch_file="cpu_ddp")
+
+
+@pytest.mark.processes
+def test_two_processes_do_not_change_the_losses(tiny_run, two_processes):
+    other = two_processes
     assert json.loads((other.folder / "environment.json").read_text())["num_processes"] == 2
     difference = np.array(other.losses()) - np.array(tiny_run.losses())
     assert np.abs(difference).max() < 1e-4 and abs(difference.mean()) < 2e-5
     for step in (0, 5, 10, 15, 20):
         assert other.metrics()[step]["val_loss"] == pytest.approx(tiny_run.metrics()[step]["val_loss"], abs=1e-4)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_is_as_good_as_accelerate_launch(request, processes, tmp_path):
+    run = request.getfixturevalue("tiny_run" if processes == 1 else "two_processes")
+    torchrun(processes, run.folder / "config.yaml", "--output_dir", "run", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["num_processes"] == processes
+    assert Finished(tmp_path / "run", "").losses() == run.losses()
 
 
 # Everything that a step's number or position decides: the batch, the learning rates, Muon's momentum, the order.
@@ -364,6 +378,7 @@ def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_file
 def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path):
     """The environment that the launcher sets for ddp.yaml."""
     launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    launched["ACCELERATE_MIXED_PRECISION"] = "no"  # which torchrun does not set
     code, text = begin(["--data", data_folder, "--batch_tokens", "4096"], tmp_path, env=launched).ended()
     assert code == 2 and text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
 

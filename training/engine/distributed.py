@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -40,7 +40,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=None if config.logging.report_to == "none" else config.logging.report_to,
         project_dir=str(config.run_folder),
         timeout=config.devices.ddp_timeout,
-        kwargs_handlers=[_data_parallel(config)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     _check_strategy(accelerator)
     if accelerator.is_fsdp2:
@@ -88,14 +88,6 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
-
-
-def _data_parallel(config: TrainingConfig) -> DistributedDataParallelKwargs:
-    compression = config.devices.gradient_compression
-    return DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True,
-        comm_hook=DDPCommunicationHookType(compression.replace("none", "no")),
-    )
 
 
 def _check_strategy(accelerator: Accelerator) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from data_prep.common.command_line import raise_all, unknown_name
 from data_prep.common.hub import is_on_hub, repository_problem
-from eval.common.devices import chosen_precision, fp8_is_available, on_cpu
+from eval.common.devices import chosen_precision, fp8_is_available
 from eval.hellaswag import RULES
 from training.settings.config import TrainingConfig
 from training.settings.parsing import read_settings
-from training.settings.schema import QUICKSTART_DATA, EvaluationSettings
+from training.settings.schema import POWER_SGD_START_STEP, QUICKSTART_DATA, EvaluationSettings
 
 
 def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
@@ -22,7 +22,8 @@ def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
     config, problems = read_settings(argv)
     # With a wrong value replaced by its default, messages about sizes and lengths would be wrong too.
     problems += [] if problems else _size_problems(config, num_processes)
-    problems += _precision_problems(config, num_processes)
+    problems += _precision_problems(config)
+    problems += _communication_problems(config, num_processes)
     problems += _data_problems(config)
     problems += _evaluation_problems(config.evaluation, num_processes)
     tracker = config.logging.report_to
@@ -187,7 +188,7 @@ def schedule_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
-def _precision_problems(config: TrainingConfig, num_processes: int) -> list[str]:
+def _precision_problems(config: TrainingConfig) -> list[str]:
     problems = []
     if chosen_precision(config.devices.mixed_precision) == "fp8":
         if find_spec("torchao") is None:
@@ -197,11 +198,35 @@ def _precision_problems(config: TrainingConfig, num_processes: int) -> list[str]
                 "mixed_precision='fp8' needs a GPU with fp8 matrix products (compute capability 8.9 or more, as L4 or "
                 "H100); use bf16"
             )
-    if config.devices.gradient_compression != "none":
-        if num_processes == 1:
-            problems.append("gradient_compression does nothing in a single process; leave it out")
-        elif on_cpu():
-            problems.append("gradient_compression needs NCCL, and so GPUs; leave it out")
-        elif os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-            problems.append("gradient_compression is for data-parallel processes, not FSDP; leave it out")
+    return problems
+
+
+def _communication_problems(config: TrainingConfig, num_processes: int) -> list[str]:
+    devices, problems = config.devices, []
+    kind = devices.gradient_compression
+    if kind != "none" and num_processes == 1:
+        problems.append(f"gradient_compression={kind!r} does nothing in a single process; use none")
+    elif kind != "none" and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        problems.append(f"gradient_compression={kind!r} is for data-parallel processes, not FSDP; use none")
+    if kind != "power_sgd":
+        given = {name: getattr(devices, name) for name in ("power_sgd_rank", "power_sgd_start_step")}
+        return problems + [
+            f"{name}={value} does nothing under gradient_compression={kind!r}; use power_sgd, or leave it out"
+            for name, value in given.items()
+            if value is not None
+        ]
+    if (start := devices.power_sgd_start_step or POWER_SGD_START_STEP) >= config.max_steps:
+        problems.append(
+            f"power_sgd_start_step={start} is not before the end, max_steps={config.max_steps}; begin earlier"
+        )
+    if chosen_precision(devices.mixed_precision) == "fp16":
+        problems.append(
+            "gradient_compression='power_sgd' carries errors from step to step, while the loss scale of "
+            "mixed_precision='fp16' changes; use bf16"
+        )
+    if config.optimizer.per_device_train_batch_size == "auto":
+        problems.append(
+            "per_device_train_batch_size='auto' does not see the memory that gradient_compression='power_sgd' needs "
+            "later; give a number"
+        )
     return problems

@@ -137,7 +137,19 @@ def problems(*flags: str, processes: int = 1) -> str:
             "per_device_train_batch_size='0' should be 'auto' or should be greater than or equal to 1",
         ),
         (["--optim", "adamw", "--muon_learning_rate", "1"], "muon_learning_rate does nothing under optim='adamw'"),
-        (["--gradient_compression", "bf16"], "gradient_compression does nothing in a single process"),
+        (
+            ["--gradient_compression", "bf16"],
+            "gradient_compression='bf16' does nothing in a single process; use none",
+        ),
+        (
+            ["--power_sgd_rank", "2"],
+            "power_sgd_rank=2 does nothing under gradient_compression='none'; use power_sgd, or leave it out",
+        ),
+        (["--power_sgd_start_step", "1"], "power_sgd_start_step='1' should be greater than or equal to 2"),
+        (
+            ["--gradient_compression", "batched_power_sgd"],
+            "gradient_compression='batched_power_sgd' should be 'none', ",
+        ),
         (
             ["--resume_from_checkpoint", "no/such", "--cooldown_steps", "9"],
             "resume_from_checkpoint='no/such' is not a checkpoint",
@@ -180,6 +192,25 @@ def test_all_problems_at_once():
         and "n_head='x' should be a valid integer" in text
         and "--max_steps'?" in text
     )
+
+
+def test_problems_of_compressed_gradients(monkeypatch):
+    flags = "--gradient_compression power_sgd --max_steps 1000 --mixed_precision fp16 --per_device_train_batch_size "
+    text = problems(*flags.split(), "auto", "--batch_tokens", "4096", processes=2)
+    assert text.startswith("3 problems")
+    assert "power_sgd_start_step=1000 is not before the end, max_steps=1000; begin earlier" in text
+    assert "the loss scale of mixed_precision='fp16' changes; use bf16" in text
+    assert "per_device_train_batch_size='auto' does not see the memory that gradient_compression='power_sgd'" in text
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    text = problems("--gradient_compression", "fp16", "--batch_tokens", "4096", processes=2)
+    assert text == "gradient_compression='fp16' is for data-parallel processes, not FSDP; use none"
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "power_sgd"])
+def test_gradients_are_compressed_on_a_cpu_too(kind):
+    start = ["--power_sgd_start_step", "2"] if kind == "power_sgd" else []
+    config = load_config(["--gradient_compression", kind, "--batch_tokens", "4096", *start], 2)
+    assert config.devices.gradient_compression == kind
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
@@ -246,7 +277,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
-    with pytest.raises(UserError, match=r"8 processes on this machine, which has 2 GPUs; give .* --num_processes 2"):
+    with pytest.raises(UserError, match=r"8 processes on this machine, which has 2 GPUs; give --num_processes 2"):
         devices.make_accelerator()
 
 
