@@ -209,7 +209,9 @@ def _communication_problems(config: TrainingConfig, num_processes: int) -> list[
     elif kind != "none" and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         problems.append(f"gradient_compression={kind!r} is for data-parallel processes, not FSDP; use none")
     if kind != "power_sgd":
-        given = {name: getattr(devices, name) for name in ("power_sgd_rank", "power_sgd_start_step")}
+        names = ("power_sgd_rank", "power_sgd_start_step")
+        # The file of a run that is continued has them, and they cannot be left out there.
+        given = {name: getattr(devices, name) for name in names if config.run.resume_from_checkpoint is None}
         return problems + [
             f"{name}={value} does nothing under gradient_compression={kind!r}; use power_sgd, or leave it out"
             for name, value in given.items()

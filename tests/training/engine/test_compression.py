@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, Finished, run_command, torchrun
+from forks import begin
 from plants import die_after, in_step
 
 pytestmark = pytest.mark.processes
@@ -103,6 +104,17 @@ def test_four_processes_continue_what_two_began(flags, whole, tmp_path):
     assert "from step 6 (saved by 2, now 4: same batches, losses equal up to rounding)" in done.stdout
     losses = Finished(tmp_path / "runs" / "run", done.stdout).losses()
     assert np.abs(np.array(losses) - np.array(whole.losses())).max() < 1e-3
+
+
+def test_one_process_goes_on_without_compression(whole, tmp_path):
+    """What is saved of it does not hinder; it is asked for, as it gives another result."""
+    shutil.copytree(whole.folder, tmp_path / "runs" / "run")
+    words = ["--run_name", "run", "--resume_from_checkpoint", "--max_steps", 13, "--gradient_compression", "none"]
+    code, text = begin(words, tmp_path).ended()
+    assert code == 2 and text.rstrip().endswith("confirm the change: --override max_steps gradient_compression")
+    last = begin([*words, "--override", "max_steps", "gradient_compression"], tmp_path).finished("run")
+    assert "from step 12 (saved by 2, now 1" in last.stdout and len(last.losses()) == 13
+    assert not list((last.checkpoints[-1] / "training_state").glob("power_sgd_*"))
 
 
 def test_preflight_measures_compressed_steps(flags, tmp_path):
