@@ -1,5 +1,8 @@
 """A conversation with a chat model: what the model sees of it."""
 
+import io
+import re
+
 import pytest
 import torch
 from chats import TALK, base_model
@@ -7,6 +10,7 @@ from chats import TALK, base_model
 from data_prep.common.command_line import UserError
 from eval.common.chat import answer, check_chat_model
 from eval.common.generation import Sampling
+from eval.generate import _chat
 from training.finetuning.template import add_chat_template
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -67,3 +71,22 @@ def test_what_is_refused(chat_model, data_folder):
     for system in ([], TALK[:1]):
         with pytest.raises(UserError, match=r"the message has \d+ tokens with its marks, and there is room for 120"):
             answer(*chat_model, [*system, {"role": "user", "content": "long " * 120}], GREEDY)
+
+
+def test_lines_are_messages_of_one_conversation(chat_model, monkeypatch, capsys):
+    """A bad message is told, and the conversation goes on without it."""
+    model, tokenizer = chat_model
+    lines = ["Who are you?", "", "a<|im_end|>b", "long " * 120, *["And then?"] * 8]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    _chat(model, tokenizer, GREEDY, compiled=False)
+    out, err = capsys.readouterr()
+    history = [{"role": "user", "content": "Who are you?"}]
+    answer(*chat_model, history, GREEDY)
+    history.append({"role": "user", "content": "And then?"})
+    first, second = history[1]["content"], answer(*chat_model, history, GREEDY).texts[0]
+    assert out.startswith(f"{first}\n{second}\n")
+    said = err.splitlines()
+    assert len(said) == 11 and said[0].startswith("[8 tokens, ")
+    assert "the message contains '<|im_end|>'" in said[1] and "there is room for 120; shorten it" in said[2]
+    assert said[3].endswith(" a second]")
+    assert re.search(r"; the \d oldest messages no longer fit the context of 128 tokens\]$", said[-1])
