@@ -3,18 +3,19 @@
 import math
 import re
 import subprocess
+from typing import Any
 
-import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
 from project import link_project
 
 pytestmark = pytest.mark.docs
+nbformat = pytest.importorskip("nbformat")  # of the extra `notebook`
+NotebookClient = pytest.importorskip("nbclient").NotebookClient
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 
 
-def run(notebook: nbformat.NotebookNode, folder) -> dict[str, list[nbformat.NotebookNode]]:
+def run(notebook: Any, folder) -> dict[str, list]:
     """The outputs of each cell, by its id."""
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
@@ -22,12 +23,12 @@ def run(notebook: nbformat.NotebookNode, folder) -> dict[str, list[nbformat.Note
     return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
 
 
-def text(outputs: list[nbformat.NotebookNode]) -> str:
+def text(outputs: list) -> str:
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
 @pytest.fixture
-def notebook(tmp_path, monkeypatch) -> nbformat.NotebookNode:
+def notebook(tmp_path, monkeypatch) -> Any:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
