@@ -33,6 +33,7 @@ def spin_counts(*words: str, **settings: str) -> list[str]:
     return re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],

@@ -201,6 +201,7 @@ def test_any_number_of_workers_writes_the_same_bytes(pairs):
     assert 0 < report[1].documents_out < report[1].documents_in
 
 
+@pytest.mark.processes
 def test_a_killed_cleaning_goes_on_to_the_same_result(pairs):
     folder, steps, report, _ = pairs
     config(folder, output="out3", steps=steps)

@@ -137,6 +137,7 @@ HUB_KINDS = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("make", HUB_KINDS)
 def test_a_data_set_of_the_hub_goes_on_after_a_kill(make, tmp_path, data_folder):
     """From a stand-in Hub on 127.0.0.1, killed at its third manifest: the same shards as from the files."""
