@@ -96,6 +96,7 @@ TINY_RUN = """\
 {n_layer: 1, n_embd: 32, n_head: 2, n_positions: 32, batch_tokens: 32, per_device_train_batch_size: 1,
  val_tokens: 32, warmup_steps: 0, sample_every: 0}
 """
+TINY_TALK = """{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n"""
 # Each command on tiny input, and what it must say; {run} is a finished run, {data} its data.
 QUICK = {
     "data_prep.register": ("shards", "training and"),
@@ -127,8 +128,8 @@ LONGER = {
     "benchmarks.checkpoint_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
     "benchmarks.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
     "training.chat": (
-        "{checkpoint} --data builtin --max_steps 1 --output_dir chat",
-        "talk to it  python -m eval.generate",
+        "{checkpoint} --data talks.jsonl --max_eval_samples 1 --max_steps 1 --output_dir c",
+        "talk to it",
     ),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
     "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.html"),
@@ -153,6 +154,7 @@ def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> di
     here = tmp_path_factory.mktemp("inputs")
     (here / "clean.yaml").write_text(TINY_CLEANING.format(texts=text_files))
     (here / "tiny.yaml").write_text(TINY_RUN)
+    (here / "talks.jsonl").write_text(2 * TINY_TALK)
     (here / "text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     shards = here / "shards"
     shards.mkdir()
