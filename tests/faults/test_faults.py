@@ -225,7 +225,7 @@ def test_a_device_out_of_memory_is_one_line(command, tmp_path):
 MOMENTS = [
     ("forward", 2, signal.SIGTERM),
     ("forward", 150, signal.SIGTERM),
-    ("file", 30, signal.SIGUSR1),
+    ("file", 36, signal.SIGUSR1),
     ("file", 90, signal.SIGTERM),
     ("forward", 300, signal.SIGINT),
     ("forward", 900, signal.SIGTERM),
