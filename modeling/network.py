@@ -4,8 +4,10 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -267,15 +269,19 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             state_dict = to_disk_layout(state_dict)
         return super().from_pretrained(*args, state_dict=state_dict, **kwargs)
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = True, **kwargs: Any) -> None:
-        """Writes an HF GPT-2 folder, as in `PreTrainedModel`.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes an HF GPT-2 folder, as in `PreTrainedModel`, whose weights may be read by those who may read the rest.
 
         Raises:
             ValueError: for `save_original_format=False`; its matrices would be read as GPT-2's, which are transposed.
         """
         if not save_original_format:
             raise ValueError("save_original_format=False is refused: GPTModel has one format on disk, HF GPT-2's.")
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for weights in Path(save_directory).glob("model*.safetensors"):  # written without rights for others
+            weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
 
     @can_return_tuple
     @accepts_past_key_values

@@ -49,7 +49,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         written.rename(folder)
 
 
-def main() -> None:
+def _parse() -> Any:
     parser = ArgumentParser("python -m training.chat", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
     parser.add_option(
@@ -67,7 +67,11 @@ def main() -> None:
     parser.add_option("max_length", type=int, help="tokens of a row; the model's context by default")
     parser.add_fields(FinetuningSettings)
     parser.add_option("output_dir", type=Path, help="the new model's folder; runs/NAME-chat by default")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse()
     settings = FinetuningSettings(**{field.name: getattr(args, field.name) for field in fields(FinetuningSettings)})
     output = args.output_dir or default_output(args.model)
     _check(args, settings, output)
@@ -96,7 +100,6 @@ def main() -> None:
     model, losses = finetune(model, tokenizer, new_tokens, train, held_out, max_length, settings)
     if not is_first:
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, output)
     best, last = min(losses, key=losses.__getitem__), max(losses)
     print(
@@ -107,7 +110,7 @@ def main() -> None:
 
 
 def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
-    """Refuses settings out of bounds, missing packages, and a folder that exists (`UserError`)."""
+    """Refuses settings out of bounds, missing packages, and an output that cannot be written (`UserError`)."""
     problems = settings.problems()
     for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("max_length", 2)):
         if (value := getattr(args, name)) is not None and value < least:
@@ -115,12 +118,15 @@ def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
     if processes_launched() == 1 and not on_cpu() and torch.cuda.device_count() > 1:
         gpus = f"{torch.cuda.device_count()} GPUs and one process"
         problems.append(f"{gpus}; start by accelerate launch -m training.chat, or set CUDA_VISIBLE_DEVICES=0")
-    if output.exists():
+    if os.path.lexists(output):
         problems.append(f"output_dir={output} exists; give another, or remove it")
     packages = ["trl", *(["peft"] if settings.lora_r else [])]
     if missing := [name for name in packages if find_spec(name) is None]:
         problems.append(f"{' and '.join(missing)} is not installed; pip install -e '.[chat]' -c constraints.txt")
     raise_all(problems)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):  # now, not after the training
+        raise UserError(f"output_dir={output}: {output.parent} may not be written to; give another")
 
 
 if __name__ == "__main__":

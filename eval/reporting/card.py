@@ -38,7 +38,7 @@ def model_card(
     Raises:
         UserError: if the run has no `environment.json`.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     about = record.environment
     if about is None:
@@ -46,20 +46,9 @@ def model_card(
     record = truncate_to_step(record, step)
     results = _evaluation_results(record, about, step)
     config = read_json(checkpoint / "config.json", dict[str, Any])
-    metadata = ModelCardData(
-        model_name=repository.rpartition("/")[2],
-        base_model=about.base_model,
-        datasets=sorted({one.source for one in about.data if one.revision}) or None,  # those on the Hub
-        license=licence,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        # The Hub shows a dashboard that a tag names on the page of the model, as "Training metrics".
-        tags=["gpt2", "gpt-accelerate", *(["trackio", f"trackio:{dashboard}"] if dashboard else [])],
-        eval_results=results or None,
-    )
     tokens, settings = record.tokens(), record.settings
     card = ModelCard.from_template(
-        metadata,
+        _metadata(about, repository, licence, results, dashboard),
         template_path=str(_TEMPLATE),
         write=sections,
         record=record,
@@ -79,6 +68,23 @@ def model_card(
         prepared_by=[shlex.join(["python", "-m", *one.prepared_by]) for one in about.data if one.prepared_by],
     )
     return redact(str(card))
+
+
+def _metadata(about: Environment, repository: str, licence: str, results: list[Any], dashboard: str | None) -> Any:
+    """Returns what the Hub reads of a card."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        model_name=repository.rpartition("/")[2],
+        base_model=about.base_model,
+        datasets=sorted({one.source for one in about.data if one.revision}) or None,  # those on the Hub
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        # The Hub shows a dashboard that a tag names on the page of the model, as "Training metrics".
+        tags=["gpt2", "gpt-accelerate", *(["trackio", f"trackio:{dashboard}"] if dashboard else [])],
+        eval_results=results or None,
+    )
 
 
 def truncate_to_step(record: Record, step: int) -> Record:

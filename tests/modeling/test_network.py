@@ -98,6 +98,12 @@ def test_left_padding_does_not_change_what_is_generated(tmp_path):
     assert torch.equal(alone[:, 6:], beside[:, 11:])
 
 
+def test_weights_may_be_read_by_those_who_may_read_the_rest(tmp_path):
+    GPTModel(GPTConfig(**SMALL)).save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_inputs_embeds_token_types_and_outputs_are_those_of_stock(tmp_path):
     stock = random_stock_model()
     stock.set_attn_implementation("eager")

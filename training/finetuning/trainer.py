@@ -3,7 +3,6 @@
 import tempfile
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class FinetuningSettings:
     per_device_train_batch_size: int = option(4, "rows of max_length tokens at a time", type=int)
     gradient_accumulation_steps: int = option(1, "batches in a step", type=int)
     lora_r: int = option(0, "rank of LoRA matrices, which are merged at the end; 0 trains all weights", type=int)
-    mixed_precision: str = option("auto", "auto is bf16 where it is fast", choices=["auto", "no", "bf16", "fp16"])
+    mixed_precision: str = option("auto", "auto is the fastest of the hardware", choices=["auto", "no", "bf16", "fp16"])
     seed: int = option(0, "of the order and of new weights", type=int)
 
     def problems(self) -> list[str]:
@@ -62,52 +61,38 @@ def finetune(
         The trained model with LoRA merged, and the losses of the held-out conversations, in nats per token of the
         assistant, by the number of steps before them.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _trainer(model, tokenizer, new_tokens, train, held_out, max_length, settings, Path(scratch))
-        trainer.train()
-        losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-    return trained.merge_and_unload() if settings.lora_r else trained, losses
-
-
-def _trainer(
-    model: GPTModel,
-    tokenizer: Any,
-    new_tokens: list[int],
-    train: list[Conversation],
-    held_out: list[Conversation],
-    max_length: int,
-    settings: FinetuningSettings,
-    scratch: Path,
-) -> Any:
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     disable_progress_bars()
-    trainer: Any = SFTTrainer(
-        model=model,
-        args=_config(max_length, settings, scratch),
-        train_dataset=Dataset.from_list([{"messages": messages} for messages in train]),
-        eval_dataset=Dataset.from_list([{"messages": messages} for messages in held_out]),
-        processing_class=tokenizer,
-        peft_config=_lora(settings.lora_r) if settings.lora_r else None,
-        callbacks=[_print_losses()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if settings.lora_r and new_tokens:
-        _train_rows(trainer.model.get_input_embeddings().weight, new_tokens)
-    return trainer
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer: Any = SFTTrainer(
+            model=model,
+            args=_config(max_length, settings, scratch),
+            train_dataset=Dataset.from_list([{"messages": messages} for messages in train]),
+            eval_dataset=Dataset.from_list([{"messages": messages} for messages in held_out]),
+            processing_class=tokenizer,
+            peft_config=_lora(settings.lora_r) if settings.lora_r else None,
+            callbacks=[_print_losses()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if settings.lora_r and new_tokens:
+            _train_rows(trainer.model.get_input_embeddings().weight, new_tokens)
+        trainer.train()
+    losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    return trained.merge_and_unload() if settings.lora_r else trained, losses
 
 
-def _config(max_length: int, settings: FinetuningSettings, scratch: Path) -> Any:
+def _config(max_length: int, settings: FinetuningSettings, output_dir: str) -> Any:
     from trl import SFTConfig
 
     precision = chosen_precision(settings.mixed_precision)
     with warnings.catch_warnings():  # transformers 5.24 renames it, those before know this name only
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         return SFTConfig(
-            output_dir=str(scratch),
+            output_dir=output_dir,
             max_length=max_length,
             packing=True,
             assistant_only_loss=True,
