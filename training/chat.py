@@ -21,8 +21,9 @@ if __name__ == "__main__":
     limit_spinning()  # before torch is loaded
 
 import torch
+from safetensors import SafetensorError
 
-from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, raise_all, run
 from data_prep.reading.sources import ConversationSource
 from eval.common.devices import on_cpu, processes_launched
 from eval.common.models import load_model
@@ -41,10 +42,14 @@ def default_output(model: str) -> Path:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes an HF GPT-2 folder with its tokenizer and chat template, completely or not at all."""
+    """Writes an HF GPT-2 folder with its tokenizer and chat template, completely or not at all (`UserError` if the disk
+    is full)."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         written = Path(partial) / folder.name
-        model.save_pretrained(written)
+        try:
+            model.save_pretrained(written)
+        except SafetensorError as error:
+            raise UserError(f"{folder}: cannot be written ({first_line(error)})") from error
         tokenizer.save_pretrained(written)
         written.rename(folder)
 
@@ -124,9 +129,11 @@ def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
     if missing := [name for name in packages if find_spec(name) is None]:
         problems.append(f"{' and '.join(missing)} is not installed; pip install -e '.[chat]' -c constraints.txt")
     raise_all(problems)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):  # now, not after the training
-        raise UserError(f"output_dir={output}: {output.parent} may not be written to; give another")
+    try:  # now, not after the training
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=output.parent).cleanup()
+    except OSError as error:
+        raise UserError(f"output_dir={output} cannot be written ({error.strerror}); give another") from error
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def fit(conversations: Iterable[Conversation], tokenizer: Any, max_length: int, 
             fitted.conversations.append(messages)
         if number == limit:
             break
+    if fitted.left_out == 0 and not fitted.conversations:
+        raise UserError("there are no conversations in the data; name others")
     if not fitted.conversations:
         remedy = "give data with shorter ones, or a model with a longer context"
         raise UserError(f"no conversation fits into {max_length:,} tokens; {remedy}")

@@ -139,6 +139,8 @@ def test_longer_conversations_keep_the_turns_that_fit(chat_model):
     assert whole.conversations == [TALK] * 4 and whole.describe(lengths[1]) is None
     with pytest.raises(UserError, match="no conversation fits into 5 tokens"):
         fit([TALK], tokenizer, 5, None)
+    with pytest.raises(UserError, match="there are no conversations in the data"):
+        fit([], tokenizer, 5, None)
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         bad = [{"role": "user", "content": f"a{token}b"}, TALK[2]]
         with pytest.raises(UserError, match=rf"conversation 2 contains '{re.escape(token)}', a special token"):

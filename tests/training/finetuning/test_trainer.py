@@ -114,6 +114,15 @@ def test_the_command_with_a_data_set_of_the_hub(data_folder, tmp_path):
     assert "has no chat template, so it is no chat model" in refused.stderr
 
 
+@pytest.mark.parametrize("output", ["file/chat", "/proc/chat"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(output, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    command = [sys.executable, "-m", "training.chat", "no_model", "--output_dir", output]
+    done = run_command(*command, cwd=tmp_path, exit_code=2)
+    assert done.stderr.startswith(f"error: output_dir={output} cannot be written (")
+    assert (tmp_path / "file").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_settings_out_of_bounds_are_told_together(tmp_path):
     bad = "--learning_rate 0 --max_steps 0 --lora_r -1 --max_eval_samples 0 --max_length 1 --output_dir ."
     done = run_command(sys.executable, "-m", "training.chat", "x", *bad.split(), cwd=tmp_path, exit_code=2)
