@@ -20,6 +20,7 @@ class GPTConfig(GPT2Config):
         ValueError: for a size below 1, an `n_embd` that is not a multiple of `n_head`, and an unsupported field.
     """
 
+    keys_to_ignore_at_inference = ["cache", "z_loss"]  # outputs that are no predictions, for `Trainer`
     resid_pdrop: float | int = 0.0
     embd_pdrop: float | int = 0.0
     attn_pdrop: float | int = 0.0

@@ -1,23 +1,73 @@
-"""Conversion between memory, `nn.Linear`, and disk, GPT-2's transposed `Conv1D` layout."""
+"""GPT-2's transposed `Conv1D` layout on disk and in every state dict; `nn.Linear` in memory.
 
-from torch import Tensor
+A block's matrices are transposed where tensors enter and leave the model: `from_pretrained` (transformers' registry of
+conversions), `state_dict` and `load_state_dict` (hooks of each block). So whatever saves a state dict writes HF GPT-2.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter, WeightRenaming
 
 _MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+class _Keep(ConversionOps):
+    """Leaves a tensor as it is: `state_dict` has transposed it."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+class _FromDisk(Transpose):
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Keep()
+
+
 def register_checkpoint_conversion() -> None:
-    """Makes transformers transpose the four matrices of a block when it loads or saves a `GPTModel`.
+    """Makes transformers transpose the four matrices of a block when it loads a `GPTModel`.
 
     The registry's key is the class name, so stock GPT-2 is unaffected. FSDP2 changes the class of the model it shards.
     """
     converters: list[WeightConverter | WeightRenaming]
     for name in ("GPTModel", "FSDPGPTModel"):
-        converters = [WeightConverter(matrix, matrix, operations=[Transpose(0, 1)]) for matrix in _MATRICES]
+        converters = [WeightConverter(matrix, matrix, operations=[_FromDisk(0, 1)]) for matrix in _MATRICES]
         register_checkpoint_conversion_mapping(name, converters, overwrite=True)
 
 
+def convert_state_dicts(block: nn.Module) -> None:
+    """Makes `block.state_dict()` have the layout on disk, and `block.load_state_dict()` accept both layouts."""
+    block.register_state_dict_post_hook(_to_disk)
+    block.register_load_state_dict_pre_hook(_from_disk)
+
+
 def to_disk_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `GPTModel.state_dict()` in the layout of HF GPT-2, as views."""
-    return {name: tensor.T if name.endswith(_MATRICES) else tensor for name, tensor in state_dict.items()}
+    """Returns a state dict of a model, or of its parameters by name, in the layout on disk."""
+    converted = dict(state_dict)
+    for name in state_dict:
+        if name.endswith(_MATRICES[0]) and not _is_on_disk(state_dict[name]):
+            _transpose(converted, name.removesuffix(_MATRICES[0]))
+    return converted
+
+
+def _to_disk(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    _transpose(state_dict, prefix)
+
+
+def _from_disk(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    attention = state_dict.get(prefix + _MATRICES[0])
+    if attention is None or _is_on_disk(attention):
+        _transpose(state_dict, prefix)
+
+
+def _is_on_disk(attention: Tensor) -> bool:
+    """Whether `c_attn.weight`, which is never square, is `[C, 3 C]` as on disk."""
+    return attention.shape[0] < attention.shape[-1]
+
+
+def _transpose(state_dict: dict[str, Tensor], prefix: str) -> None:
+    for matrix in _MATRICES:
+        if (tensor := state_dict.get(prefix + matrix)) is not None:
+            state_dict[prefix + matrix] = tensor.T.contiguous()  # a view could not be broadcast or saved

@@ -22,12 +22,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from modeling.arguments import CACHE_NAME, accepts_past_key_values, argument_names, is_paged, refuse_unknown_arguments
+from modeling.arguments import GENERATE_ARGUMENTS, argument_names, is_paged, refuse_unknown_arguments
 from modeling.configuration import GPTConfig
-from modeling.conversion import to_disk_layout
+from modeling.conversion import convert_state_dicts, to_disk_layout
 from modeling.loss import IGNORE_INDEX, LossKernel, linear_cross_entropy, token_cross_entropy
 
 
@@ -78,12 +79,9 @@ class GPTAttention(nn.Module):
         """`[B, T, C]` in; `[B, T, C]` and, from the eager kernel, the weights `[B, H, T, S]` out."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(x.shape[-1], dim=-1))
-        if isinstance(cache, Cache):
-            key, value = cache.update(key, value, self.layer_idx)
-        elif cache is not None and CACHE_NAME == "cache":
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        elif cache is not None:  # before transformers 5.24 the kernel itself updates the paged cache
-            kwargs["cache"] = cache
+        if cache is not None:
+            paged = {"kwargs": kwargs} if is_paged(cache) else {}
+            key, value = cache.update(key, value, self.layer_idx, **paged)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
         y, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -115,6 +113,7 @@ class GPTBlock(GradientCheckpointingLayer):
         self.attn = GPTAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPTMLP(config)
+        convert_state_dicts(self)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         x = x + self.attn(self.ln_1(x), **kwargs)[0]
@@ -167,7 +166,7 @@ class GPTBackbone(GPTPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @accepts_past_key_values
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -207,14 +206,12 @@ class GPTBackbone(GPTPreTrainedModel):
             x = x + self.wte(token_type_ids)
         x = self.drop(x)
 
-        past: dict[str, Any] = {CACHE_NAME: None if is_paged(cache) else cache}
-        if packed and position_ids is not None:
-            past["and_mask_function"] = _within_sequences(position_ids.expand(len(x), -1))
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, **past)
+        within = _within_sequences(position_ids.expand(len(x), -1)) if packed and position_ids is not None else None
+        past = None if is_paged(cache) else cache
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache=past, and_mask_function=within)
         for block in self.h:
             x = block(x, attention_mask=mask, cache=cache, position_ids=positions, **kwargs)
-        returned: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **returned)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), cache=cache if use_cache else None)
 
 
 def _within_sequences(position_ids: Tensor) -> Callable[..., Tensor]:
@@ -240,17 +237,16 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
     """GPT-2/GPT-3 with its language-modelling head: plain `nn.Linear` in memory, HF GPT-2's format on disk.
 
     `forward` has the arguments of transformers' `GPT2LMHeadModel.forward`, with T at most `n_positions`, and:
-        cache: keys and values of the preceding tokens; those of this call are added. transformers before 5.24 calls it
-            `past_key_values`, which is accepted too.
-        shift_labels: `[B, T]`, already shifted: position t holds the token after `input_ids[:, t]`. They take
-            precedence over `labels`, as in transformers' losses.
-        num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
+        cache: keys and values of the preceding tokens; those of this call are added.
         loss_reduction: "none" for the loss of each token, `[B, T]`, 0 where ignored. For evaluation: its backward pass
             would keep all logits.
         skip_logits: computes the loss only; by default when training with labels.
         z_loss: weight of the squared log-normalizer of the softmax in a reduced loss, which keeps logits from drifting
             (PaLM, arXiv:2204.02311, section 5: 1e-4).
-        kwargs: arguments of transformers' decorators and of the attention kernel (`modeling.arguments`).
+        kwargs: `shift_labels`, `[B, T]`, already shifted: position t holds the token after `input_ids[:, t]`; they take
+            precedence over `labels`, as in transformers' losses. `num_items_in_batch`, which divides the summed loss
+            instead of the number of labels (gradient accumulation). Arguments of transformers' decorators and of the
+            attention kernel (`modeling.arguments`).
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -264,27 +260,29 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        """As in `PreTrainedModel`; `state_dict` has the layout of `GPTModel.state_dict()`, not that of a file."""
+        """As in `PreTrainedModel`; `state_dict` may have either layout (`modeling.conversion`)."""
         if state_dict is not None:
             state_dict = to_disk_layout(state_dict)
         return super().from_pretrained(*args, state_dict=state_dict, **kwargs)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Writes an HF GPT-2 folder, as in `PreTrainedModel`, whose weights may be read by those who may read the rest.
-
-        Raises:
-            ValueError: for `save_original_format=False`; its matrices would be read as GPT-2's, which are transposed.
-        """
-        if not save_original_format:
-            raise ValueError("save_original_format=False is refused: GPTModel has one format on disk, HF GPT-2's.")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        `state_dict` may have either layout."""
+        if state_dict is not None:
+            state_dict = to_disk_layout(state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         for weights in Path(save_directory).glob("model*.safetensors"):  # written without rights for others
             weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
 
     @can_return_tuple
-    @accepts_past_key_values
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -294,8 +292,6 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         loss_reduction: Literal["mean", "none"] = "mean",
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -311,6 +307,8 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             ValueError: for arguments that exclude each other.
         """
         packed = position_ids is not None and attention_mask is None and cache is None
+        # Not declared: `Trainer` takes each declared name with "label" in it for an input that evaluation needs.
+        shift_labels, num_items_in_batch = (kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch"))
         refuse_unknown_arguments(self, _MODEL_ARGUMENTS, cache, kwargs, packed=packed)
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction={loss_reduction!r} must be 'mean' or 'none'")
@@ -336,8 +334,13 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            cache=outputs.cache,
         )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in `GenerationMixin`, without the arguments of `generate` itself."""
+        own = {name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS - _MODEL_ARGUMENTS}
+        return super().prepare_inputs_for_generation(*args, **own)
 
     def _loss(
         self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, reduction: str, z_loss: float
@@ -349,4 +352,4 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         return linear_cross_entropy(rows, self.lm_head.weight, targets, num_items, z_loss, self.loss_kernel)
 
 
-_MODEL_ARGUMENTS = argument_names(GPTModel.forward)
+_MODEL_ARGUMENTS = argument_names(GPTModel.forward) | {"shift_labels", "num_items_in_batch"}

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
 from transformers.utils import logging
 
-from modeling import CACHE_NAME, GPTModel
+from modeling import GPTModel
 
 KINDS, SAMPLING = ("dynamic", "static"), (False, True)
 LENGTHS = {"whole": (12, 12), "left_padded": (12, 9, 5, 1)}
@@ -60,7 +60,7 @@ def three_ways(
                     do_sample=sample,
                     disable_compile=True,
                     **options,
-                    **{CACHE_NAME: cache},
+                    cache=cache,
                 )
             )
     torch.manual_seed(5)

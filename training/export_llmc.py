@@ -43,7 +43,7 @@ def write_llmc(model: GPTModel, file: Path, dtype: torch.dtype = torch.float32) 
     header[:8] = [_MAGIC, version, config.n_positions, config.vocab_size, config.n_layer, config.n_head, config.n_embd,
                   padded]  # fmt: skip
     temporary = file.with_name(f".{file.name}.partial")
-    parameters = model.state_dict()
+    parameters = dict(model.named_parameters())
     try:
         with open(temporary, "wb") as out:
             out.write(header.tobytes())
@@ -89,7 +89,7 @@ def read_llmc(file: Path) -> GPTModel:
             f"{vocab_size:,} tokens"
         )
     model = GPTModel(config).eval()
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
     shapes["transformer.wte.weight"] = torch.Size([padded, n_embd])
     names = _order(config)
     weights: dict[str, Tensor] = {}

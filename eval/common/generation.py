@@ -9,7 +9,7 @@ import torch
 
 from data_prep.common.command_line import UserError
 from eval.common.models import evaluating
-from modeling import CACHE_NAME, GPTModel
+from modeling import GPTModel
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ def _static_cache(model: GPTModel) -> dict[str, Any]:
     compile_config: Any = CompileConfig()
     compile_config._compile_all_devices = True  # by default transformers compiles on GPUs only
     cache = StaticCache(config=model.config, max_cache_len=model.config.n_positions)
-    return {CACHE_NAME: cache, "compile_config": compile_config}
+    return {"cache": cache, "compile_config": compile_config}

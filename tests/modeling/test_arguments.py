@@ -1,6 +1,5 @@
 """Arguments of `forward`: both names of the cache, and the refusal of unknown ones."""
 
-import inspect
 import re
 import warnings
 
@@ -9,11 +8,8 @@ import torch
 from generation import KINDS, LENGTHS, SAMPLING, three_ways
 from small_models import SMALL, as_ours, random_stock_model, tokens
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
-from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
-from modeling import CACHE_NAME, GPTConfig, GPTModel
-from modeling.arguments import _BY_FLASH_KERNELS, _BY_PAGED_KERNELS
+from modeling import GPTConfig, GPTModel
 
 
 @pytest.fixture
@@ -51,7 +47,7 @@ def test_both_names_of_the_cache_mean_the_same(model):
         for name, cache in caches.items():
             model(ids[:, :5], **{name: cache})
             logits.append(model(ids[:, 5:], **{name: cache}).logits)
-        logits.append(model(ids[:, 5:], model(ids[:, :5])[CACHE_NAME]).logits)
+        logits.append(model(ids[:, 5:], model(ids[:, :5]).cache).logits)
         with pytest.raises(ValueError, match="past_key_values"):
             model(ids, **caches)
     expected = model(ids, use_cache=False).logits[:, 5:]
@@ -66,7 +62,7 @@ def test_a_cache_under_a_name_of_the_future_is_an_error_and_never_text(model, na
 
     def renamed(*args, **kwargs):
         inputs = prepare(*args, **kwargs)
-        inputs[name] = inputs.pop(CACHE_NAME)
+        inputs[name] = inputs.pop("cache")
         return inputs
 
     monkeypatch.setattr(model, "prepare_inputs_for_generation", renamed)
@@ -131,9 +127,3 @@ def test_is_causal_reaches_mask_and_kernel(attention, tmp_path):
     theirs, mine = (model(ids, is_causal=False, use_cache=False).logits for model in (stock, ours))
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
     assert not torch.allclose(mine, ours(ids, use_cache=False).logits, atol=1e-3)
-
-
-def test_the_lists_of_kernel_arguments_are_those_of_transformers():
-    assert set(FlashAttentionKwargs.__annotations__) == _BY_FLASH_KERNELS
-    declared = set(inspect.signature(GPTModel.forward).parameters) | {"is_causal"}
-    assert set(PagedAttentionArgs.__annotations__) - declared <= _BY_PAGED_KERNELS

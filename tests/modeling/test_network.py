@@ -194,8 +194,3 @@ def test_an_input_longer_than_the_context_is_refused():
     model = GPTModel(GPTConfig(**SMALL))
     with pytest.raises(ValueError, match="49 tokens exceed n_positions=48"):
         model(tokens(1, 49))
-
-
-def test_the_layout_of_memory_is_never_saved(tmp_path):
-    with pytest.raises(ValueError, match="save_original_format"):
-        GPTModel(GPTConfig(**SMALL)).save_pretrained(tmp_path, save_original_format=False)

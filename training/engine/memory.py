@@ -29,8 +29,7 @@ def checkpoint_activations(model: GPTModel, selective: bool) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    # Renamed between the versions of transformers that this runs with.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(options)
+    model.activation_checkpointing_enable(options)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -30,6 +30,7 @@ def main() -> None:
         assert accelerator.num_processes == WORLD_SIZE and accelerator.process_index == RANK
         model = make_model()
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        on_disk = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optim=kind)))
         for name, parameter in model.named_parameters():
             rows = -(-shapes[name][0] // WORLD_SIZE)  # of a rank, as long as there are any
@@ -41,7 +42,7 @@ def main() -> None:
         restore_optimizer(model, optimizer, saved)
         weights = accelerator.get_state_dict(model)
         if RANK == 0:
-            assert {name: weights[name].shape for name in shapes} == shapes
+            assert {name: tensor.shape for name, tensor in weights.items()} == on_disk
         accelerator.free_memory()
 
 
