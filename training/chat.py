@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, raise_all, run
 from data_prep.reading.sources import ConversationSource
-from eval.common.devices import on_cpu, processes_launched
+from eval.common.launch import on_cpu, processes_launched
 from eval.common.models import load_model
 from training.finetuning.conversations import fit, read_conversations, split
 from training.finetuning.template import add_chat_template, render, show

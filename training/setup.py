@@ -67,12 +67,14 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         ]
     if checkpoint is None and (name := config.model.model_name_or_path) is not None:
         check_initial_model(name, config, data, tokenizer)
-    model, optimizer = _prepare_model(config, accelerator, data, train_data, checkpoint)
+    model, optimizer, micro_batch = _prepare_model(config, accelerator, data, train_data, checkpoint)
     if checkpoint is not None:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
     batch_plan = config.batch_plan
-    prefetcher = Prefetcher(global_batches(config, batch_plan, accelerator, train_data), accelerator.device)
-    log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), optimizer, state)
+    prefetcher = Prefetcher(
+        global_batches(config, batch_plan, accelerator, train_data, micro_batch), accelerator.device
+    )
+    log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), optimizer, state, micro_batch)
     state.num_processes = accelerator.num_processes
     saver = Saver(config.checkpoints)
     publishing = config.hub.push_to_hub and not config.run.preflight and accelerator.is_main_process
@@ -81,6 +83,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
+        micro_batch=micro_batch,
         batch_plan=batch_plan,
         schedule=config.schedule,
         tokenizer_files={file.name: file.read_bytes() for file in tokenizer_files(data.tokenizer_folder)},
@@ -114,19 +117,19 @@ def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data,
 
 def _prepare_model(
     config: TrainingConfig, accelerator: Accelerator, data: Data, train_data: Batches, checkpoint: Path | None
-) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Model and optimizer as Accelerate prepares them; finds the micro-batch that fits, if asked to. Collective."""
+) -> tuple[nn.Module, AcceleratedOptimizer, int]:
+    """Model and optimizer as Accelerate prepares them, and the micro-batch, found by trying if asked to. Collective."""
     bare_model = make_model(config, data, checkpoint or config.model.model_name_or_path)
     optimizer = make_optimizer(bare_model, config.optimizer, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(bare_model, optimizer)
     if config.optimizer.per_device_train_batch_size == "auto":
-        size = find_micro_batch(config, accelerator, model, optimizer, train_data)
-        config.optimizer.per_device_train_batch_size = size
+        micro_batch = find_micro_batch(config, accelerator, model, optimizer, train_data)
+    else:
+        micro_batch = config.micro_batch(accelerator.num_processes)
     if config.devices.gradient_compression != "none":
-        batch = train_data.sequences(0, int(config.optimizer.per_device_train_batch_size))
-        compress_gradients(model, config.devices, batch, accelerator.device)
+        compress_gradients(model, config.devices, train_data.sequences(0, micro_batch), accelerator.device)
     torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between ranks
-    return model, optimizer
+    return model, optimizer, micro_batch
 
 
 def _open_log(
@@ -136,6 +139,7 @@ def _open_log(
     model: GPTModel,
     optimizer: AcceleratedOptimizer,
     state: RunState,
+    micro_batch: int,
 ) -> RunLog:
     """Makes the run's folder, prints the header, and starts the trackers, the run's own log first. Collective."""
     parameters = model.num_parameters()
@@ -146,7 +150,7 @@ def _open_log(
     if accelerator.is_main_process:
         remove_report(config.report_folder)  # of the run before it was resumed
         write_environment(config, accelerator, data, parameters, flops_per_token(model.config, config.sequence_length))
-        print(header(config, accelerator, data, parameters, describe(optimizer.optimizer), state))
+        print(header(config, accelerator, data, parameters, describe(optimizer.optimizer), state, micro_batch))
     if config.logging.report_to != "none":
         start_trackers(config, accelerator)
     log = RunLog(
@@ -157,7 +161,7 @@ def _open_log(
 
 
 def global_batches(
-    config: TrainingConfig, plan: BatchPlan, accelerator: Accelerator, train_data: Batches
+    config: TrainingConfig, plan: BatchPlan, accelerator: Accelerator, train_data: Batches, micro_batch: int
 ) -> Callable[[int], list[Batch]]:
     """A function that makes this rank's part of the global batch at a position."""
 
@@ -167,8 +171,8 @@ def global_batches(
         batch_tokens = plan.size(position * config.sequence_length)
         return train_data.micro_batches(
             position,
-            micro_batch=int(config.optimizer.per_device_train_batch_size),
-            accumulation_steps=config.accumulation_steps(batch_tokens, accelerator.num_processes),
+            micro_batch=micro_batch,
+            accumulation_steps=batch_tokens // (micro_batch * config.sequence_length * accelerator.num_processes),
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -177,7 +181,13 @@ def global_batches(
 
 
 def header(
-    config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, optimizer: str, state: RunState
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    data: Data,
+    parameters: int,
+    optimizer: str,
+    state: RunState,
+    micro_batch: int,
 ) -> str:
     """A few lines about the run that begins."""
     settings, processes = config.model, accelerator.num_processes
@@ -190,7 +200,7 @@ def header(
         start += f" (saved by {state.num_processes}, now {processes}: same batches, losses equal up to rounding)"
     plan = config.batch_plan
     total = plan.tokens(config.max_steps)
-    accumulated = config.accumulation_steps(plan.batch_tokens, processes)
+    accumulated = plan.batch_tokens // (micro_batch * config.sequence_length * processes)
     ramp = f", from {plan.ramp_start:,} in the first {plan.ramp_tokens:,}" if plan.ramp_tokens else ""
     sources = [
         f"data    {name}: {manifest.tokens('train'):,} training tokens "
@@ -205,7 +215,7 @@ def header(
             *sources,
             f"optim   {optimizer}",
             f"batch   {plan.batch_tokens:,} tokens = {counted} x {accumulated} accumulated x "
-            f"{config.optimizer.per_device_train_batch_size} sequences x {config.sequence_length}{ramp}",
+            f"{micro_batch} sequences x {config.sequence_length}{ramp}",
             f"steps   {config.max_steps} {start}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",

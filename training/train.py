@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record as show_erro
 from data_prep.common.command_line import UserError, first_line
 from data_prep.common.command_line import run as run_command
 from data_prep.common.locks import locked
-from eval.common.devices import processes_launched
+from eval.common.launch import processes_launched
 from training.checkpointing.snapshot import take_snapshot
 from training.checkpointing.storage import checkpoint_folder, is_checkpoint, prune_checkpoints
 from training.engine.batches import DataError
@@ -72,10 +72,9 @@ def main() -> None:
             if is_first:
                 print(finished)
         except torch.OutOfMemoryError as error:
-            batch = config.optimizer.per_device_train_batch_size
             raise UserError(
-                f"out of memory on the device ({first_line(error)}) with per_device_train_batch_size={batch}; give a "
-                f"smaller one, or auto, or --gradient_checkpointing true"
+                f"out of memory on the device ({first_line(error)}); give a smaller --per_device_train_batch_size than "
+                f"the batch printed above has, or auto, or --gradient_checkpointing true"
             ) from error
 
 

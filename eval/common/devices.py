@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
-from data_prep.common.command_line import UserError
+from data_prep.common.command_line import UserError, raise_all
+from eval.common.launch import configured_precision, launch_problems, on_cpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -26,24 +27,15 @@ def make_accelerator(
     Args:
         timeout: seconds that ranks wait for each other; NCCL's 10 minutes are too short for rank 0 to hash data.
     """
+    raise_all(launch_problems(), "problems with this launch")
     cpu_only = on_cpu()
-    _check_launch(cpu_only, processes_launched())
     if cpu_only:
         torch.set_num_threads(num_threads())
         _keep_freed_memory()
     # `cpu=True`: several processes on a machine without GPU use gloo only if told so.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kwargs_handlers]
-    return Accelerator(cpu=cpu_only, kwargs_handlers=handlers, **kwargs)
-
-
-def processes_launched() -> int:
-    """Returns the number of processes of this launch, known before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def on_cpu() -> bool:
-    """Whether this process runs on the CPU: without an accelerator, or because the Accelerate config says so."""
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    # The run compiles its blocks itself: Accelerate's wrapper would get into the names of weights.
+    return Accelerator(cpu=cpu_only, dynamo_backend="no", kwargs_handlers=handlers, **kwargs)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -76,39 +68,12 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def _check_launch(cpu_only: bool, num_processes: int) -> None:
-    # For a single process, `accelerate launch` sets a master address only if the config asks for several.
-    asked_for_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if asked_for_several and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
-        raise UserError(
-            "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
-            "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"
-        )
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not cpu_only and torch.cuda.is_available() and local_processes > (gpus := torch.cuda.device_count()):
-        raise UserError(
-            f"the launch asked for {local_processes} processes on this machine, which has {gpus} GPUs; give "
-            f"--num_processes {gpus} to accelerate launch, or --nproc_per_node {gpus} to torchrun"
-        )
-    # cpu_ddp.yaml hides the GPUs on purpose; without that, the Accelerate config expected GPUs. torchrun has none.
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
-    if cpu_only and num_processes > 1 and by_accelerate and not hidden:
-        raise UserError(
-            f"the launch asked for {num_processes} processes on GPUs, and torch sees none; for several processes on "
-            f"CPUs use accelerate_configs/cpu_ddp.yaml"
-        )
-
-
 def chosen_precision(asked_for: str) -> str:
     """Returns the mixed precision to use: `asked_for`, or for `auto` that of the Accelerate config, else the fastest of
     this process's device."""
     if asked_for != "auto":
         return asked_for
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if configured != "no":
-        return configured
-    return "bf16" if bf16_is_fast() else "fp16" if _only_fp16_is_fast() else "no"
+    return configured_precision() or ("bf16" if bf16_is_fast() else "fp16" if _only_fp16_is_fast() else "no")
 
 
 def fp8_is_available() -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.tokenization.tokenizer import hf_tokenizer
+from eval.common.launch import compile_options
 from modeling import GPTConfig, GPTModel, parameter_count
 from modeling.loss import nats_and_gradient
 
@@ -91,16 +92,18 @@ def check_folder(name: str) -> None:
 
 
 def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:
-    """Compiles each block, and the loss, in place: the names of weights do not change.
+    """Compiles each block, and the loss, in place: the names of weights do not change. The Accelerate config may name
+    backend and mode.
 
     Args:
         dynamic: as in `torch.compile`. False compiles for each shape, which is fastest for few; None is for many.
     """
     # DDP's optimizer would split the graph of a block at each bucket of gradients. Splits between blocks are enough.
     torch._dynamo.config.optimize_ddp = False
-    model.loss_kernel = torch.compile(nats_and_gradient, dynamic=dynamic)
+    options: dict[str, Any] = {"dynamic": dynamic} | (compile_options() or {})
+    model.loss_kernel = torch.compile(nats_and_gradient, **options)
     for block in model.transformer.h:
-        block.compile(dynamic=dynamic)
+        block.compile(**options)
 
 
 def is_compiled(model: GPTModel) -> bool:

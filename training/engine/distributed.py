@@ -13,10 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from data_prep.common.command_line import UserError
 from eval.common import devices
 from eval.common.devices import chosen_precision
+from eval.common.launch import uses_fsdp
 from training.settings.config import TrainingConfig
 
 T = TypeVar("T")
-_OTHER_STRATEGIES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -26,11 +26,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         UserError: if the Accelerate config asks for something that this machine does not have, or that this trainer
             does not work with.
     """
-    for variable, name in _OTHER_STRATEGIES.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"the Accelerate config asks for {name}; use accelerate_configs/fsdp2.yaml, which shards as well"
-            )
     if config.run.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -91,10 +86,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def _check_strategy(accelerator: Accelerator) -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
+    if uses_fsdp() and accelerator.distributed_type != "FSDP":
+        if not accelerator.is_main_process:
+            sys.exit(2)  # the first rank prints the error for all
         raise UserError(
             f"the Accelerate config asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
             f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
         )
-    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
-        raise UserError("the Accelerate config asks for FSDP's first version; say fsdp_version: 2, as fsdp2.yaml does")

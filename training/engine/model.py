@@ -1,7 +1,6 @@
 """The model of a run: new or from a checkpoint, its kernels, and the micro-batch that fits."""
 
 import contextlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from data_prep.common.command_line import UserError
 from data_prep.tokenization.tokenizer import hf_tokenizer
-from eval.common.devices import on_cpu
+from eval.common.launch import compile_options, on_cpu
 from eval.common.models import check_folder, compile_blocks, from_pretrained, is_compiled, read_config
 from modeling import GPTConfig, GPTModel
 from training.engine.batches import Batches
@@ -49,8 +48,11 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
     devices = config.devices
     if devices.gradient_checkpointing != "none":
         checkpoint_activations(model, selective=devices.gradient_checkpointing == "selective")
-    on_cuda = torch.cuda.is_available() and not on_cpu()
-    if on_cuda if devices.torch_compile == "auto" else devices.torch_compile:
+    if devices.torch_compile == "auto":
+        compiled = compile_options() is not None or (torch.cuda.is_available() and not on_cpu())
+    else:
+        compiled = devices.torch_compile
+    if compiled:
         compile_blocks(model)
     return model.train()
 
@@ -98,8 +100,6 @@ def find_micro_batch(
     """
     settings = config.optimizer
     sharded = accelerator.distributed_type == "FSDP"
-    batch = math.gcd(settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens)
-    sequences = batch // (config.sequence_length * accelerator.num_processes)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     set_learning_rate(optimizer, 0.0)
     share_work(optimizer, sharded)
@@ -124,7 +124,7 @@ def find_micro_batch(
     compiled = is_compiled(bare)
     if compiled:
         compile_blocks(bare, dynamic=None)
-    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+    sizes = config.micro_batches(accelerator.num_processes)
     largest = largest_micro_batch(attempt, sizes, accelerator.device, all_agree)
 
     share_work(optimizer, True)

@@ -42,9 +42,8 @@ class Validation:
     def run(self, run: Run) -> dict[str, Any]:
         """Loss in nats per token, and bits per byte of text. Collective: each rank takes its part of the sequences."""
         accelerator, step = run.accelerator, run.state.step
-        micro_batch = int(run.config.optimizer.per_device_train_batch_size)
         batches = self.val_data.for_rank(
-            self.sequences, micro_batch, accelerator.process_index, accelerator.num_processes
+            self.sequences, run.micro_batch, accelerator.process_index, accelerator.num_processes
         )
         nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches))
         loss, bits = nats / tokens, bits_per_byte(nats, self.text_bytes)

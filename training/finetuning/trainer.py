@@ -9,7 +9,8 @@ import torch
 
 from data_prep.common.command_line import option
 from data_prep.reading.docstrings import Conversation
-from eval.common.devices import chosen_precision, on_cpu
+from eval.common.devices import chosen_precision
+from eval.common.launch import on_cpu
 from modeling import GPTModel
 
 _LORA_MATRICES = ["c_attn", "c_fc", "c_proj"]

@@ -47,6 +47,7 @@ class Run:
 
     Attributes:
         model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
+        micro_batch: sequences in one forward pass of one process.
         batch_plan, schedule: batch size and learning rate of each step.
         tokenizer_files: their contents by their names; they go into each checkpoint.
         prefetcher: this rank's part of a global batch, by its position.
@@ -61,6 +62,7 @@ class Run:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    micro_batch: int
     batch_plan: BatchPlan
     schedule: Schedule
     tokenizer_files: dict[str, bytes]

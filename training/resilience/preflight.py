@@ -13,7 +13,8 @@ import torch
 
 from data_prep.common.command_line import UserError
 from data_prep.common.locks import LOCK_NAME
-from eval.common.devices import peak_memory, processes_launched
+from eval.common.devices import peak_memory
+from eval.common.launch import processes_launched
 from eval.common.models import from_pretrained
 from training.checkpointing.power_sgd import power_sgd
 from training.checkpointing.snapshot import Snapshot, take_snapshot, write_checkpoint

@@ -1,6 +1,7 @@
 """`TrainingConfig`: all settings of a run, and what follows from them."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from training.settings.schema import (
 
 # They begin a run, or change no more than the rounding of its results.
 _HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
+_MICRO_BATCH = 8  # the most, if none is given
 _COMMUNICATION = ("gradient_compression", "power_sgd_rank", "power_sgd_start_step")
 
 
@@ -110,10 +112,25 @@ class TrainingConfig:
             **lengths,
         )
 
-    def accumulation_steps(self, batch_tokens: int, num_processes: int) -> int:
-        """Micro-batches that each of `num_processes` processes contributes to a step of `batch_tokens`."""
-        sequences = batch_tokens // (self.sequence_length * num_processes)
-        return sequences // int(self.optimizer.per_device_train_batch_size)
+    @property
+    def least_micro_batch(self) -> int:
+        """The given micro-batch, or 1 if it is not given or to be found."""
+        given = self.optimizer.per_device_train_batch_size
+        return given if isinstance(given, int) else 1
+
+    def micro_batches(self, num_processes: int) -> list[int]:
+        """The possible micro-batches, in ascending order: each batch is a whole number of them for each process."""
+        settings = self.optimizer
+        batch = math.gcd(settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens)
+        sequences = batch // (self.sequence_length * num_processes)
+        return [size for size in range(1, sequences + 1) if sequences % size == 0]
+
+    def micro_batch(self, num_processes: int) -> int:
+        """Sequences in one forward pass of one process, where they are not to be found by trying (`auto`)."""
+        given = self.optimizer.per_device_train_batch_size
+        if given is not None:
+            return int(given)
+        return max(size for size in self.micro_batches(num_processes) if size <= _MICRO_BATCH)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""

@@ -34,8 +34,8 @@ _SHOWN = 60  # characters of a value
 _LENGTHS = ("max", "warmup", "decay", "cooldown")  # each in steps or in tokens
 
 
-def read_settings(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
-    """Reads `[CONFIG.yaml] [--name value ...]`.
+def read_settings(argv: list[str], num_processes: int = 1) -> tuple[TrainingConfig, list[str]]:
+    """Reads `[CONFIG.yaml] [--name value ...]`; defaults adapt to what is given and to the number of processes.
 
     Returns:
         The configuration, and a line for each unknown name and each value of a wrong type or out of its bounds; a
@@ -60,8 +60,20 @@ def read_settings(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
     given = _over(translate(in_file), translate(in_flags))
     config = _make_config(join_output_dir(given), problems)
     if not problems:
-        config = _make_config(join_output_dir(_over(_inherited(config, given), given)), problems)
+        given = _over(_inherited(config, given), given)
+        config = _make_config(join_output_dir(given), problems)
+    _adapt_defaults(config, given, num_processes)
     return config, problems
+
+
+def _adapt_defaults(config: TrainingConfig, given: dict[str, Any], num_processes: int) -> None:
+    """Makes a batch that is not given one that the processes can share, and a warmup no longer than the run."""
+    settings = config.optimizer
+    if "batch_tokens" not in given:
+        unit = config.least_micro_batch * config.sequence_length * num_processes
+        settings.batch_tokens = max(1, round(settings.batch_tokens / unit)) * unit
+    if "warmup_steps" not in given:
+        settings.warmup_steps = min(settings.warmup_steps, config.max_steps)
 
 
 def parse_config(argv: list[str]) -> TrainingConfig:

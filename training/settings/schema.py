@@ -76,13 +76,17 @@ class OptimizerSettings:
 
     max_steps: Positive = _help(1000, "optimizer steps in the whole run")
     max_tokens: Positive | None = _help(None, "tokens in the whole run, in place of max_steps; up to whole steps")
-    batch_tokens: Positive = _help(2048, "tokens in a step, over all processes and micro-batches")
+    batch_tokens: Positive = _help(
+        2048, "tokens in a step, over all processes and micro-batches; the default is rounded to what they can share"
+    )
     batch_ramp_tokens: Count = _help(0, "tokens over which the batch grows linearly to batch_tokens; 0 for no ramp")
     batch_ramp_start: Positive | None = _help(
         None, "tokens in the first step of the ramp; each batch is a multiple of it"
     )
-    per_device_train_batch_size: Literal["auto"] | Positive = _help(
-        8, "sequences in one forward pass of one process (micro-batch); auto: the most that fits in memory"
+    per_device_train_batch_size: Literal["auto"] | Positive | None = _help(
+        None,
+        "sequences in one forward pass of one process (micro-batch); auto: the most that fits in memory; up to 8, as "
+        "batch_tokens allows, if not given",
     )
     optim: Literal["adamw", "muon"] = _help(
         "muon",

@@ -7,6 +7,7 @@ from pathlib import Path
 from data_prep.common.command_line import raise_all, unknown_name
 from data_prep.common.hub import is_on_hub, repository_problem
 from eval.common.devices import chosen_precision, fp8_is_available
+from eval.common.launch import launch_problems, uses_fsdp
 from eval.hellaswag import RULES
 from training.settings.config import TrainingConfig
 from training.settings.parsing import read_settings
@@ -19,9 +20,10 @@ def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
     Raises:
         UserError: with every problem, each with its value, its bound and the remedy.
     """
-    config, problems = read_settings(argv)
+    config, problems = read_settings(argv, num_processes)
     # With a wrong value replaced by its default, messages about sizes and lengths would be wrong too.
     problems += [] if problems else _size_problems(config, num_processes)
+    problems += launch_problems()
     problems += _precision_problems(config)
     problems += _communication_problems(config, num_processes)
     problems += _data_problems(config)
@@ -121,7 +123,7 @@ def _evaluation_problems(settings: EvaluationSettings, num_processes: int) -> li
 
 def _batch_problems(config: TrainingConfig, num_processes: int) -> list[str]:
     settings, length = config.optimizer, config.sequence_length
-    micro = 1 if settings.per_device_train_batch_size == "auto" else settings.per_device_train_batch_size
+    micro = config.least_micro_batch
     unit = micro * length * num_processes
     start = settings.batch_ramp_start
     problems = [
@@ -206,7 +208,7 @@ def _communication_problems(config: TrainingConfig, num_processes: int) -> list[
     kind = devices.gradient_compression
     if kind != "none" and num_processes == 1:
         problems.append(f"gradient_compression={kind!r} does nothing in a single process; use none")
-    elif kind != "none" and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+    elif kind != "none" and uses_fsdp():
         problems.append(f"gradient_compression={kind!r} is for data-parallel processes, not FSDP; use none")
     if kind != "power_sgd":
         names = ("power_sgd_rank", "power_sgd_start_step")
