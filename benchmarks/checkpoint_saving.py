@@ -98,7 +98,7 @@ def make_bench(size_name: str, precision: str, micro_batch: int) -> Iterator[Ben
     source, state = batches(size, accelerator.device), RunState(data={}, settings={}, num_processes=1)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder) / "checkpoints"
-        saver = Saver(checkpoints)
+        saver = Saver(checkpoints, print)
         yield Bench(accelerator, model, optimizer, source, micro_batch, checkpoints, saver, state)
         saver.close()
 

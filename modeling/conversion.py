@@ -4,12 +4,15 @@ A block's matrices are transposed where tensors enter and leave the model: `from
 conversions), `state_dict` and `load_state_dict` (hooks of each block). So whatever saves a state dict writes HF GPT-2.
 """
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter, WeightRenaming
 
+# Names that torch.compile, DDP, activation checkpointing and FSDP put into those of the parameters that they wrap.
+_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -41,6 +44,11 @@ def convert_state_dicts(block: nn.Module) -> None:
     """Makes `block.state_dict()` have the layout on disk, and `block.load_state_dict()` accept both layouts."""
     block.register_state_dict_post_hook(_to_disk)
     block.register_load_state_dict_pre_hook(_from_disk)
+
+
+def bare_name(name: str) -> str:
+    """Returns the name of a parameter without those of wrappers around the model and its parts."""
+    return _WRAPPERS.sub("", name)
 
 
 def to_disk_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

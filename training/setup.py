@@ -76,7 +76,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     )
     log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), optimizer, state, micro_batch)
     state.num_processes = accelerator.num_processes
-    saver = Saver(config.checkpoints)
+    saver = Saver(config.checkpoints, stop.request)
     publishing = config.hub.push_to_hub and not config.run.preflight and accelerator.is_main_process
     return Run(
         config=config,

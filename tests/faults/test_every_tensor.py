@@ -2,16 +2,22 @@
 
 import hashlib
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from forks import begin
 from safetensors.torch import load_file, save_file
+from small_models import SMALL
 
 from data_prep.common.command_line import UserError
 from eval.common.models import load_model
+from modeling import GPTConfig, GPTModel
+from training.checkpointing.snapshot import Snapshot, write_checkpoint
+from training.checkpointing.storage import RunState
 
 CHANGES = {
     "missing": (lambda w: w.pop("transformer.h.1.mlp.c_fc.weight"), "transformer.h.1.mlp.c_fc.weight is missing"),
@@ -46,6 +52,35 @@ def copy(tiny_run, tmp_path) -> Path:
     home.mkdir(parents=True)
     shutil.copy(tiny_run.folder / "config.yaml", home)
     return shutil.copytree(tiny_run.checkpoints[-1], home / "checkpoints" / tiny_run.checkpoints[-1].name)
+
+
+WRITTEN = {
+    "wrapped": (
+        lambda w: w.update({f"_orig_mod.{name}": w.pop(name) for name in list(w)}),
+        "_orig_mod.transformer",
+    ),
+    "missing": (lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"), "transformer.h.1.mlp.c_fc.bias is missing"),
+    "unknown": (
+        lambda w: w.update({"transformer.h.9.ln_1.bias": torch.zeros(32)}),
+        "h.9.ln_1.bias is unknown",
+    ),
+    "another shape": (lambda w: w.update({"transformer.ln_f.bias": torch.zeros(31)}), "is [31], expected [32]"),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_checkpoint_with_other_weights_than_its_model_is_never_complete(what, tmp_path):
+    act, message = WRITTEN[what]
+    model = GPTModel(GPTConfig(**SMALL))
+    weights = dict(model.named_parameters())
+    with torch.device("meta"):
+        meta_model = GPTModel(model.config)
+    snapshot = Snapshot(meta_model, weights, {}, [], [], RunState({}, {}, 1, step=3), {})
+    assert (write_checkpoint(snapshot, tmp_path) / "COMPLETE").exists()
+    act(weights)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_checkpoint(replace(snapshot, state=RunState({}, {}, 1, step=4)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 @pytest.mark.parametrize("what", CHANGES)

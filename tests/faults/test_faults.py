@@ -202,23 +202,30 @@ def test_a_folder_that_cannot_be_written_to(command, small_disk):
 
 
 def test_a_writer_that_throws_is_tried_again(command, whole, tmp_path):
-    run = begin(command, tmp_path, partial(saves_that_fail, 4)).finished("run")
-    assert run.stdout.count("could not be saved: RuntimeError: a bug of the writer; again in 0 s") == 3
-    assert "step 3 could not be saved: RuntimeError: a bug of the writer; giving up until the next" in run.stdout
+    run = begin(command, tmp_path, partial(saves_that_fail, 2)).finished("run")
+    assert run.stdout.count("could not be saved: RuntimeError: a bug of the writer; again in 0 s") == 2
     assert_same(whole, run)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(command, tmp_path):
+def test_a_first_checkpoint_that_cannot_be_written_ends_the_run(command, tmp_path):
     code, text = begin(command, tmp_path, partial(saves_that_fail, 99)).ended()
     assert code == 2
-    assert "error: step 12 could not be saved: RuntimeError: a bug of the writer; there is none before it" in text
-    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+    step = int(re.search("error: step ([0-9]+) could not be saved: RuntimeError: a bug .*; there is none", text)[1])
+    assert step < STEPS and not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_first_checkpoint_with_something_in_its_way_ends_the_run(command, tmp_path):
+    foreign = tmp_path / "runs" / "run" / "checkpoints" / "step_00000003"
+    foreign.mkdir(parents=True)
+    code, text = begin(command, tmp_path).ended()
+    assert code == 2 and "giving up until the next checkpoint" in text and list(foreign.parent.iterdir()) != []
+    assert "error: step 3 could not be saved: UserError" in text and "continues from there" in text
 
 
 def test_a_device_out_of_memory_is_one_line(command, tmp_path):
     code, text = begin(command, tmp_path, partial(in_step, 2, 0, run_out_of_memory)).ended()
     reason = "CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert code == 2 and text.splitlines()[-1].startswith(f"error: out of memory on the device ({reason}) with per_de")
+    assert code == 2 and text.splitlines()[-1].startswith(f"error: out of memory on the device ({reason}); give a sm")
 
 
 # In the first validation, in a step, while the first checkpoint is written, while a later one is, later on.

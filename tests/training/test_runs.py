@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import TINY_MODEL, VOCAB_SIZE, Finished, launch, torchrun
 from forks import begin
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -381,6 +382,32 @@ def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path)
     launched["ACCELERATE_MIXED_PRECISION"] = "no"  # which torchrun does not set
     code, text = begin(["--data", data_folder, "--batch_tokens", "4096"], tmp_path, env=launched).ended()
     assert code == 2 and text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("launch_file", "options", "device"),
+    [
+        ("cpu", ("--dynamo_backend", "eager"), "1 x"),
+        ("cpu", ("--mixed_precision", "no"), "1 x"),
+        ("cpu_ddp", ("--dynamo_backend", "eager", "--dynamo_use_regional_compilation"), "2 x"),
+        ("cpu_ddp", ("--num_processes", "3", "--gpu_ids=-1,-1,-1", "--mixed_precision", "no"), "3 x"),
+    ],
+    ids=["dynamo", "no", "dynamo of two processes", "three processes"],
+)
+def test_a_launch_as_accelerate_config_describes_it(data_folder, tmp_path, launch_file, options, device):
+    """Nothing is given but what the tiny model needs: batch, micro-batch and warmup adapt."""
+    flags = ["--data", data_folder, *TINY_MODEL, "--max_steps", "3", "--val_tokens", "2048", "--sample_every", "0"]
+    done = launch(*flags, "--run_name", "run", cwd=tmp_path, launch_file=launch_file, options=options)
+    assert f"device  {device}" in done.stdout
+    assert ("float32" in done.stdout) or "no" not in options
+    checkpoint = tmp_path / "runs" / "run" / "checkpoints" / "step_00000003"
+    stock, report = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    validated = [line for line in done.stdout.splitlines() if "validation loss" in line and line.startswith("step ")]
+    assert float(validated[-1].split()[4].rstrip(",")) < float(validated[0].split()[4].rstrip(",")) - 0.1
+    optimized = {name.rpartition("/")[0] for name in load_file(checkpoint / "training_state" / "optimizer.safetensors")}
+    assert optimized == {name for name, _ in stock.named_parameters()}
 
 
 @pytest.mark.processes

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import file_hash
 from modeling import GPTModel
+from modeling.conversion import bare_name, to_disk_layout
 from training.checkpointing.power_sgd import file_of_rank, gather_tensors, power_sgd, restore_power_sgd
 from training.checkpointing.storage import (
     COMPLETE,
@@ -66,9 +67,14 @@ def take_snapshot(
     tokenizer: dict[str, bytes],
 ) -> Snapshot | None:
     """Copies the content of a checkpoint. Collective. Returns None on other ranks."""
-    weights = accelerator.get_state_dict(model)
-    for tied in accelerator.unwrap_model(model).all_tied_weights_keys:  # a sharded model gives each of them a copy
-        weights.pop(tied, None)
+    bare_model = accelerator.unwrap_model(model)
+    if accelerator.is_fsdp2:
+        weights = accelerator.get_state_dict(model)
+        for tied in bare_model.all_tied_weights_keys:  # of each a sharded model gives a copy
+            weights.pop(tied, None)
+    else:
+        weights = dict(bare_model.named_parameters())
+    weights = {bare_name(name): tensor for name, tensor in weights.items()}
     main = accelerator.is_main_process
     optimizer_state = optimizer_tensors(model, optimizer, copied=main)
     random = gather_object([_random_state(accelerator.device)])
@@ -79,7 +85,7 @@ def take_snapshot(
     if accelerator.scaler is not None:
         state.grad_scaler = accelerator.scaler.state_dict()
     with torch.device("meta"):
-        meta_model = GPTModel(accelerator.unwrap_model(model).config)
+        meta_model = GPTModel(bare_model.config)
     weights, state = _copied(weights), copy.deepcopy(state)
     return Snapshot(meta_model, weights, optimizer_state, random, compressed, state, tokenizer)
 
@@ -99,6 +105,7 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
 
     Raises:
         UserError: if something else has that name.
+        ValueError: if the weights in the file are not those of the model, by name, shape or value.
     """
     folder = checkpoint_folder(checkpoints, snapshot.state.step)
     partial = partial_folder(folder)
@@ -110,7 +117,9 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         (partial / STATE).mkdir(parents=True)
         for name, content in snapshot.tokenizer.items():  # first: no file of the data replaces one of ours
             (partial / name).write_bytes(content)
-        snapshot.meta_model.save_pretrained(partial, state_dict=snapshot.weights)
+        weights = to_disk_layout(snapshot.weights)
+        snapshot.meta_model.save_pretrained(partial, state_dict=weights)
+        _check_weights(partial, snapshot.meta_model, weights)
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
         for rank, compressed in enumerate(snapshot.power_sgd):
@@ -135,6 +144,26 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         raise
     _flush(checkpoints)
     return folder
+
+
+def _check_weights(folder: Path, meta_model: GPTModel, weights: dict[str, Tensor]) -> None:
+    """Reads the weights of a checkpoint back; `ValueError` unless they are all those of such a model, and no others."""
+    expected = {name: tensor.shape for name, tensor in meta_model.state_dict().items()}
+    for tied in meta_model.all_tied_weights_keys:
+        del expected[tied]
+    problems = []
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118  it is no dict
+                tensor, shape = saved.get_tensor(name), expected.pop(name, None)
+                if shape is None:
+                    problems.append(f"{name} is unknown")
+                elif shape != tensor.shape:
+                    problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+                elif not torch.equal(tensor.view(torch.uint8), weights[name].view(torch.uint8)):
+                    problems.append(f"{name} is not as in memory")
+    if problems := [*problems, *(f"{name} is missing" for name in expected)]:
+        raise ValueError(f"the weights that were written are not those of the model: {listed(sorted(problems))}")
 
 
 def _flush(path: Path) -> None:
@@ -219,7 +248,7 @@ def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name.removeprefix("module."), parameter) for name, parameter in model.named_parameters()]
+    return [(bare_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -20,15 +20,19 @@ class Saver:
     """Writes the checkpoints of a run in a thread.
 
     A checkpoint that cannot be written is tried again, then given up with a message: the earlier ones are still there,
-    and training continues to the next. Only the last one of a run must succeed.
+    and training continues to the next. Only the first one of a run and the last must succeed.
+
+    Args:
+        stop: asks the run to stop, for the reason given: its first checkpoint cannot be written.
     """
 
-    def __init__(self, checkpoints: Path) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Path, stop: Callable[[str], None]) -> None:
+        self.checkpoints, self.stop = checkpoints, stop
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver", initializer=_lower_priority)
         self.tasks: list[Future[None]] = []
         self.results: SimpleQueue[str] = SimpleQueue()
-        self.failure: str | None = None  # of the last checkpoint
+        self.failure: str | None = None  # of the last checkpoint, or of the first, which ends the run
+        self.has_started = True  # False once the first checkpoint could not be written
         self.ending = threading.Event()
 
     def save(self, snapshot: Snapshot) -> None:
@@ -62,10 +66,10 @@ class Saver:
         self.tasks.clear()
 
     def finish(self) -> None:
-        """Waits, and checks that the last checkpoint was written.
+        """Waits, and checks that the first checkpoint was written, and the last.
 
         Raises:
-            UserError: if it was not.
+            UserError: if one was not.
         """
         self.wait()
         if self.failure is not None:
@@ -91,8 +95,11 @@ class Saver:
                 self.results.put(f"{self.failure}; {next_try}")
                 if pause is not None:
                     self.ending.wait(pause)
+                elif not complete_checkpoints(self.checkpoints):
+                    self.has_started = False
+                    self.stop("the first checkpoint cannot be written")
             else:
-                self.failure = None
+                self.failure = None if self.has_started else self.failure
                 self.results.put(f"step {snapshot.state.step:>6}  saved {folder}")
                 return
 

@@ -27,8 +27,12 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
-            self.reason = f"max_minutes={self.max_minutes:g}"
+            self.request(f"max_minutes={self.max_minutes:g}")
         return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Makes the request, unless there is one already."""
+        self.reason = self.reason or reason
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Makes the request; a second Ctrl-C ends the process at once."""
@@ -42,7 +46,7 @@ class StopRequest:
                         os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
             elif now - self.interrupted_at > _SAME_SIGNAL_SECONDS:
                 raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        self.request(signal.Signals(number).name)
 
 
 @contextlib.contextmanager
