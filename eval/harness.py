@@ -9,6 +9,7 @@ pretrained=CHECKPOINT` works too; add `--include_path eval/tasks` for the tasks 
 
 import json
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,20 +80,22 @@ def evaluate_tasks(
     output: Path,
     limit: int | None = None,
     batch_size: int = 16,
+    check_stop: Callable[[bool], bool],
 ) -> dict[str, float]:
     """Runs tasks of the harness on a model in memory, and writes its results to `output`. Collective. Returns scores by
-    `lm_eval/TASK/METRIC`, an empty dict on other ranks. `task_manager` is from `load_tasks`.
+    `lm_eval/TASK/METRIC`, an empty dict on other ranks. `task_manager` is from `load_tasks`, `check_stop` as in
+    `StoppableLM`.
 
     The harness seeds the random numbers of Python, numpy and torch.
     """
     import lm_eval
     from lm_eval.utils import handle_non_serializable
 
-    from eval.scoring.harness_model import GPTModelLM
+    from eval.scoring.harness_model import StoppableLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about a model in memory, and about `limit`
     with evaluating(model):
-        evaluated = GPTModelLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        evaluated = StoppableLM(check_stop, pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         evaluated.accelerator = accelerator
         evaluated._rank, evaluated._world_size = accelerator.process_index, accelerator.num_processes
         options: dict[str, Any] = {"task_manager": task_manager, "limit": limit}

@@ -11,7 +11,7 @@ lm_eval     the activity, the cleaned context and ending; acc by the summed loss
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,9 +117,15 @@ class HellaSwag:
         lengths = [[len(ending) for ending in endings] for endings in measured]
         return cls(rule, questions, lengths, [int(item["label"]) for item in items])
 
-    def evaluate(self, accelerator: Accelerator, model: GPTModel, batch_size: int = BATCH_SIZE) -> Result:
-        """Scores a model. Collective. Returns the same result on all ranks."""
-        nats = score(accelerator, model, self.questions, batch_size)
+    def evaluate(
+        self,
+        accelerator: Accelerator,
+        model: GPTModel,
+        batch_size: int = BATCH_SIZE,
+        before_batch: Callable[[], object] | None = None,
+    ) -> Result:
+        """Scores a model, as `score` does. Collective. Returns the same result on all ranks."""
+        nats = score(accelerator, model, self.questions, batch_size, before_batch)
         acc, acc_norm = (accuracy(nats, self.labels, lengths) for lengths in (None, self.lengths))
         truncated = count_truncated(self.questions, model.config.n_positions)
         return Result(self.rule, acc, acc_norm, len(self.questions), truncated, nats)

@@ -5,7 +5,7 @@ python -m eval.loss gpt2 --data some.txt --stride 512
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,20 @@ from eval.common.scores import load_metric
 from modeling.loss import IGNORE_INDEX
 
 
-def summed_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
+def summed_loss(
+    model: Any, batches: Iterable[dict[str, Tensor]], before_batch: Callable[[], object] | None = None
+) -> tuple[float, int]:
     """Returns the summed cross entropy in nats and the number of labels that are not -100.
 
     Args:
         batches: arguments of the model, `[B, T]` each, among them `shift_labels`.
+        before_batch: called before each of them.
     """
     nats, count = [], 0
     with evaluating(model):
         for batch in batches:
+            if before_batch is not None:
+                before_batch()
             count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             nats.append(model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss)

@@ -39,6 +39,26 @@ def signalled(kind: str, count: int, folder: Path, what: signal.Signals = signal
     on_event(kind, folder, act)
 
 
+def signalled_in_evaluation(count: int, rank: int = 0) -> None:
+    """Send SIGTERM to a rank at the `count`-th forward pass of an evaluation; exit with 98 at the next but one."""
+    import torch
+
+    from modeling import GPTModel
+
+    left = count
+
+    def act(module: torch.nn.Module, _: tuple) -> None:
+        nonlocal left
+        if isinstance(module, GPTModel) and not module.training:
+            left -= 1
+            if left == 0 and os.environ.get("RANK", "0") == str(rank):
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif left < -1:
+                os._exit(98)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(act)
+
+
 def counted(folder: Path, report: Path) -> None:
     """Write down at the end how many events of each kind there were."""
     import json

@@ -33,7 +33,7 @@ from training.engine.optimizer import set_learning_rate
 from training.engine.profiling import profiling
 from training.engine.step import training_step
 from training.loop.ending import print_ending, write_run_report
-from training.loop.run import Run
+from training.loop.run import EvaluationStopped, Run
 from training.loop.stopping import StopRequest, stop_requests
 from training.records import screen
 from training.records.gpu_state import read_gpu
@@ -146,15 +146,20 @@ def training_loop(run: Run, step_done: Callable[[], None]) -> None:
             # The first checkpoint of a branch is another run's.
             saved = saving and (step > first or is_checkpoint(checkpoint_folder(run.checkpoints, step)))
             for evaluation in due:
-                metrics = evaluation.run(run)
+                try:
+                    metrics = evaluation.run(run)
+                except EvaluationStopped:
+                    break
                 run.log_metrics(metrics, step)
                 is_new = saved or step > first
                 if is_new and run.state.update_best(metrics.get("val_loss", math.nan)) and not saved:
                     save(run)
                     saved = True
+            if run.stopping and step > first and not saved:
+                save(run)
             if (saving or saved) and run.accelerator.is_main_process:
                 publish_and_prune(run)
-            if last:
+            if last or run.stopping:
                 break
             start_step(run)
             step_done()

@@ -1,5 +1,8 @@
 """`GPTModel` as a model of the lm-evaluation-harness; importing this imports the harness."""
 
+from collections.abc import Callable
+from typing import Any
+
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -16,3 +19,40 @@ class GPTModelLM(HFLM):
     def max_gen_toks(self) -> int:
         """Default of generated tokens: at most half of a short context, which leaves room for the prompt."""
         return min(256, self.max_length // 2)
+
+
+class StoppableLM(GPTModelLM):
+    """`GPTModelLM` that may be asked to stop between batches. Ranks have different numbers of them: one that is done
+    keeps asking until all ranks are.
+
+    Args:
+        check_stop: collective; takes whether this rank is done, returns whether all are, and raises to stop.
+    """
+
+    def __init__(self, check_stop: Callable[[bool], bool], **options: Any) -> None:
+        self.check_stop = check_stop
+        super().__init__(**options)
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_stop(False)
+        return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_stop(False)
+        return super()._model_generate(*args, **kwargs)
+
+    def all_gather(self, tensor: Any) -> Any:
+        self._wait()
+        return super().all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        self._wait()
+        return super().gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        self._wait()
+        super().barrier()
+
+    def _wait(self) -> None:
+        while not self.check_stop(True):
+            pass

@@ -9,7 +9,7 @@ token attends to its own branch and to the stem:
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,11 @@ def count_truncated(questions: Sequence[Question], n_positions: int) -> int:
 
 
 def score(
-    accelerator: Accelerator, model: GPTModel, questions: Sequence[Question], batch_size: int
+    accelerator: Accelerator,
+    model: GPTModel,
+    questions: Sequence[Question],
+    batch_size: int,
+    before_batch: Callable[[], object] | None = None,
 ) -> list[list[float]]:
     """Returns the summed cross entropy in nats of each ending of each question. Collective, the same on all ranks.
 
@@ -71,6 +75,7 @@ def score(
     Args:
         model: without DDP or other wrappers.
         batch_size: rows in a forward pass; a row has one question, in a compiled model several.
+        before_batch: called before each batch, equally often on all ranks.
     """
     device, n_positions = accelerator.device, model.config.n_positions
     endings = sum(len(question.endings) for question in questions)
@@ -80,6 +85,8 @@ def score(
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with evaluating(model, "sdpa"):  # the only kernel with arbitrary masks on all devices
         for first in range(0, len(batches), accelerator.num_processes):
+            if before_batch is not None:
+                before_batch()
             own = first + accelerator.process_index
             batch = batches[own] if own < len(batches) else [[]]
             batch = batch + [[]] * (batch_size - len(batch) if width else 0)

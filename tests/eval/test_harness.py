@@ -1,11 +1,15 @@
 """EleutherAI's harness: its plain command on our checkpoints, our command, and evaluations during a run."""
 
 import json
+import os
+import pickle
 import runpy
 import sys
+from functools import partial
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, launch, run_command
+from plants import signalled_in_evaluation
 
 from eval.harness import check_tasks
 from eval.reporting.reference_results import of_the_same_size
@@ -135,3 +139,14 @@ def test_evaluations_in_a_run_change_nothing_and_agree_with_those_alone(tiny_run
     hella = [line.split() for line in lines if " hella " in line]
     assert [int(step) for step, _, _ in hella] == [0, 10, 20]
     assert float(hella[-1][2]) == pytest.approx(last["hellaswag/completion/acc_norm"], abs=1e-4)
+
+
+@pytest.mark.clients
+def test_a_rank_that_is_asked_to_stop_in_the_harness_stops_all(short_steps, folder, tmp_path):
+    plant = pickle.dumps(partial(signalled_in_evaluation, 4 + 2, 1)).hex()  # after its half of a validation
+    environment = os.environ | {"PLANT": plant, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    flags = [*short_steps, "--max_steps", "4", "--lm_eval_every", "2", "--output_dir", tmp_path / "run"]
+    started = {"cwd": folder, "launch_file": "cpu_ddp", "script": "tests/planted_train.py", "env": environment}
+    done = launch(*flags, "--lm_eval_tasks", *TASKS.split(","), **started)
+    assert "stopped after step 2 (another process was asked to)" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "COMPLETE").exists()

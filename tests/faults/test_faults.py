@@ -15,9 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, Finished, launch
+from conftest import ROOT, TINY_MODEL, Finished, launch
 from forks import Plant, begin
-from plants import bad_batch, die_after, fail, in_step, run_out_of_memory, saves_that_fail, signalled
+from plants import (
+    bad_batch,
+    die_after,
+    fail,
+    in_step,
+    run_out_of_memory,
+    saves_that_fail,
+    signalled,
+    signalled_in_evaluation,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -231,7 +240,7 @@ def test_a_device_out_of_memory_is_one_line(command, tmp_path):
 # In the first validation, in a step, while the first checkpoint is written, while a later one is, later on.
 MOMENTS = [
     ("forward", 2, signal.SIGTERM),
-    ("forward", 150, signal.SIGTERM),
+    ("forward", 230, signal.SIGTERM),
     ("file", 36, signal.SIGUSR1),
     ("file", 90, signal.SIGTERM),
     ("forward", 300, signal.SIGINT),
@@ -247,10 +256,41 @@ def test_asked_to_stop_it_leaves_a_checkpoint(command, whole, tmp_path, kind, co
     stopped = re.search(
         r"stopped after step (\d+) \((\w+)\); the same command with --resume_from_checkpoint continues from (\S+)", text
     )
+    if (kind, count) == MOMENTS[0][:2]:
+        assert stopped is None and "stopped after step 0 (SIGTERM); this run has no checkpoint yet" in text
+        return
     assert stopped is not None and 0 < int(stopped[1]) < STEPS
     assert stopped[2] == what.name and (tmp_path / stopped[3] / "COMPLETE").exists()
     assert stopped[3].endswith(f"step_{int(stopped[1]):08d}")
     assert_same(whole, begin(command, tmp_path).finished("run"))
+
+
+@pytest.fixture
+def evaluated(command, tmp_path) -> list[str]:
+    """The command with evaluations at steps 0 and 6: 8 batches of validation, 3 of HellaSwag, 3 samples of a token."""
+    item = {"activity_label": "A", "ctx": "the a", "ctx_a": "the", "ctx_b": "a", "endings": ["b", "of it"], "label": 0}
+    (tmp_path / "swag.jsonl").write_text("".join(json.dumps(item) + "\n" for _ in range(40)))
+    every = ["--hellaswag_every", "6", "--sample_every", "6", "--sample_tokens", "1", "--save_steps", "100"]
+    return [*command, *every, "--hellaswag_data", str(tmp_path / "swag.jsonl")]
+
+
+@pytest.mark.parametrize(("count", "finished"), [(11 + 3, 0), (11 + 8 + 2, 1), (11 + 11 + 2, 2)])
+def test_asked_to_stop_in_an_evaluation_it_saves_and_leaves_the_rest(evaluated, whole, tmp_path, count, finished):
+    """`finished` evaluations of step 6 are logged; those of step 0 were, but for the samples, which begin later."""
+    code, text = begin(evaluated, tmp_path, partial(signalled_in_evaluation, count)).ended()
+    assert code == 0 and "stopped after step 6 (SIGTERM)" in text, text
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step_00000006" / "COMPLETE").exists()
+    assert len(re.findall("^step +6  (?:validation loss|HellaSwag)", text, re.MULTILINE)) == finished
+    resumed = begin(evaluated, tmp_path).finished("run")
+    assert resumed.losses() == whole.losses()
+
+
+def test_any_rank_asked_to_stop_in_an_evaluation_stops_all(evaluated, tmp_path):
+    plant = pickle.dumps(partial(signalled_in_evaluation, 6 + 3, 1)).hex()  # each has half of the batches
+    environment = os.environ | {"PLANT": plant, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    flags = {"cwd": tmp_path, "launch_file": "cpu_ddp", "script": "tests/planted_train.py", "env": environment}
+    assert "stopped after step 6 (another process was asked to)" in launch(*evaluated, **flags).stdout
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step_00000006" / "COMPLETE").exists()
 
 
 def test_the_clock_runs_out(command, whole, tmp_path):

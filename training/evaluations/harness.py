@@ -47,6 +47,7 @@ class HarnessEvaluation:
                 self.task_manager,
                 output=run.checkpoints / f"step_{step:08d}.lm_eval.json",
                 limit=settings.lm_eval_limit,
+                check_stop=run.check_stop,
             )
         for name, score in scores.items():
             run.log.print(f"step {step:>6}  {name} {score:.4f}")

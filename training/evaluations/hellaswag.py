@@ -32,6 +32,6 @@ class HellaSwagEvaluation:
 
     def run(self, run: Run) -> dict[str, Any]:
         """`acc` and `acc_norm`. Collective: the ranks share the items."""
-        result = self.task.evaluate(run.accelerator, run.bare_model)
+        result = self.task.evaluate(run.accelerator, run.bare_model, before_batch=run.check_stop)
         run.log.print(f"step {run.state.step:>6}  HellaSwag ({result.rule}) {result}")
         return result.metrics()

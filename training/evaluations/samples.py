@@ -26,10 +26,12 @@ class Samples:
         """
         settings, accelerator = run.config.evaluation, run.accelerator
         prompts = [prompt for prompt in settings.sample_prompts for _ in range(settings.samples_per_prompt)]
-        share = slice(None)
-        if not accelerator.is_fsdp2:
-            share = slice(accelerator.process_index, None, accelerator.num_processes)
-        mine = [(number, self._sample(run, number, prompt)) for number, prompt in list(enumerate(prompts))[share]]
+        rank, turns = (0, 1) if accelerator.is_fsdp2 else (accelerator.process_index, accelerator.num_processes)
+        mine = []
+        for first in range(0, len(prompts), turns):
+            run.check_stop()
+            if (number := first + rank) < len(prompts):
+                mine.append((number, self._sample(run, number, prompts[number])))
         texts = dict(gather_object(mine))
         for number, prompt in enumerate(prompts):
             run.log.sample(run.state.step, prompt, texts[number])

@@ -45,7 +45,7 @@ class Validation:
         batches = self.val_data.for_rank(
             self.sequences, run.micro_batch, accelerator.process_index, accelerator.num_processes
         )
-        nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches))
+        nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches, run.check_stop))
         loss, bits = nats / tokens, bits_per_byte(nats, self.text_bytes)
         run.log.print(f"step {step:>6}  validation loss {loss:.4f}, {bits:.3f} bits per byte")
         consumed = run.data.consumed(self.train_data, run.state.position)

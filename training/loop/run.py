@@ -24,6 +24,10 @@ from training.settings.config import TrainingConfig
 from training.settings.schedule import BatchPlan, Schedule
 
 
+class EvaluationStopped(Exception):
+    """The ranks have agreed to stop in the middle of an evaluation."""
+
+
 class Evaluation(Protocol):
     """Something that is evaluated every N steps, and after the last one.
 
@@ -38,7 +42,8 @@ class Evaluation(Protocol):
     at_checkpoints: bool
 
     def run(self, run: "Run") -> dict[str, Any]:
-        """Evaluates the model and returns its metrics by name; texts are for trackers only. Collective."""
+        """Evaluates the model and returns its metrics by name; texts are for trackers only. Collective. Calls
+        `run.check_stop` between batches."""
 
 
 @dataclass
@@ -124,9 +129,18 @@ class Run:
         flops = flops_per_token(self.bare_model.config, self.config.sequence_length)
         return flops * tokens_per_second / (peak * self.accelerator.num_processes)
 
-    def agree_on_stopping(self) -> None:
-        """Sets `stopping` on all ranks if any is asked to stop. Collective."""
-        self.stopping |= self.sum_over_processes(float(bool(self.stop)))[0] > 0
+    def agree_on_stopping(self, done: bool = True) -> bool:
+        """Sets `stopping` on all ranks if any is asked to stop. Collective. Returns whether all ranks are `done`."""
+        asked, finished = self.sum_over_processes(float(bool(self.stop)), float(done))
+        self.stopping |= asked > 0
+        return finished == self.accelerator.num_processes
+
+    def check_stop(self, done: bool = True) -> bool:
+        """As `agree_on_stopping`; raises `EvaluationStopped` on all ranks if any is asked to stop."""
+        all_done = self.agree_on_stopping(done)
+        if self.stopping:
+            raise EvaluationStopped
+        return all_done
 
     @property
     def stop_reason(self) -> str:

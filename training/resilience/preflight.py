@@ -23,7 +23,7 @@ from training.engine.distributed import decide_on_main
 from training.engine.memory import memory_for_this_process
 from training.engine.optimizer import set_learning_rate
 from training.engine.step import training_step
-from training.loop.run import Run
+from training.loop.run import EvaluationStopped, Run
 from training.publishing.uploader import check_access
 from training.resilience.disk_space import checkpoints_kept, gib, room_for_checkpoints
 from training.settings.config import TrainingConfig
@@ -137,7 +137,8 @@ def _measure(run: Run) -> PreflightResult:
     snapshot = take_snapshot(accelerator, run.model, run.optimizer, run.state, run.tokenizer_files)
     for evaluation in run.evaluations:
         if evaluation.every:
-            evaluation.run(run)
+            with contextlib.suppress(EvaluationStopped):
+                evaluation.run(run)
             _check_stop(run)
     seconds, size = decide_on_main(accelerator, lambda: _checkpoint_roundtrip(snapshot, run.checkpoints))
     own = [float(peak_memory(accelerator.device)), -float(memory_for_this_process(accelerator.device))]

@@ -69,7 +69,9 @@ def rollback(run: Run, diverged: Diverged) -> None:
         skipped=[*before.skipped, diverged.batch],
     )
     weights = from_pretrained(checkpoint, use_safetensors=True).state_dict()
-    set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
+    # Under FSDP's `cpu_ram_efficient_loading` only the first rank has read them.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.accelerator.is_fsdp2)
+    set_model_state_dict(run.model, weights, options=options)
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
     run.timer.take()  # the launched step is undone
     run.log.truncate(run.state.step)

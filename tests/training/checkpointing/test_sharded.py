@@ -100,7 +100,8 @@ def test_a_sharded_run_and_one_process_resume_each_other(environment, data_folde
     words += ["--val_tokens", "2048", "--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "9"]
     words += ["--sample_every", "4", "--sample_tokens", "4", "--warmup_steps", "1", "--lr_scheduler_type", "constant"]
     words += ["--hellaswag_every", "4", "--hellaswag_data", swag_file, "--override", "max_steps"]
-    planted = environment | {"PLANT": pickle.dumps(sharded).hex()}
+    options = dict.fromkeys(("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"), "true")
+    planted = environment | options | {"PLANT": pickle.dumps(sharded).hex()}
 
     def train(name: str, *parts: tuple[bool, int]) -> Finished:
         for in_two, steps in parts:
