@@ -16,7 +16,6 @@ from training.checkpointing.snapshot import load_training_state
 from training.checkpointing.storage import RunState
 from training.checkpointing.writer import Saver
 from training.engine.batches import Batch, Batches, Prefetcher
-from training.engine.compression import compress_gradients
 from training.engine.data import Data, load_data
 from training.engine.distributed import decide_on_main, describe_device, make_accelerator
 from training.engine.model import check_initial_model, find_micro_batch, make_model
@@ -39,7 +38,6 @@ from training.settings.config import TrainingConfig
 from training.settings.schedule import BatchPlan
 
 _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments, in float32
-_ERROR_BYTES = 4  # of a parameter, for each process, under PowerSGD
 
 
 def setup(config: TrainingConfig, stop: StopRequest) -> Run:
@@ -126,8 +124,6 @@ def _prepare_model(
         micro_batch = find_micro_batch(config, accelerator, model, optimizer, train_data)
     else:
         micro_batch = config.micro_batch(accelerator.num_processes)
-    if config.devices.gradient_compression != "none":
-        compress_gradients(model, config.devices, train_data.sequences(0, micro_batch), accelerator.device)
     torch.manual_seed(config.run.seed + accelerator.process_index)  # dropout differs between ranks
     return model, optimizer, micro_batch
 
@@ -143,9 +139,7 @@ def _open_log(
 ) -> RunLog:
     """Makes the run's folder, prints the header, and starts the trackers, the run's own log first. Collective."""
     parameters = model.num_parameters()
-    errors = accelerator.num_processes if config.devices.gradient_compression == "power_sgd" else 0
-    size = (_STATE_BYTES + _ERROR_BYTES * errors) * parameters
-    decide_on_main(accelerator, lambda: room_for_checkpoints(config, size))
+    decide_on_main(accelerator, lambda: room_for_checkpoints(config, _STATE_BYTES * parameters))
     config.run_folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_report(config.report_folder)  # of the run before it was resumed

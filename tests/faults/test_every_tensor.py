@@ -75,7 +75,7 @@ def test_a_checkpoint_with_other_weights_than_its_model_is_never_complete(what, 
     weights = dict(model.named_parameters())
     with torch.device("meta"):
         meta_model = GPTModel(model.config)
-    snapshot = Snapshot(meta_model, weights, {}, [], [], RunState({}, {}, 1, step=3), {})
+    snapshot = Snapshot(meta_model, weights, {}, [], RunState({}, {}, 1, step=3), {})
     assert (write_checkpoint(snapshot, tmp_path) / "COMPLETE").exists()
     act(weights)
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -92,6 +92,15 @@ def test_torchrun_is_as_good_as_accelerate_launch(request, processes, tmp_path):
     assert Finished(tmp_path / "run", "").losses() == run.losses()
 
 
+@pytest.mark.processes
+def test_compressed_gradients_are_rounded(two_processes, tmp_path):
+    torchrun(
+        2, two_processes.folder / "config.yaml", *"--output_dir run --gradient_compression fp16".split(), cwd=tmp_path
+    )
+    losses = Finished(tmp_path / "run", "").losses()
+    assert losses == pytest.approx(two_processes.losses(), abs=1e-2) and losses != two_processes.losses()
+
+
 # Everything that a step's number or position decides: the batch, the learning rates, Muon's momentum, the order.
 FLAGS = (
     "--order shuffled --per_device_train_batch_size 4 --max_steps 10 --eval_steps 5 --save_steps 5 "

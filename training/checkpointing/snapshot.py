@@ -3,7 +3,6 @@
 step_00000500/
   model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
   training_state/  state.json  optimizer.safetensors  rng_0.safetensors ...
-                  power_sgd_0.safetensors ...  with gradient_compression=power_sgd
   COMPLETE         sha256 of each file, written last, before the folder gets its name
 """
 
@@ -26,7 +25,6 @@ from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import file_hash
 from modeling import GPTModel
 from modeling.conversion import bare_name, to_disk_layout
-from training.checkpointing.power_sgd import file_of_rank, gather_tensors, power_sgd, restore_power_sgd
 from training.checkpointing.storage import (
     COMPLETE,
     STATE,
@@ -46,7 +44,6 @@ class Snapshot:
         meta_model: a model without weights, which knows the format on disk.
         weights, optimizer_state: tensors of the model and of its optimizer.
         random: the state of the random number generators of each rank.
-        power_sgd: the state of gradient compression of each rank; empty without it.
         tokenizer: its files, read when the run began: the data folder may be gone by now.
     """
 
@@ -54,7 +51,6 @@ class Snapshot:
     weights: dict[str, Tensor]
     optimizer_state: dict[str, Tensor]
     random: list[dict[str, Tensor]]
-    power_sgd: list[dict[str, Tensor]]
     state: RunState
     tokenizer: dict[str, bytes]
 
@@ -78,8 +74,6 @@ def take_snapshot(
     main = accelerator.is_main_process
     optimizer_state = optimizer_tensors(model, optimizer, copied=main)
     random = gather_object([_random_state(accelerator.device)])
-    compression = power_sgd(model)
-    compressed = [] if compression is None else gather_tensors(accelerator, compression.tensors())
     if not main:
         return None
     if accelerator.scaler is not None:
@@ -87,7 +81,7 @@ def take_snapshot(
     with torch.device("meta"):
         meta_model = GPTModel(bare_model.config)
     weights, state = _copied(weights), copy.deepcopy(state)
-    return Snapshot(meta_model, weights, optimizer_state, random, compressed, state, tokenizer)
+    return Snapshot(meta_model, weights, optimizer_state, random, state, tokenizer)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,8 +116,6 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         _check_weights(partial, snapshot.meta_model, weights)
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
-        for rank, compressed in enumerate(snapshot.power_sgd):
-            save_file(compressed, file_of_rank(partial / STATE, rank))
         save_file(snapshot.optimizer_state, partial / STATE / "optimizer.safetensors")
         (partial / STATE / "state.json").write_text(
             json.dumps(asdict(snapshot.state), allow_nan=False) + "\n", encoding="utf-8"
@@ -178,8 +170,7 @@ def _flush(path: Path) -> None:
 def load_training_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, folder: Path
 ) -> None:
-    """Restores optimizer, loss scale, random numbers and PowerSGD's errors. The weights are loaded by
-    `GPTModel.from_pretrained`."""
+    """Restores optimizer, loss scale and random numbers. The weights are loaded by `GPTModel.from_pretrained`."""
     try:
         tensors = load_file(folder / STATE / "optimizer.safetensors")
         # Before the first update it is empty. A skipped batch makes no update, nor does an overflow by which the loss
@@ -192,8 +183,6 @@ def load_training_state(
             _restore_random_state(load_file(random_state), accelerator.device)
         if accelerator.scaler is not None and state.grad_scaler:
             accelerator.scaler.load_state_dict(state.grad_scaler)
-        if (compression := power_sgd(model)) is not None:
-            restore_power_sgd(compression, accelerator, folder / STATE, state.step)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: cannot be resumed from ({first_line(error)})") from error
 

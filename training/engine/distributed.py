@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from data_prep.common.command_line import UserError
@@ -30,12 +30,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    compression = config.devices.gradient_compression
+    hook = DDPCommunicationHookType("no" if compression == "none" else compression)
     accelerator = devices.make_accelerator(
         mixed_precision=chosen_precision(config.devices.mixed_precision),
         log_with=None if config.logging.report_to == "none" else config.logging.report_to,
         project_dir=str(config.run_folder),
         timeout=config.devices.ddp_timeout,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
     )
     _check_strategy(accelerator)
     if accelerator.is_fsdp2:

@@ -8,7 +8,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.checkpointing.power_sgd import power_sgd
 from training.engine.batches import Batch, on_device
 
 
@@ -35,8 +34,6 @@ def training_step(
     """
     accelerator.gradient_accumulation_steps = len(micro_batches)
     accelerator.step = 0  # counts the micro-batches of this step only
-    compression = power_sgd(model)
-    errors_before = compression.tensors() if compression is not None else {}
     losses = []
     for batch in micro_batches:
         with accelerator.accumulate(model):
@@ -51,8 +48,6 @@ def training_step(
                     optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
             optimizer.step()
             optimizer.zero_grad()
-    if compression is not None and compression.error_dict and not grad_norm.isfinite():
-        compression.restore(errors_before)  # a NaN would stay. (torch's hook has waited for the device already.)
     loss, z_part = torch.stack(losses).mean(dim=0)
     return {"loss": loss - z_part, "z_loss": z_part, "grad_norm": grad_norm}
 

@@ -16,7 +16,6 @@ from data_prep.common.locks import LOCK_NAME
 from eval.common.devices import peak_memory
 from eval.common.launch import processes_launched
 from eval.common.models import from_pretrained
-from training.checkpointing.power_sgd import power_sgd
 from training.checkpointing.snapshot import Snapshot, take_snapshot, write_checkpoint
 from training.checkpointing.storage import find_corruption, load_state
 from training.engine.distributed import decide_on_main
@@ -122,8 +121,6 @@ def preflight(run: Run) -> None:
 def _measure(run: Run) -> PreflightResult:
     accelerator, settings, first = run.accelerator, run.config.optimizer, run.state.position
     set_learning_rate(run.optimizer, 0.0)
-    if (compression := power_sgd(run.model)) is not None:
-        compression.iter = compression.start_powerSGD_iter  # most steps of the run are compressed
     times = []
     for _ in range(1 + _TIMED_STEPS):  # the first one compiles and allocates
         started = time.perf_counter()

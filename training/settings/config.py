@@ -25,7 +25,6 @@ from training.settings.schema import (
 # They begin a run, or change no more than the rounding of its results.
 _HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
 _MICRO_BATCH = 8  # the most, if none is given
-_COMMUNICATION = ("gradient_compression", "power_sgd_rank", "power_sgd_start_step")
 
 
 @dataclass
@@ -143,7 +142,9 @@ class TrainingConfig:
             mixed_precision: the one in use, which `auto` stands for.
         """
         settings = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimizer)
-        settings |= {"mixed_precision": mixed_precision}
-        settings |= {name: getattr(self.devices, name) for name in _COMMUNICATION}
-        settings |= {"overfit_single_batch": self.debug.overfit_single_batch}
+        settings |= {
+            "mixed_precision": mixed_precision,
+            "gradient_compression": self.devices.gradient_compression,
+            "overfit_single_batch": self.debug.overfit_single_batch,
+        }
         return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *MODEL_SIZES)}

@@ -215,13 +215,15 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in settings.items():
         known = new_name(name)
+        if value is None:
+            continue
         if known not in _types():
             problems.append(_unknown(name))
         elif value is True and known == "resume_from_checkpoint":
             values[name] = NEWEST
         elif isinstance(value, bool) and bool not in _types()[known][1] and name != "push_to_hub":
             problems.append(f"{name}={value}: it is not a setting of true or false")
-        elif value is not None:
+        else:
             values[name] = [value] if _is_list(known) and not isinstance(value, list) else value
     return values
 

@@ -15,7 +15,6 @@ from training.settings.schedule import ScheduleName
 QUICKSTART_DATA = "data/quickstart"
 MODEL_SIZES = ("n_layer", "n_embd", "n_head", "n_positions")  # decided by a checkpoint
 NEWEST = "newest"  # --resume_from_checkpoint without a path
-POWER_SGD_RANK, POWER_SGD_START_STEP = 1, 1000  # as torch's
 START = ("resume_from_checkpoint", "auto_resume", "override", "preflight")  # settings of a start, not of the run
 
 
@@ -164,15 +163,8 @@ class DeviceSettings:
         "recompute activations in the backward pass. selective: all but the results of matrix products and attention; "
         "full, or true: all but the input of each block",
     )
-    gradient_compression: Literal["none", "fp16", "bf16", "power_sgd"] = _help(
-        "none",
-        "how data-parallel processes exchange gradients. none: in float32; power_sgd: as products of thin matrices",
-    )
-    power_sgd_rank: Positive | None = _help(
-        None, f"width of PowerSGD's matrices; more is more exact, and slower to send (default {POWER_SGD_RANK})"
-    )
-    power_sgd_start_step: Annotated[int, Field(ge=2)] | None = _help(
-        None, f"steps before PowerSGD begins, with gradients in float32 (default {POWER_SGD_START_STEP})"
+    gradient_compression: Literal["none", "fp16", "bf16"] = _help(
+        "none", "precision in which data-parallel processes exchange gradients; none: float32"
     )
     ddp_timeout: Positive = _help(3600, "seconds that a process waits for the others, which may be downloading")
 

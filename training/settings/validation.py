@@ -7,11 +7,11 @@ from pathlib import Path
 from data_prep.common.command_line import raise_all, unknown_name
 from data_prep.common.hub import is_on_hub, repository_problem
 from eval.common.devices import chosen_precision, fp8_is_available
-from eval.common.launch import launch_problems, uses_fsdp
+from eval.common.launch import launch_problems, on_cpu, uses_fsdp
 from eval.hellaswag import RULES
 from training.settings.config import TrainingConfig
 from training.settings.parsing import read_settings
-from training.settings.schema import POWER_SGD_START_STEP, QUICKSTART_DATA, EvaluationSettings
+from training.settings.schema import QUICKSTART_DATA, EvaluationSettings
 
 
 def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
@@ -204,33 +204,13 @@ def _precision_problems(config: TrainingConfig) -> list[str]:
 
 
 def _communication_problems(config: TrainingConfig, num_processes: int) -> list[str]:
-    devices, problems = config.devices, []
-    kind = devices.gradient_compression
-    if kind != "none" and num_processes == 1:
-        problems.append(f"gradient_compression={kind!r} does nothing in a single process; use none")
-    elif kind != "none" and uses_fsdp():
-        problems.append(f"gradient_compression={kind!r} is for data-parallel processes, not FSDP; use none")
-    if kind != "power_sgd":
-        names = ("power_sgd_rank", "power_sgd_start_step")
-        # The file of a run that is continued has them, and they cannot be left out there.
-        given = {name: getattr(devices, name) for name in names if config.run.resume_from_checkpoint is None}
-        return problems + [
-            f"{name}={value} does nothing under gradient_compression={kind!r}; use power_sgd, or leave it out"
-            for name, value in given.items()
-            if value is not None
-        ]
-    if (start := devices.power_sgd_start_step or POWER_SGD_START_STEP) >= config.max_steps:
-        problems.append(
-            f"power_sgd_start_step={start} is not before the end, max_steps={config.max_steps}; begin earlier"
-        )
-    if chosen_precision(devices.mixed_precision) == "fp16":
-        problems.append(
-            "gradient_compression='power_sgd' carries errors from step to step, while the loss scale of "
-            "mixed_precision='fp16' changes; use bf16"
-        )
-    if config.optimizer.per_device_train_batch_size == "auto":
-        problems.append(
-            "per_device_train_batch_size='auto' does not see the memory that gradient_compression='power_sgd' needs "
-            "later; give a number"
-        )
-    return problems
+    kind = config.devices.gradient_compression
+    if kind == "none":
+        return []
+    if num_processes == 1:
+        return [f"gradient_compression={kind!r} does nothing in a single process; use none"]
+    if uses_fsdp():
+        return [f"gradient_compression={kind!r} is for data-parallel processes, not FSDP; use none"]
+    if kind == "bf16" and on_cpu():
+        return ["gradient_compression='bf16' needs NCCL; use fp16"]
+    return []

@@ -142,11 +142,6 @@ def problems(*flags: str, processes: int = 1) -> str:
             "gradient_compression='bf16' does nothing in a single process; use none",
         ),
         (
-            ["--power_sgd_rank", "2"],
-            "power_sgd_rank=2 does nothing under gradient_compression='none'; use power_sgd, or leave it out",
-        ),
-        (["--power_sgd_start_step", "1"], "power_sgd_start_step='1' should be greater than or equal to 2"),
-        (
             ["--gradient_compression", "batched_power_sgd"],
             "gradient_compression='batched_power_sgd' should be 'none', ",
         ),
@@ -195,23 +190,42 @@ def test_all_problems_at_once():
 
 
 def test_problems_of_compressed_gradients(monkeypatch):
-    flags = "--gradient_compression power_sgd --max_steps 1000 --mixed_precision fp16 --per_device_train_batch_size "
-    text = problems(*flags.split(), "auto", "--batch_tokens", "4096", processes=2)
-    assert text.startswith("3 problems")
-    assert "power_sgd_start_step=1000 is not before the end, max_steps=1000; begin earlier" in text
-    assert "the loss scale of mixed_precision='fp16' changes; use bf16" in text
-    assert "per_device_train_batch_size='auto' does not see the memory that gradient_compression='power_sgd'" in text
+    assert problems("--gradient_compression", "bf16", processes=2) == "gradient_compression='bf16' needs NCCL; use fp16"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    text = problems("--gradient_compression", "fp16", "--batch_tokens", "4096", processes=2)
+    text = problems("--gradient_compression", "fp16", processes=2)
     assert text == "gradient_compression='fp16' is for data-parallel processes, not FSDP; use none"
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16", "power_sgd"])
-def test_gradients_are_compressed_on_a_cpu_too(kind):
-    start = ["--power_sgd_start_step", "2"] if kind == "power_sgd" else []
-    config = load_config(["--gradient_compression", kind, "--batch_tokens", "4096", *start], 2)
-    assert config.devices.gradient_compression == kind
+@pytest.mark.parametrize(
+    ("processes", "flags", "batch", "micro_batch"),
+    [
+        (1, (), 2048, 8),
+        (2, (), 2048, 4),
+        (3, (), 2304, 3),
+        (4, (), 2048, 2),
+        (6, (), 1536, 1),
+        (8, (), 2048, 1),
+        (16, (), 4096, 1),
+        (3, ("--per_device_train_batch_size", "2"), 1536, 2),
+        (2, ("--per_device_train_batch_size", "16"), 8192, 16),
+        (1, ("--n_positions", "384"), 1920, 5),
+        (2, ("--batch_tokens", "10240"), 10240, 5),
+        (1, ("--batch_tokens", "1024"), 1024, 4),
+        (6, ("--batch_tokens", "24576"), 24576, 8),
+        (2, ("--batch_tokens", "16384", "--batch_ramp_start", "4096", "--batch_ramp_tokens", "9999"), 16384, 8),
+        (8, ("--preset", "gpt2-124m"), 2**19, 8),
+    ],
+)
+def test_what_is_not_given_adapts_to_what_is(processes, flags, batch, micro_batch):
+    config = load_config(list(flags), processes)
+    assert config.optimizer.batch_tokens == batch and config.micro_batch(processes) == micro_batch
+    assert batch % (micro_batch * config.sequence_length * processes) == 0
+
+
+def test_a_short_run_has_a_short_warmup():
+    assert parse_config(["--max_steps", "3"]).optimizer.warmup_steps == 3
+    assert "warmup_steps=9 exceeds max_steps=3" in problems("--max_steps", "3", "--warmup_steps", "9")
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
