@@ -6,11 +6,9 @@ python -m training.publish runs/mine --hub_model_id USER/NAME --step 500
 Training with --push_to_hub runs this command by itself. After a failure, the same command tries again.
 """
 
-import argparse
 import contextlib
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +34,6 @@ from training.checkpointing.storage import (
 )
 from training.publishing.dashboard import publish_dashboard
 from training.publishing.queue import FOLDER, SENTINEL, claim, enqueue, pending, release_claims
-from training.settings.old_names import translate
 
 _LOCK_ATTEMPTS = 600  # a second each
 
@@ -167,7 +164,6 @@ def main() -> None:
     parser = ArgumentParser("python -m training.publish", __doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_option("hub_model_id", metavar="USER/NAME", help="repository; the run's if not given")
-    parser.add_option("push_to_hub", metavar="USER/NAME", help=argparse.SUPPRESS)  # the name until version 0.2
     parser.add_option("step", type=int, nargs="+", default=[], help="checkpoints to upload, by their steps")
     parser.add_option("hub_revisions", action="store_true", help="tag each with its step")
     parser.add_option("hub_private_repo", action="store_true", help="make the repository a private one")
@@ -180,9 +176,7 @@ def main() -> None:
     parser.add_option("check", action="store_true", help="only check whether the Hub would accept an upload")
     args = parser.parse_args()
     settings = _settings(args.run)
-    if args.push_to_hub is not None:
-        print("push_to_hub is now hub_model_id", file=sys.stderr)
-    repository = args.hub_model_id or args.push_to_hub or settings.hub_model_id
+    repository = args.hub_model_id or settings.hub_model_id
     if repository is None:
         raise UserError(f"{args.run} has no hub_model_id; name the repository: --hub_model_id USER/NAME")
     if problem := repository_problem("hub_model_id", repository):
@@ -219,7 +213,7 @@ class _HubSettings:
 def _settings(run_folder: Path) -> _HubSettings:
     file = run_folder / "config.yaml"
     try:
-        return validate(translate(read_yaml(file)), _HubSettings, str(file))
+        return validate(read_yaml(file), _HubSettings, str(file))
     except FileNotFoundError as error:
         raise UserError(f"{run_folder} is not the folder of a run (no config.yaml)") from error
 

@@ -95,7 +95,10 @@ def test_torchrun_is_as_good_as_accelerate_launch(request, processes, tmp_path):
 @pytest.mark.processes
 def test_compressed_gradients_are_rounded(two_processes, tmp_path):
     torchrun(
-        2, two_processes.folder / "config.yaml", *"--output_dir run --gradient_compression fp16".split(), cwd=tmp_path
+        2,
+        two_processes.folder / "config.yaml",
+        *["--output_dir", "run", "--gradient_compression", "fp16"],
+        cwd=tmp_path,
     )
     losses = Finished(tmp_path / "run", "").losses()
     assert losses == pytest.approx(two_processes.losses(), abs=1e-2) and losses != two_processes.losses()

@@ -13,7 +13,6 @@ from data_prep.common.command_line import UserError, listed, raise_all
 from data_prep.common.files import write_text
 from data_prep.common.schema import STRICT, Positive, read_json
 from training.settings.config import TrainingConfig
-from training.settings.old_names import new_name
 from training.settings.validation import load_config
 
 FILE_NAME = "comparison.json"
@@ -125,7 +124,7 @@ def _grid(vary: list[str]) -> dict[str, list[str]]:
     problems = []
     for word in vary:
         name, equals, values = word.partition("=")
-        name = new_name(name.lstrip("-").replace("-", "_"))
+        name = name.lstrip("-").replace("-", "_")
         listed_values = values.split(",")
         if not equals or not name or not all(listed_values):
             problems.append(f"vary={word!r}: give NAME=VALUE,VALUE")

@@ -16,7 +16,6 @@ from training.checkpointing.storage import (
 )
 from training.engine.model import different_sizes
 from training.settings.config import TrainingConfig
-from training.settings.old_names import translate
 from training.settings.schema import NEWEST
 
 # The settings behind parts of `Data.identity`, where their names differ.
@@ -136,8 +135,7 @@ def _differences(saved: RunState, now: RunState) -> dict[str, str]:
         for name, value in now.data.items()
         if value != saved.data.get(name)
     }
-    settings = translate(saved.settings)
     for name, value in now.settings.items():
-        if value != settings.get(name):
-            changed[name] = f"{name}={settings.get(name)}, now {value}"
+        if value != saved.settings.get(name):
+            changed[name] = f"{name}={saved.settings.get(name)}, now {value}"
     return changed

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,6 @@ from eval.common.models import read_config
 from modeling import PRESETS, GPTConfig, parameter_count
 from training.checkpointing.storage import load_state
 from training.settings.config import TrainingConfig
-from training.settings.old_names import RENAMED, join_output_dir, new_name, notice, translate
 from training.settings.schema import MODEL_SIZES, NEWEST
 
 _DESCRIPTION = "Train a GPT. Flags override the file, the file the preset, the preset the defaults."
@@ -55,13 +53,11 @@ def read_settings(argv: list[str], num_processes: int = 1) -> tuple[TrainingConf
     problems: list[str] = []
     in_file = {} if file is None else _read_file(Path(file), problems)
     in_flags = _from_flags(words, problems)
-    _print_notice(file, in_file)
-    _print_notice("command line", in_flags)
-    given = _over(translate(in_file), translate(in_flags))
-    config = _make_config(join_output_dir(given), problems)
+    given = _over(in_file, in_flags)
+    config = _make_config(given, problems)
     if not problems:
         given = _over(_inherited(config, given), given)
-        config = _make_config(join_output_dir(given), problems)
+        config = _make_config(given, problems)
     _adapt_defaults(config, given, num_processes)
     return config, problems
 
@@ -181,20 +177,19 @@ def _from_flags(words: dict[str, list[str]], problems: list[str]) -> dict[str, A
     """The settings of a command line: lists, single words, and True for a flag without a value."""
     values: dict[str, Any] = {}
     for name, given in words.items():
-        known = new_name(name)
         if any(is_missing(name, word) for word in given):
             problems.append(f"--{name}: {EMPTY}")
-        elif known not in _types():
+        elif name not in _types():
             problems.append(_unknown(f"--{name}"))
-        elif _is_list(known):
+        elif _is_list(name):
             values[name] = given
         elif len(given) > 1:
             problems.append(f"--{name} takes one value, not {len(given)}: {' '.join(given)}")
         elif given:
             values[name] = given[0]
-        elif known == "resume_from_checkpoint":
+        elif name == "resume_from_checkpoint":
             values[name] = NEWEST
-        elif bool in _types()[known][1]:
+        elif bool in _types()[name][1]:
             values[name] = True
         else:
             problems.append(f"--{name} needs a value")
@@ -203,7 +198,7 @@ def _from_flags(words: dict[str, list[str]], problems: list[str]) -> dict[str, A
 
 def _unknown(option: str) -> str:
     dashes = "--" if option.startswith("--") else ""
-    return unknown_name(option, [f"{dashes}{name}" for name in (*_types(), *RENAMED, "list_presets")])
+    return unknown_name(option, [f"{dashes}{name}" for name in (*_types(), "list_presets")])
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -214,31 +209,22 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from error
     values: dict[str, Any] = {}
     for name, value in settings.items():
-        known = new_name(name)
         if value is None:
             continue
-        if known not in _types():
+        if name not in _types():
             problems.append(_unknown(name))
-        elif value is True and known == "resume_from_checkpoint":
+        elif value is True and name == "resume_from_checkpoint":
             values[name] = NEWEST
-        elif isinstance(value, bool) and bool not in _types()[known][1] and name != "push_to_hub":
+        elif isinstance(value, bool) and bool not in _types()[name][1]:
             problems.append(f"{name}={value}: it is not a setting of true or false")
         else:
-            values[name] = [value] if _is_list(known) and not isinstance(value, list) else value
+            values[name] = [value] if _is_list(name) and not isinstance(value, list) else value
     return values
-
-
-def _print_notice(source: str | None, values: dict[str, Any]) -> None:
-    if (line := notice(values, values)) and os.environ.get("RANK", "0") == "0":
-        print(f"{source}: {line}", file=sys.stderr)
 
 
 def _over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Settings with others over them. `output_dir` and `run_name` name one folder: the upper one counts."""
-    if "output_dir" in upper:
-        replaced = {"run_name", "runs_dir"}
-    else:
-        replaced = {"output_dir"} if {"run_name", "runs_dir"} & upper.keys() else set()
+    replaced = {"run_name"} if "output_dir" in upper else {"output_dir"} if "run_name" in upper else set()
     # A length in tokens takes precedence over one in steps: a lower one must not hide what is asked for.
     replaced |= {f"{length}_tokens" for length in _LENGTHS if f"{length}_steps" in upper}
     return {name: value for name, value in lower.items() if name not in replaced} | upper
@@ -290,12 +276,10 @@ def _inherited(checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]
 def _from_run(file: Path) -> dict[str, Any]:
     """The settings in a run's own `config.yaml`, which another version may have written (`UserError`)."""
     problems: list[str] = []
-    settings = _read_file(file, problems)
-    values = join_output_dir(translate(settings))
+    values = _read_file(file, problems)
     _make_config(values, problems)
     if problems:
         raise UserError(f"{file}: {listed(problems)}; it was written by another version, or changed")
-    _print_notice(str(file), settings)
     return values
 
 

@@ -410,3 +410,18 @@ def test_what_is_wrong_with_the_evaluations():
     assert "hellaswag_limit='0' should be greater than or equal to 1" in problems("--hellaswag_limit", "0")
     with pytest.raises(UserError, match="lm_eval_limit=1 leaves some of 2 processes without an item"):
         load_config(["--lm_eval_every", "5", "--lm_eval_limit", "1"], 2)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flags", "folder", "name"),
+    [
+        ("output_dir: x/y\n", ["--run_name", "c"], "runs/c", "c"),
+        ("run_name: b\n", ["--output_dir", "x/y"], "x/y", "y"),
+        ("run_name: b\n", [], "runs/b", "b"),
+        ("", [], "runs/quickstart", "quickstart"),
+    ],
+)
+def test_the_folder_of_a_run(tmp_path, in_file, flags, folder, name):
+    (tmp_path / "a.yaml").write_text(in_file)
+    config = parse_config([str(tmp_path / "a.yaml"), *flags])
+    assert (str(config.run_folder), config.run_name) == (folder, name)
