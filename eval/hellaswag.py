@@ -28,6 +28,7 @@ from typing_extensions import TypedDict
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, run
 from data_prep.common.files import read_text, write_text
 from data_prep.common.schema import STRICT, parse_json
+from data_prep.tokenization.tokenizer import encode
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks, load_model
 from eval.common.scores import load_metric
@@ -105,10 +106,10 @@ class HellaSwag:
         """Tokenizes items of `read_items` by `rule`."""
         separate = rule == "completion"
         texts = [(item["ctx"], item["endings"]) if separate else _lm_eval_texts(item) for item in items]
-        contexts = _tokenize(tokenizer, [context if separate else context.rstrip() for context, _ in texts])
+        contexts = encode(tokenizer, [context if separate else context.rstrip() for context, _ in texts])
         # The harness tokenizes context and ending together. Spaces at the end of the context belong to the ending.
         prefixed = [f"{'' if separate else context} {ending}" for context, endings in texts for ending in endings]
-        tokens = iter(_tokenize(tokenizer, prefixed))
+        tokens = iter(encode(tokenizer, prefixed))
         questions = [
             Question(ids, [next(tokens)[0 if separate else len(ids) :] for _ in endings])
             for ids, (_, endings) in zip(contexts, texts, strict=True)
@@ -129,10 +130,6 @@ class HellaSwag:
         acc, acc_norm = (accuracy(nats, self.labels, lengths) for lengths in (None, self.lengths))
         truncated = count_truncated(self.questions, model.config.n_positions)
         return Result(self.rule, acc, acc_norm, len(self.questions), truncated, nats)
-
-
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def _lm_eval_texts(item: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -53,11 +53,10 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
 
     from data_prep.sharding.manifest import Manifest
     from data_prep.sharding.shards import open_shard
-    from data_prep.tokenization.tokenizer import hf_tokenizer
+    from data_prep.tokenization.tokenizer import encode, hf_tokenizer
 
     if not data.is_dir():
-        ids = tokenizer(read_text(data), split_special_tokens=True, verbose=False)["input_ids"]
-        return torch.tensor([tokenizer.eos_token_id, *ids])
+        return torch.tensor([tokenizer.eos_token_id, *encode(tokenizer, [read_text(data)])[0]])
     manifest: Any = Manifest.read(data)
     if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")

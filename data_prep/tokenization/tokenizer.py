@@ -202,6 +202,12 @@ def gpt2_tokenizer() -> Tokenizer:
     return ByteLevelTokenizer("gpt2", encoding._mergeable_ranks, encoding.eot_token)
 
 
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text by a tokenizer of `hf_tokenizer`, as `prepare` writes them: its template adds no tokens, and
+    spellings of special tokens are text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def hf_tokenizer(source: str | Path) -> Any:
     """Loads a tokenizer with `AutoTokenizer` from a folder or the Hub, without running code of the repository
     (`UserError` for a missing or damaged tokenizer, and one that needs such code)."""

@@ -15,6 +15,10 @@ class GPTModelLM(HFLM):
 
     AUTO_MODEL_CLASS = GPTModel
 
+    def __init__(self, *args: Any, add_bos_token: bool = False, **options: Any) -> None:
+        """As in `HFLM`; by default the tokenizer's template adds no tokens, as in training."""
+        super().__init__(*args, add_bos_token=add_bos_token, **options)
+
     @property
     def max_gen_toks(self) -> int:
         """Default of generated tokens: at most half of a short context, which leaves room for the prompt."""

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.command_line import UserError, run
+from data_prep.tokenization.tokenizer import load_tokenizer
 from eval.common.generation import Sampling, generate
 from eval.common.models import load_model
 from eval.common.scores import language_modeling_scores
+from eval.hellaswag import HellaSwag
 from eval.loss import bytes_of_tokens, read_tokens, summed_loss, windows
 
 
@@ -65,6 +67,31 @@ def test_generated_text_is_that_of_stock(checkpoint, tmp_path):
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("def ")["input_ids"]]])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     assert done.stdout.strip() == tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+def test_a_template_of_the_tokenizer_adds_no_tokens(checkpoint, tmp_path):
+    """Preparation writes none, so evaluation must not: after an end of text the model would begin another text."""
+    from tokenizers import processors
+
+    from eval.scoring.harness_model import GPTModelLM
+
+    model, plain = load_model(str(checkpoint), torch.device("cpu"))
+    ends = AutoTokenizer.from_pretrained(checkpoint)
+    template = {"single": "<|endoftext|> $A <|endoftext|>", "special_tokens": [("<|endoftext|>", plain.eos_token_id)]}
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(**template)
+    ends.save_pretrained(tmp_path)
+    text = "def f(x):"
+    (tmp_path / "text.txt").write_text(text)
+    ids = plain(text)["input_ids"]
+    assert ends(text)["input_ids"] == [plain.eos_token_id, *ids, plain.eos_token_id]
+    assert load_tokenizer(tmp_path).encode([text]).tolist() == [plain.eos_token_id, *ids]
+    assert read_tokens(tmp_path / "text.txt", ends).tolist() == [plain.eos_token_id, *ids]
+    texts = [generate(model, tokenizer, text, Sampling(max_new_tokens=8)).texts for tokenizer in (plain, ends)]
+    assert texts[0] == texts[1]
+    items = [{"activity_label": "A", "ctx": "the a", "ctx_a": "the", "ctx_b": "a", "endings": ["b", "c"], "label": 0}]
+    for rule in ("completion", "lm_eval"):
+        assert HellaSwag.prepare(items, rule, ends) == HellaSwag.prepare(items, rule, plain)
+    assert GPTModelLM(pretrained=model, tokenizer=ends).tok_encode(text) == ids
 
 
 def test_samples_depend_on_their_seed_alone(checkpoint):
