@@ -145,12 +145,10 @@ def _open_log(
         remove_report(config.report_folder)  # of the run before it was resumed
         write_environment(config, accelerator, data, parameters, flops_per_token(model.config, config.sequence_length))
         print(header(config, accelerator, data, parameters, describe(optimizer.optimizer), state, micro_batch))
-    if config.logging.report_to != "none":
-        start_trackers(config, accelerator)
     log = RunLog(
         config.run_folder, state.step, config.max_steps, config.logging.logging_steps, accelerator.is_main_process
     )
-    accelerator.trackers = [log, *accelerator.trackers]
+    start_trackers(config, accelerator, log, state.step)
     return log
 
 

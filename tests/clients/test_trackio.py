@@ -3,12 +3,13 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import launch, run_command
 from forks import begin
-from plants import no_network, online
+from plants import die, in_step, no_network, online
 from standin_hub import StandIn, serve
 
 pytestmark = pytest.mark.clients
@@ -64,6 +65,16 @@ def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
     assert [found[text["step"]]["sample/0"] for text in texts] == [text["prompt"] + text["text"] for text in texts]
     pictures = [file.read_bytes() for file in (run.folder / "trackio" / "media").rglob("*.png")]
     assert (run.folder / "report" / "loss.png").read_bytes() in pictures
+
+
+def test_each_step_of_a_killed_run_is_there_once(flags, tmp_path):
+    """trackio writes behind a run's back: what waits is lost with it."""
+    words = [*flags, "--max_steps", "12", "--run_name", "seen"]
+    assert begin(words, tmp_path, partial(in_step, 10, 0, die)).ended()[0] != 0
+    run = begin([*words, "--resume_from_checkpoint"], tmp_path, no_network).finished("seen")
+    _, _, logs, exported = stored(run.folder / "trackio", "seen", tmp_path / "exported")
+    assert exported == [[step, loss] for step, loss in enumerate(run.losses())]
+    assert [line["step"] for line in logs if "val_loss" in line] == [0, 3, 6, 9, 12]
 
 
 def test_a_hub_that_does_not_answer_does_not_hold_a_run(flags, tmp_path):

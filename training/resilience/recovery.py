@@ -14,6 +14,7 @@ from training.checkpointing.storage import complete_checkpoints, load_state
 from training.engine.distributed import decide_on_main
 from training.loop.run import Run
 from training.records.step_metrics import LaunchedStep
+from training.records.trackers import restart_trackers
 from training.resilience.divergence import Diverged, check_step, locate_divergence
 from training.resilience.resume import newest_intact
 
@@ -75,6 +76,7 @@ def rollback(run: Run, diverged: Diverged) -> None:
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
     run.timer.take()  # the launched step is undone
     run.log.truncate(run.state.step)
+    restart_trackers(run.config, run.accelerator, run.log, run.state.step)
     run.log.print(f"{diverged.problem}; rolled back to step {run.state.step}, {_named(diverged.batch)} skipped")
 
 
