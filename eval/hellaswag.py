@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,6 @@ from data_prep.common.schema import STRICT, parse_json
 from data_prep.tokenization.tokenizer import encode
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks, load_model
-from eval.common.scores import load_metric
 from eval.scoring.multiple_choice import Question, accuracy, count_truncated, score
 from modeling import GPTModel
 
@@ -192,7 +191,6 @@ def main() -> None:
         raise UserError(f"output={args.output}: no such folder {args.output.parent}")
     accelerator = make_accelerator()
     with accelerator.main_process_first():
-        metric = load_metric("multiple_choice")
         items = read_items(args.data)[: args.limit]
     model, tokenizer = load_model(args.model, accelerator.device)
     if args.compile:
@@ -201,9 +199,7 @@ def main() -> None:
     results = []
     for rule in args.rules:
         task = HellaSwag.prepare(items, rule, tokenizer)
-        result = task.evaluate(accelerator, model, args.batch_size)
-        metric.add_batch(nats=result.nats, lengths=task.lengths, references=task.labels)
-        results.append(replace(result, **metric.compute()))
+        results.append(task.evaluate(accelerator, model, args.batch_size))
         accelerator.print(f"{rule:10}  {results[-1]}")
     if args.output and accelerator.is_main_process:
         write_text(args.output, json.dumps([asdict(one) for one in results]) + "\n")

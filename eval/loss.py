@@ -22,7 +22,7 @@ from data_prep.common.files import read_text
 from data_prep.common.hub import local_folder
 from data_prep.tokenization.byte_level import bytes_of_tokens
 from eval.common.models import evaluating, load_model
-from eval.common.scores import load_metric
+from eval.common.scores import language_modeling_scores
 from modeling.loss import IGNORE_INDEX
 
 
@@ -93,7 +93,6 @@ def main() -> None:
     parser.add_option("stride", type=int, help="tokens between the starts of windows; by default their length")
     parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")
     args = parser.parse_args()
-    metric = load_metric("language_modeling")
     model, tokenizer = load_model(args.model)
     length = model.config.n_positions if args.length is None else args.length
     stride = length if args.stride is None else args.stride
@@ -108,8 +107,7 @@ def main() -> None:
         raise UserError(f"{args.data}: no text in it")
     nats, count = summed_loss(model, windows(tokens, length, stride, args.batch_size))
     text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum())
-    metric.add_batch(nats=[nats], tokens=[count], bytes=[text_bytes])
-    scores = metric.compute()
+    scores = language_modeling_scores(nats, count, text_bytes)
     print(
         f"loss {scores['loss']:.4f} nats per token, perplexity {scores['perplexity']:.2f}, "
         f"{scores['bits_per_byte']:.4f} bits per byte ({count:,} tokens, windows of {length}"

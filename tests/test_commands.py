@@ -1,17 +1,20 @@
 """Every command line of the project: its help, and that what the documents show of it exists."""
 
+import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import DATA, ROOT, TINY_MODEL, needs_compiler
+from conftest import DATA, ROOT, TINY_MODEL, needs_compiler, run_command
 from forks import begin_command
 from project import WITH_COMMANDS
 
+from data_prep.common.command_line import first_line
 from training.settings.parsing import parse_config
 
 MODULES = sorted(
@@ -204,6 +207,31 @@ def test_an_empty_variable_is_refused(module, inputs, tmp_path):
         assert code != 0 and len(text.splitlines()) == 1, text
         assert "is empty" in text or module == "modeling.import_checkpoint", text  # it has no parser of ours
         assert set(tmp_path.rglob("*")) == before | {process.output}
+
+
+def test_no_folder_is_made_for_a_home_that_is_missing(tmp_path):
+    """HOME is not set, and the user id has no passwd entry: libraries that are already loaded learn of it, too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid"
+    )
+    program = "import os; home = os.path.expanduser('~')\n"  # what a library reads when it is loaded
+    program += "from data_prep.common.command_line import run; run(lambda: print(home))"
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    assert run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment).stdout == "/\n"
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    """By the first folder of it that cannot be made, wherever in the chain of errors; another folder is not."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file" / "home"))
+    for folder, named in (("file/home/hub/models", True), ("file/home", True), ("file/other", False)):
+        with pytest.raises(ValueError) as caught:
+            try:
+                (tmp_path / folder).mkdir(parents=True)
+            except OSError as error:
+                raise ValueError("PermissionError at somewhere\nCommon causes: ...") from error
+        assert first_line(caught.value).endswith("; set HF_HOME to a folder that can be written to") == named
 
 
 @pytest.mark.docs

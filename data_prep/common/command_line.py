@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ class UserError(Exception):
 
 EMPTY = "is empty; is a variable of the shell unset?"
 _MAY_BE_EMPTY = ("prompt", "sample_prompts", "model_args")
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 _MAX_LISTED = 5  # problems in one line
 _USER_IN_URL = re.compile(r"(\w://)[^/?#\s\"]*@")
 _SECRET_IN_QUERY = re.compile(
@@ -30,8 +32,26 @@ def redact(text: str) -> str:
     return _SECRET_IN_QUERY.sub(r"\1***", _USER_IN_URL.sub(r"\1***@", text))
 
 
+def cache_problem(error: BaseException | None) -> str | None:
+    """Why Hugging Face's cache cannot be written to, with the remedy; None for an error of another cause."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
+            from huggingface_hub import constants
+
+            caches = {name: os.environ.get(name) for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE")}
+            for name, cache in {**caches, "HF_HOME": constants.HF_HOME}.items():
+                # The file is in the cache, or is a folder that the cache would be in.
+                paths = [os.path.abspath(cache), os.path.abspath(error.filename)] if cache else []
+                if paths and os.path.commonpath(paths) in paths:
+                    return f"{error}; set {name} to a folder that can be written to"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or the name of its type."""
+    """First line of an error's message, or the name of its type; for an unwritable cache, that and the remedy."""
+    if (problem := cache_problem(error)) is not None:
+        return problem
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -146,6 +166,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(main: Callable[[], None]) -> None:
     """Runs a command's `main`. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for Ctrl-C, 1 if the
     reader of the output has closed it."""
+    if os.path.expanduser("~") == "~":  # no HOME, no passwd entry: libraries would make a folder of that name
+        os.environ["HOME"] = "/"  # as in Docker; libraries that are already loaded have read it
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if unreadable := [word for word in sys.argv[1:] if word != word.encode("utf-8", "replace").decode("utf-8")]:
         print(f"error: {unreadable[0]!r} is not UTF-8 text; rename what it names", file=sys.stderr)
         sys.exit(2)
@@ -156,7 +179,8 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         sys.exit(1)
     except (UserError, OSError) as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        text = str(error) if isinstance(error, UserError) else first_line(error)
+        print(f"error: {redact(text)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from data_prep.common.command_line import UserError, redact
+from data_prep.common.command_line import UserError, cache_problem, redact
 
 
 class Retries:
@@ -25,7 +25,8 @@ class Retries:
 
     def wait(self, where: str, error: BaseException) -> None:
         """Waits until the next attempt (`UserError` for an error that is permanent, or if no delays are left)."""
-        where, reason = redact(where), redact(" ".join(str(error).split()) or type(error).__name__)
+        text = cache_problem(error) or " ".join(str(error).split()) or type(error).__name__
+        where, reason = redact(where), redact(text)
         if not is_transient(error):
             raise UserError(f"{where}: {reason}") from error
         self.failures += 1

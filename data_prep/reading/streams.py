@@ -22,6 +22,8 @@ FORMATS = ("csv", "json", "arrow", "webdataset", "xml")
 _SAVED = ("state.json", "dataset_dict.json")  # of a `Dataset` and a `DatasetDict`, by `save_to_disk`
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _SQL_ROWS = 1000  # at a time
+# A stream uses no cache, but a builder of `datasets` makes its folder, unless that is on a remote file system.
+_NO_CACHE = "memory://"
 _NOT_RESUMED = "`datasets` cannot go on in the middle of it; export it to parquet first"
 
 
@@ -133,7 +135,8 @@ def corpus_of_other_files(
     urls = [path if is_local else filesystem.unstrip_protocol(path) for path in paths]
 
     def load() -> Any:
-        return load_dataset(name, data_files={"train": urls}, split="train", streaming=True, **options)
+        files, where = {"train": urls}, {"cache_dir": _NO_CACHE}
+        return load_dataset(name, data_files=files, split="train", streaming=True, **where, **options)
 
     return _checked(StreamCorpus(source, conditions, None, paths, list(map(filesystem.size, paths)), is_local, load))
 
@@ -160,7 +163,8 @@ def corpus_of_query(source: "Source", conditions: tuple[Condition, ...]) -> Stre
         raise UserError(f"source {source.source!r}: no such file")  # SQLite would make it
 
     def load() -> Any:
-        return Sql(sql=query, con=source.source, chunksize=_SQL_ROWS).as_streaming_dataset(split="train")
+        builder = Sql(sql=query, con=source.source, chunksize=_SQL_ROWS, cache_dir=_NO_CACHE)
+        return builder.as_streaming_dataset(split="train")
 
     return _checked(StreamCorpus(source, conditions, None, [], [], source.source.startswith("sqlite:"), load))
 

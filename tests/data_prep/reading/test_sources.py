@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from conftest import ROOT
 from pyarrow import parquet
-from standin_hub import serve_dataset
+from standin_hub import Repository, serve, serve_dataset
 
 from data_prep.common.command_line import UserError
 from data_prep.reading.conditions import Condition
@@ -304,3 +304,35 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path):
     *retried, last = done.stderr.splitlines()
     assert done.returncode == 2 and last.startswith("error: source 'user/corpus': the network fails ("), done.stderr
     assert len(retried) == 1 and "attempt 2 in 0 s" in retried[0] and not (tmp_path / "data").exists()
+
+
+@pytest.mark.processes
+def test_what_needs_a_cache_names_it(tmp_path):
+    """HF_HOME lies in a file, below which not even root can make a folder."""
+    (tmp_path / "file").write_text("")
+    program = """
+from data_prep.common.command_line import UserError
+from data_prep.common.hub import local_folder
+from data_prep.reading.sources import Source
+from data_prep.tokenization.tokenizer import hf_tokenizer
+for use, name in (
+    (local_folder, "hf://datasets/user/corpus"), (Source.resolve, Source("user/corpus")), (hf_tokenizer, "user/model")
+):
+    try:
+        use(name)
+    except UserError as error:
+        print(error)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "file" / "home"), "PYTHONPATH": str(ROOT)}
+    with serve() as hub:
+        for place in ("datasets/user/corpus", "models/user/model"):
+            hub.repositories[place] = Repository()
+            hub.repositories[place].add({"README.md": b"words", "a.csv": b"text\na\n", "config.json": b"{}"}, "files")
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment | hub.environment(), capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout + done.stderr
+    for line in lines:
+        assert line.endswith("; set HF_HOME to a folder that can be written to"), line

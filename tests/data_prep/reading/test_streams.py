@@ -98,7 +98,10 @@ KINDS = [make_csv, make_json, make_arrow, make_saved, make_saved_selection, make
 
 
 @pytest.fixture(params=KINDS, ids=lambda make: make.__name__.removeprefix("make_"))
-def source(request, tmp_path):
+def source(request, tmp_path, monkeypatch):
+    """Read without a cache: where it would be there is a file."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    (tmp_path / "file").write_text("")
     (tmp_path / "source").mkdir()
     return request.param(tmp_path / "source")
 
