@@ -9,10 +9,10 @@ import sys
 import time
 from typing import Any
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import prepare_process
 
 if __name__ == "__main__":
-    limit_spinning()  # before torch is loaded
+    prepare_process()  # before torch is loaded
 
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from eval.common.chat import answer, check_chat_model

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import prepare_process
 
 if __name__ == "__main__":
-    limit_spinning()  # before torch is loaded
+    prepare_process()  # before torch is loaded
 
 from accelerate import Accelerator
 from pydantic import AfterValidator, Field
@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, run
 from data_prep.common.files import read_text, write_text
+from data_prep.common.hub import limit_waiting
 from data_prep.common.schema import STRICT, parse_json
 from data_prep.tokenization.tokenizer import encode
 from eval.common.devices import make_accelerator
@@ -163,6 +164,7 @@ def _download(dataset: str, url: str) -> list[dict[str, Any]]:
         raise UserError("HellaSwag: to download it, pip install datasets; or give a file with --data") from error
 
     disable_progress_bars()
+    limit_waiting()
     failures = []
     for source, options in ((dataset, {"split": "validation"}), ("json", {"data_files": url, "split": "train"})):
         try:

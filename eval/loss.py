@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import prepare_process
 
 if __name__ == "__main__":
-    limit_spinning()  # before torch is loaded
+    prepare_process()  # before torch is loaded
 
 import torch
 from torch import Tensor

@@ -210,15 +210,25 @@ def test_an_empty_variable_is_refused(module, inputs, tmp_path):
 
 
 def test_no_folder_is_made_for_a_home_that_is_missing(tmp_path):
-    """HOME is not set, and the user id has no passwd entry: libraries that are already loaded learn of it, too."""
+    """HOME is not set, and the user id has no passwd entry."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid"
     )
-    program = "import os; home = os.path.expanduser('~')\n"  # what a library reads when it is loaded
-    program += "from data_prep.common.command_line import run; run(lambda: print(home))"
+    program = "import os; from data_prep.common.command_line import run; run(lambda: print(os.path.expanduser('~')))"
     environment = {name: value for name, value in os.environ.items() if name != "HOME"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
     assert run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment).stdout == "/\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith(("benchmarks.", "modeling."))])
+def test_a_timeout_that_is_no_number_is_named(module, tmp_path):
+    """Before libraries are loaded, which fail by it without its name."""
+    environment = os.environ | {"HF_HUB_DOWNLOAD_TIMEOUT": "abc", "HF_HUB_ETAG_TIMEOUT": "1.5", "PYTHONPATH": str(ROOT)}
+    done = run_command(sys.executable, "-m", module, "--help", cwd=tmp_path, exit_code=2, env=environment)
+    first, *named = done.stderr.splitlines()
+    assert first == "error: 2 problems with the settings:" and not done.stdout
+    assert [line.split()[1] for line in named] == ["HF_HUB_DOWNLOAD_TIMEOUT='abc'", "HF_HUB_ETAG_TIMEOUT='1.5'"]
 
 
 def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):

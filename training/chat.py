@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import prepare_process
 
 if __name__ == "__main__":
-    limit_spinning()  # before torch is loaded
+    prepare_process()  # before torch is loaded
 
 import torch
 from safetensors import SafetensorError

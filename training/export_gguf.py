@@ -11,6 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.command_line import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import torch
 
 from data_prep.common.command_line import ArgumentParser, UserError, run

@@ -8,6 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.command_line import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import numpy as np
 import torch
 from torch import Tensor

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import prepare_process
 
 if __name__ == "__main__":
-    limit_spinning()  # before torch is loaded
+    prepare_process()  # before torch is loaded
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as show_errors_in_launcher

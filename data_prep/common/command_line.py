@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_prep.common.openmp import limit_spinning
+
 
 class UserError(Exception):
     """An error that the user can fix. Only its text is shown: the value, the bound and the remedy."""
@@ -163,16 +165,28 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {redact(message)}\n")
 
 
+def prepare_process() -> None:
+    """Prepares what libraries read when they are loaded; call this before commands load torch or transformers."""
+    run(limit_spinning)
+
+
+def _check_environment() -> None:
+    if os.path.expanduser("~") == "~":  # no HOME, no passwd entry: libraries would make a folder of that name
+        os.environ["HOME"] = "/"  # as Docker does
+    # Huggingface_hub cannot be loaded with other values, and does not say whose they are.
+    timeouts = {name: os.environ.get(name, "1") for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")}
+    wrong = [f"{name}={text!r}" for name, text in timeouts.items() if not text.isdecimal() or int(text) < 1]
+    raise_all([f"{setting} is not a whole number of seconds from 1; correct or unset it" for setting in wrong])
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command's `main`. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for Ctrl-C, 1 if the
     reader of the output has closed it."""
-    if os.path.expanduser("~") == "~":  # no HOME, no passwd entry: libraries would make a folder of that name
-        os.environ["HOME"] = "/"  # as in Docker; libraries that are already loaded have read it
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if unreadable := [word for word in sys.argv[1:] if word != word.encode("utf-8", "replace").decode("utf-8")]:
         print(f"error: {unreadable[0]!r} is not UTF-8 text; rename what it names", file=sys.stderr)
         sys.exit(2)
     try:
+        _check_environment()
         main()
         sys.stdout.flush()
     except BrokenPipeError:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.common.command_line import UserError, first_line
+from data_prep.common.command_line import UserError, first_line, redact
 from data_prep.common.retries import Retries, status_of
 
 T = TypeVar("T")
 PREFIX = "hf://datasets/"
 _DELAYS = (1, 4, 16)  # seconds before another attempt
 _TIMEOUT = 60.0  # seconds without an answer
+_PROXIES = ("all_proxy", "http_proxy", "https_proxy", "no_proxy")
 _NEW_TOKEN = "make one that may write at https://huggingface.co/settings/tokens, then: hf auth login, or HF_TOKEN"
 _REFUSALS = {
     401: f"the Hub does not know the token; {_NEW_TOKEN}",
@@ -61,10 +62,25 @@ def local_folder(name: str, download: bool = True) -> Path:
 
 
 def limit_waiting() -> None:
-    """Makes requests to the Hub fail after a time without an answer; the default is to wait for ever."""
-    from huggingface_hub import get_session
+    """Makes requests to the Hub fail after a time without an answer; the default is to wait for ever.
 
-    get_session().timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
+    Raises:
+        UserError: for values of the environment with which no request can be made.
+    """
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if is_offline_mode():
+        return
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        raise UserError(f"HF_ENDPOINT={constants.ENDPOINT!r} does not begin with https://; correct or unset it")
+    try:
+        session = get_session()
+    except Exception as error:  # of several types
+        read = ("ssl_cert_file", "ssl_cert_dir") if isinstance(error, OSError) else _PROXIES
+        given = [redact(f"{name}={value!r}") for name, value in os.environ.items() if name.lower() in read]
+        text = f"no request to the Hub can be made with {', '.join(given)}: {first_line(error)}"
+        raise UserError(f"{text}; correct or unset it") from error
+    session.timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
 
 
 class Hub:

@@ -4,6 +4,7 @@ from dataclasses import MISSING, asdict, dataclass
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line, option, redact
+from data_prep.common.hub import limit_waiting
 from data_prep.common.retries import Retries, is_transient
 from data_prep.reading import streams
 from data_prep.reading.builtin import BuiltinCorpus
@@ -115,6 +116,7 @@ def _corpus_on_the_hub(source: Source, conditions: tuple[Condition, ...], commit
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError
 
+    limit_waiting()
     try:
         commit = commit or HfApi().dataset_info(source.source, revision=source.revision).sha
         builder = datasets.load_dataset_builder(source.source, source.name, revision=commit)

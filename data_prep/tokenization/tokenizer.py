@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.common.command_line import UserError, first_line
 from data_prep.common.files import file_hash
+from data_prep.common.hub import limit_waiting
 from data_prep.common.records import TokenizerRecord
 from data_prep.common.schema import read_json
 from data_prep.tokenization.byte_level import byte_level_ranks, bytes_to_unicode, chunks, merges, unicode_to_bytes
@@ -195,9 +196,9 @@ def gpt2_tokenizer() -> Tokenizer:
     except (OSError, ValueError) as error:
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", "not set")
         raise UserError(
-            f"GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR: {cache}) and cannot be downloaded. "
-            f"Connect to the network once, set TIKTOKEN_CACHE_DIR to a folder that has it, or train a tokenizer on "
-            f"the corpus with --tokenizer bpe."
+            f"GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR: {cache}) and cannot be downloaded "
+            f"({first_line(error)}). Connect to the network once, set TIKTOKEN_CACHE_DIR to a folder that has it, or "
+            f"train a tokenizer on the corpus with --tokenizer bpe."
         ) from error
     return ByteLevelTokenizer("gpt2", encoding._mergeable_ranks, encoding.eot_token)
 
@@ -217,6 +218,8 @@ def hf_tokenizer(source: str | Path) -> Any:
     if file.is_file():
         _check_ids(file)
     try:
+        if not Path(source).is_dir():
+            limit_waiting()
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # files of unknown origin: the libraries that read them raise many types
         raise UserError(f"tokenizer {str(source)!r}: {first_line(error)}") from error

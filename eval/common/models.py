@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data_prep.common.command_line import UserError, first_line, listed
+from data_prep.common.hub import limit_waiting
 from data_prep.tokenization.tokenizer import hf_tokenizer
 from eval.common.launch import compile_options
 from modeling import GPTConfig, GPTModel, parameter_count
@@ -62,6 +63,7 @@ def _check_size(folder: Path) -> None:
     """Raises `ValueError` for a config.json of more parameters than the weights have bytes, before memory for such a
     model is allocated."""
     if not folder.is_dir():
+        limit_waiting()
         return
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     if (count := parameter_count(GPTConfig.from_pretrained(folder))) > size:
@@ -71,6 +73,8 @@ def _check_size(folder: Path) -> None:
 def read_config(name: str) -> GPTConfig:
     """Reads the configuration of a GPT-2 in a folder or on the Hub. Raises `UserError` if there is none."""
     try:
+        if not Path(name).is_dir():
+            limit_waiting()
         return GPTConfig.from_pretrained(name)
     except Exception as error:  # of any kind, as above
         raise UserError(f"model {name!r}: {first_line(error)}") from error

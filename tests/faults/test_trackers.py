@@ -25,7 +25,8 @@ def tracker_fails() -> None:
 def test_a_tracker_that_fails_does_not_end_a_run(short_steps, tmp_path):
     pytest.importorskip("tensorboard")
     words = [*short_steps, "--max_steps", "3", "--report_to", "tensorboard", "--run_name", "run"]
-    run = begin(words, tmp_path, tracker_fails).finished("run")
+    proxy = {"ALL_PROXY": "socks://127.0.0.1:9"}  # with which the Hub could not be asked, and nobody asks it
+    run = begin(words, tmp_path, tracker_fails, proxy).finished("run")
     assert run.stdout.count("tensorboard is switched off: ConnectionError: the server of the tracker is gone") == 1
     assert len(run.losses()) == 3 and run.checkpoints
 

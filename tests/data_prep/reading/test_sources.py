@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
+import huggingface_hub
 import pyarrow
 import pytest
 from conftest import ROOT
@@ -14,10 +16,14 @@ from pyarrow import parquet
 from standin_hub import Repository, serve, serve_dataset
 
 from data_prep.common.command_line import UserError
+from data_prep.common.hub import Hub, limit_waiting, local_folder
 from data_prep.reading.conditions import Condition
 from data_prep.reading.formats import MAX_TEXT_DOCUMENT
 from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
+from data_prep.tokenization.tokenizer import hf_tokenizer
+from eval.common.models import load_weights, read_config
+from eval.hellaswag import read_items
 
 TEXTS = ["first\nof two lines", "", "zweiter, ünïcode 🙂", "   ", "third"]
 EXPECTED = [TEXTS[0], TEXTS[2], TEXTS[4]]
@@ -304,6 +310,41 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path):
     *retried, last = done.stderr.splitlines()
     assert done.returncode == 2 and last.startswith("error: source 'user/corpus': the network fails ("), done.stderr
     assert len(retried) == 1 and "attempt 2 in 0 s" in retried[0] and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("ALL_PROXY=socks://***@127.0.0.1:9", "Unknown scheme"),
+        ("https_proxy=socks5://127.0.0.1:9", "SOCKS|socks"),
+        ("HTTP_PROXY=foo://127.0.0.1:9", "Unknown scheme"),
+        ("HTTPS_PROXY=http://127.0.0.1:port", "Invalid port"),
+        ("SSL_CERT_FILE=/none", "No such file"),
+        ("HF_ENDPOINT=huggingface.co", "does not begin with https://"),
+    ],
+)
+def test_an_environment_without_a_way_to_the_hub_is_named(setting, reason, monkeypatch):
+    """By all that asks it; not where nobody asks: in a folder, and offline."""
+    name, _, value = setting.partition("=")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", value if name == "HF_ENDPOINT" else "http://127.0.0.1:9")
+    monkeypatch.setenv(name, value.replace("***", "user:secret"))
+    asking = {
+        local_folder: "hf://datasets/user/corpus",
+        Hub("user/corpus", "dataset").create: True,
+        hf_tokenizer: "user/model",
+        read_config: "user/model",
+        load_weights: "user/model",
+        documents: "user/corpus",
+        partial(read_items, None): "user/corpus",
+    }
+    for ask, argument in asking.items():
+        huggingface_hub.close_session()
+        with pytest.raises(UserError, match=reason) as caught:
+            ask(argument)
+        assert f"{name}={value!r}" in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    limit_waiting()
 
 
 @pytest.mark.processes
