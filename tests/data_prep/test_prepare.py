@@ -2,20 +2,24 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from socket import gethostname
+from subprocess import PIPE
 
 import numpy as np
 import pyarrow
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, needs_compiler, run_command
 from pyarrow import parquet
 from standin_hub import serve_dataset
 
@@ -272,6 +276,55 @@ def test_two_processes_do_not_write_one_folder(corpus, tmp_path):
         process.kill()
     prepare(recipe(corpus, shard_tokens=1_000_000), folder)  # what a killed one leaves does not hold it
     assert not (folder / ".gpt-accelerate.lock").exists()
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="replaces a function of the C library by LD_PRELOAD")
+def test_where_flock_is_refused_the_file_is_the_lock(tmp_path):
+    """The C library's own function fails as on NFS, Lustre and in some containers."""
+    (tmp_path / "flock.c").write_text("""
+#include <errno.h>
+#include <stdlib.h>
+int flock(int descriptor, int operation) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
+""")
+    compiler = shutil.which("g++") or "clang++"
+    run_command(
+        compiler, "-x", "c", "-shared", "-fPIC", "-o", tmp_path / "flock.so", tmp_path / "flock.c", cwd=tmp_path
+    )
+    program = f"""
+import os
+from pathlib import Path
+from data_prep.common.command_line import run
+from data_prep.common.locks import locked
+def hold():
+    with locked(Path({str(tmp_path / "data")!r})):
+        print(os.getpid(), flush=True)
+        input()
+run(hold)
+"""
+
+    def start(number: int) -> subprocess.Popen:
+        environment = os.environ | {"LD_PRELOAD": str(tmp_path / "flock.so"), "FLOCK_ERRNO": str(number)}
+        return subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT, env=environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True,
+        )  # fmt: skip
+
+    lock = tmp_path / "data" / ".gpt-accelerate.lock"
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+        with start(number) as holder:
+            assert int(holder.stdout.readline()) == holder.pid
+            refused = start(number).communicate()
+            holder.kill()  # not reaped before the next one looks
+            with start(number) as second:
+                assert int(second.stdout.readline()) == second.pid
+                assert second.communicate("\n") == ("", "") and not lock.exists()
+        assert refused[1].startswith(f"error: {tmp_path}/data is in use by process {holder.pid} on {gethostname()} (")
+        assert refused[1].endswith(f", or stop it, or remove {lock} if it has ended\n")
+    lock.parent.mkdir(exist_ok=True)
+    for owner in (f"process {holder.pid} on elsewhere (pid:[1])", ""):
+        lock.write_text(owner)
+        assert f"is in use by {owner or 'an unknown process'}; wait" in start(number).communicate()[1]
 
 
 def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):
