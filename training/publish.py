@@ -18,7 +18,7 @@ from typing import Literal
 import yaml
 
 from data_prep.common.command_line import ArgumentParser, UserError, redact, run
-from data_prep.common.files import write_text
+from data_prep.common.files import describe_path, write_text
 from data_prep.common.hub import Hub, repository_problem
 from data_prep.common.locks import locked
 from data_prep.common.schema import STRICT, read_yaml, validate
@@ -215,7 +215,10 @@ def _settings(run_folder: Path) -> _HubSettings:
     try:
         return validate(read_yaml(file), _HubSettings, str(file))
     except FileNotFoundError as error:
-        raise UserError(f"{run_folder} is not the folder of a run (no config.yaml)") from error
+        above = [folder for folder in run_folder.parents[:2] if (folder / "config.yaml").is_file()]
+        kind = f"a part of {above[0]}; name that, and --step" if above else describe_path(run_folder)
+        other = f"; it is {kind}" if kind else ""
+        raise UserError(f"{run_folder} is not the folder of a run (no config.yaml){other}") from error
 
 
 if __name__ == "__main__":

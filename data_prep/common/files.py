@@ -44,6 +44,27 @@ def read_text(path: Path, errors: str = "strict") -> str:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
+def describe_path(path: Path) -> str | None:
+    """Says what a path is where something else was expected, as in "it is ...", and names the part that may have been
+    meant; None for a folder of another kind."""
+    if not path.exists():
+        beside = path.parent.name == "checkpoints" and describe_path(path.parent)
+        return f"missing; {path.parent} is {beside}" if beside else "missing"
+    if path.is_file():
+        return f"a file; its folder is {path.parent}"
+    if (path / "manifest.json").is_file() and (path / "tokenizer").is_dir():
+        return f"a data folder; its tokenizer is {path / 'tokenizer'}"
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return "a model"
+    depths = ("", "checkpoints/", "*/checkpoints/")  # of checkpoints, a run, several runs
+    if steps := [found for depth in depths for found in path.glob(f"{depth}step_*/COMPLETE")]:
+        return f"a folder with checkpoints, such as {max(steps).parent}"
+    if (path / "checkpoints").is_dir() and (path / "config.yaml").is_file():
+        return "a run without a complete checkpoint"
+    whole = describe_path(path.parent) if path.name in ("tokenizer", "training_state") else None
+    return f"a part of {path.parent}, {whole}" if whole else None
+
+
 def partial_name(name: str) -> str:
     """Temporary name of a file that `write_text` writes."""
     return f".{name}.partial"

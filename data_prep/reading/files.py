@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.common.command_line import UserError
+from data_prep.common.files import describe_path
 from data_prep.common.records import CleaningStep
 from data_prep.common.schema import read_json
 from data_prep.reading.conditions import Condition
@@ -82,6 +83,8 @@ def find_files(pattern: str) -> tuple[Any, list[str]]:
     except (ImportError, ValueError) as error:  # a protocol that is unknown or not installed
         raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
     if filesystem.isdir(path):
+        if "file" in filesystem.protocol and (kind := describe_path(Path(path))):
+            raise UserError(f"source {pattern!r} is no folder of documents; it is {kind}")
         if Path(pattern, CLEANING_CONFIG).is_file() and not Path(pattern, CLEANING_REPORT).is_file():
             raise UserError(f"source {pattern!r}: its cleaning has not finished; run the same data_prep.clean again")
         found = filesystem.find(path)

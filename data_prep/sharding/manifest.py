@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeVar
 
 from data_prep.common.command_line import UserError, listed
-from data_prep.common.files import read_text, write_text
+from data_prep.common.files import describe_path, read_text, write_text
 from data_prep.common.records import CleaningStep, Dtype, Format, Position, Shard, SourceRecord, Split, TokenizerRecord
 from data_prep.common.schema import STRICT, Count, Positive, parse_json
 from data_prep.sharding.shards import open_shard
@@ -87,9 +87,11 @@ class Manifest:
         try:
             text = read_text(path)
         except FileNotFoundError as error:
+            kind = describe_path(Path(folder))
+            found = f"; it is {kind}" if kind else ""
             raise UserError(
-                f"{folder}: not a data folder (no {FILE_NAME}); prepare one with python -m data_prep.prepare, or "
-                f"register finished shards with python -m data_prep.register"
+                f"{folder}: not a data folder (no {FILE_NAME}){found}; prepare one with python -m data_prep.prepare, "
+                f"or register finished shards with python -m data_prep.register"
             ) from error
         manifest = parse_json(text, cls, str(path))
         if contradictions := list(manifest.contradictions()):

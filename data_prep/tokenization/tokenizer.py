@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from data_prep.common.command_line import UserError, first_line
-from data_prep.common.files import file_hash
+from data_prep.common.files import describe_path, file_hash
 from data_prep.common.hub import limit_waiting
 from data_prep.common.records import TokenizerRecord
 from data_prep.common.schema import read_json
@@ -222,7 +222,18 @@ def hf_tokenizer(source: str | Path) -> Any:
             limit_waiting()
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # files of unknown origin: the libraries that read them raise many types
-        raise UserError(f"tokenizer {str(source)!r}: {first_line(error)}") from error
+        raise UserError(f"tokenizer {str(source)!r}: {missing_tokenizer(source) or first_line(error)}") from error
+
+
+def missing_tokenizer(source: str | Path) -> str | None:
+    """Returns what to do about a folder without a tokenizer; None for a folder with one, and for a name on the Hub."""
+    folder = Path(source)
+    if not folder.is_dir() or any((*folder.glob("tokenizer?*"), *folder.glob("vocab*"))):
+        return None
+    kind = describe_path(folder)
+    return "no tokenizer in it; " + (
+        "copy tokenizer.json and its config there" if kind in (None, "a model") else f"it is {kind}"
+    )
 
 
 def _check_ids(file: Path) -> None:

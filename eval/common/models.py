@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_NAME
 
 from data_prep.common.command_line import UserError, first_line, listed
+from data_prep.common.files import describe_path
 from data_prep.common.hub import limit_waiting
-from data_prep.tokenization.tokenizer import hf_tokenizer
+from data_prep.tokenization.tokenizer import hf_tokenizer, missing_tokenizer
 from eval.common.launch import compile_options
 from modeling import GPTConfig, GPTModel, parameter_count
 from modeling.loss import nats_and_gradient
@@ -43,7 +45,7 @@ def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
     """Calls `GPTModel.from_pretrained` in float32. Raises `ValueError` for unreadable files, and for missing, unknown
     and mismatched weights, about which transformers only warns."""
     try:
-        _check_size(Path(source))
+        _check_path(source)
         # With "ignored" sizes transformers reports all mismatches instead of raising at the first.
         options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = GPTModel.from_pretrained(source, **options)
@@ -59,13 +61,21 @@ def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
     return model
 
 
-def _check_size(folder: Path) -> None:
-    """Raises `ValueError` for a config.json of more parameters than the weights have bytes, before memory for such a
-    model is allocated."""
+def _check_path(source: str | Path) -> None:
+    """Raises `ValueError` for a path without a model, and for a config.json of more parameters than the weights have
+    bytes, before memory for such a model is allocated. Any other name is one on the Hub."""
+    folder = Path(source)
     if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith("."):
+            raise ValueError(f"it is {describe_path(folder)}")
         limit_waiting()
         return
-    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    weights = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+    if not weights or not (folder / CONFIG_NAME).is_file():
+        kind = describe_path(folder)
+        other = f"it is {kind}" if kind else "rename it, or call from elsewhere, to load the Hub's model of that name"
+        raise ValueError(f"this folder has no model ({CONFIG_NAME} and model.safetensors); {other}")
+    size = sum(file.stat().st_size for file in weights)
     if (count := parameter_count(GPTConfig.from_pretrained(folder))) > size:
         raise ValueError(f"its config.json describes {count:,} parameters, the weights beside it have {size:,} bytes")
 
@@ -73,8 +83,7 @@ def _check_size(folder: Path) -> None:
 def read_config(name: str) -> GPTConfig:
     """Reads the configuration of a GPT-2 in a folder or on the Hub. Raises `UserError` if there is none."""
     try:
-        if not Path(name).is_dir():
-            limit_waiting()
+        _check_path(name)
         return GPTConfig.from_pretrained(name)
     except Exception as error:  # of any kind, as above
         raise UserError(f"model {name!r}: {first_line(error)}") from error
@@ -90,9 +99,13 @@ def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
 
 
 def check_folder(name: str) -> None:
-    """Raises `UserError` if `name` is a folder without a tokenizer."""
-    if Path(name).is_dir() and not any((*Path(name).glob("tokenizer*"), *Path(name).glob("vocab.json"))):
-        raise UserError(f"model {name!r}: no tokenizer in it; copy tokenizer.json and its config there")
+    """Raises `UserError` if `name` is a path without a model, or a folder without a tokenizer."""
+    try:
+        _check_path(name)
+    except Exception as error:  # of any kind, as above
+        raise UserError(f"model {name!r}: {first_line(error)}") from error
+    if problem := missing_tokenizer(name):
+        raise UserError(f"model {name!r}: {problem}")
 
 
 def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:

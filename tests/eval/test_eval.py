@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +16,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.command_line import UserError, run
-from data_prep.tokenization.tokenizer import load_tokenizer
+from data_prep.reading.sources import Source
+from data_prep.sharding.manifest import Manifest
+from data_prep.tokenization.tokenizer import hf_tokenizer, load_tokenizer
 from eval.common.generation import Sampling, generate
-from eval.common.models import load_model
+from eval.common.models import check_folder, load_model, load_weights, read_config
 from eval.common.scores import language_modeling_scores
 from eval.hellaswag import HellaSwag
 from eval.loss import bytes_of_tokens, read_tokens, summed_loss, windows
+from training.publish import _settings as publish_settings
+from training.settings.parsing import saved_progress
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +156,54 @@ def test_a_truncated_model_is_refused(checkpoint, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="copy'"):
         load_model(str(folder))
+
+
+def test_another_folder_than_a_model_is_recognized(tiny_run, data_folder, tmp_path, monkeypatch):
+    """By all that load one, with the checkpoint that may have been meant."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "runs").symlink_to(tiny_run.folder.parent)
+    run, last = f"runs/{tiny_run.folder.name}", tiny_run.checkpoints[-1].name
+    shutil.copytree(tiny_run.checkpoints[-1], tmp_path / "step_9", ignore=shutil.ignore_patterns("*.safetensors"))
+    with_checkpoints = f"it is a folder with checkpoints, such as {run}/checkpoints/{last}"
+    expected = {
+        str(data_folder): "this folder has no model (config.json and model.safetensors); it is a data folder",
+        f"{data_folder}/tokenizer": f"; it is a part of {data_folder}, a data folder",
+        run: with_checkpoints,
+        f"{run}/checkpoints/": with_checkpoints,
+        f"{run}/checkpoints/step_7": f"it is missing; {run}/checkpoints is a folder with checkpoints, such as {run}",
+        f"{run}/checkpoints/{last}/training_state": f"it is a part of {run}/checkpoints/{last}, a model",
+        f"{run}/checkpoints/{last}/model.safetensors": f"it is a file; its folder is {run}/checkpoints/{last}",
+        "gpt2": "; rename it, or call from elsewhere, to load the Hub's model of that name",
+        "step_9": "this folder has no model",
+        "./step_8": "it is missing",
+    }
+    for name, message in expected.items():
+        for load in (load_model, load_weights, read_config, check_folder):
+            with pytest.raises(UserError, match=re.escape(message)) as caught:
+                load(name)
+            assert str(caught.value).startswith(f"model {name!r}: ") and "\n" not in str(caught.value)
+    assert set(os.listdir("gpt2")) == set()
+
+
+def test_a_model_or_a_run_is_recognized_where_data_or_a_run_are_expected(tiny_run, data_folder, tmp_path):
+    checkpoint = tiny_run.checkpoints[-1]
+    with_checkpoints = f"it is a folder with checkpoints, such as {checkpoint}"
+    tokenizer = f"no tokenizer in it; it is a data folder; its tokenizer is {data_folder}/tokenizer"
+    expected = [
+        (Manifest.read, checkpoint, "not a data folder (no manifest.json); it is a model; prepare one"),
+        (Manifest.read, tiny_run.folder, f"; {with_checkpoints}; prepare one"),
+        (Source.resolve, Source(str(checkpoint)), "is no folder of documents; it is a model"),
+        (Source.resolve, Source(str(data_folder)), "is no folder of documents; it is a data folder"),
+        (hf_tokenizer, data_folder, tokenizer),
+        (hf_tokenizer, tmp_path, "no tokenizer in it; copy tokenizer.json and its config there"),
+        (saved_progress, tiny_run.folder, f"is not a checkpoint ({with_checkpoints})"),
+        (publish_settings, checkpoint, f"(no config.yaml); it is a part of {tiny_run.folder}; name that, and --step"),
+        (publish_settings, data_folder, "(no config.yaml); it is a data folder"),
+    ]
+    for use, path, message in expected:
+        with pytest.raises(UserError, match=re.escape(message)):
+            use(path)
 
 
 def test_another_tokenizer_is_refused(checkpoint, text_files, tmp_path):

@@ -19,6 +19,7 @@ from data_prep.common.command_line import (
     raise_all,
     unknown_name,
 )
+from data_prep.common.files import describe_path
 from data_prep.common.schema import read_yaml
 from eval.common.models import read_config
 from modeling import PRESETS, GPTConfig, parameter_count
@@ -107,7 +108,8 @@ def saved_progress(checkpoint: Path) -> tuple[int, int]:
     try:
         state = load_state(checkpoint)
     except UserError as error:
-        reason = first_line(error.__cause__ or error)
+        kind = describe_path(checkpoint)
+        reason = first_line(error.__cause__ or error) if kind in (None, "a model") else f"it is {kind}"
         raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is not a checkpoint ({reason})") from error
     return state.step, state.position
 
