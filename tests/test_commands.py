@@ -24,6 +24,7 @@ MODULES = sorted(
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES_OF_USERS = ("LOGNAME", "USER", "LNAME", "USERNAME")  # that `getpass` reads
 ADDS_OPTIONS = "extending.md"  # its examples add the options that they show
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -209,15 +210,19 @@ def test_an_empty_variable_is_refused(module, inputs, tmp_path):
         assert set(tmp_path.rglob("*")) == before | {process.output}
 
 
-def test_no_folder_is_made_for_a_home_that_is_missing(tmp_path):
-    """HOME is not set, and the user id has no passwd entry."""
+def test_a_user_id_without_passwd_entry_has_a_home_and_a_name(tmp_path):
+    """HOME is not set either: no folder "~" is made, and torch.compile's cache has torch 2.13's own name for it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid"
     )
-    program = "import os; from data_prep.common.command_line import run; run(lambda: print(os.path.expanduser('~')))"
-    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    program = "import getpass, os; from data_prep.common.command_line import prepare_process\n"
+    program += "prepare_process(); print(os.path.expanduser('~'), getpass.getuser())"
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", *NAMES_OF_USERS)}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
-    assert run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment).stdout == "/\n"
+    done = run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    assert done.stdout == f"/ uid_{os.getuid()}\n"
+    done = run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment | {"HOME": "/x", "LOGNAME": "y"})
+    assert done.stdout == "/x y\n"
 
 
 @pytest.mark.processes

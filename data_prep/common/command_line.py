@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import getpass
 import os
 import re
 import shutil
@@ -173,6 +174,10 @@ def prepare_process() -> None:
 def _check_environment() -> None:
     if os.path.expanduser("~") == "~":  # no HOME, no passwd entry: libraries would make a folder of that name
         os.environ["HOME"] = "/"  # as Docker does
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # torch before 2.13 needs a name for the cache of torch.compile; later ones take this
+        os.environ["USER"] = f"uid_{os.getuid()}"
     # Huggingface_hub cannot be loaded with other values, and does not say whose they are.
     timeouts = {name: os.environ.get(name, "1") for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")}
     wrong = [f"{name}={text!r}" for name, text in timeouts.items() if not text.isdecimal() or int(text) < 1]
