@@ -23,11 +23,12 @@ from accelerate import Accelerator
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, run, unknown_name
 from data_prep.common.files import write_text
-from eval.common.models import check_folder, evaluating
+from eval.common.models import check_folder, evaluating, read_config
 from eval.reporting.run_records import harness_scores
 from modeling import GPTModel
 
 TASKS = Path(__file__).with_name("tasks")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness takes any of them
 
 
 def check_installed() -> None:
@@ -53,18 +54,19 @@ def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
     return manager
 
 
-def load_tasks(tasks: list[str], n_positions: int) -> Any:
+def load_tasks(tasks: list[str], n_positions: int, include_path: str = str(TASKS)) -> Any:
     """Returns the harness's `TaskManager` after it has loaded the data of `tasks` once. Raises `UserError` as
     `check_tasks`, for data that cannot be loaded, and for tasks that generate more tokens than the context has."""
     from datasets.exceptions import DatasetsError
 
-    manager = check_tasks(tasks)
+    manager = check_tasks(tasks, include_path)
     try:
         loaded = manager.load(tasks)["tasks"]
     except (OSError, ImportError, ValueError, DatasetsError) as error:
-        raise UserError(f"lm_eval_tasks={tasks}: {first_line(error)}") from error
+        raise UserError(f"tasks {', '.join(tasks)}: {first_line(error)}") from error
     for name, task in loaded.items():
-        wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+        asked = task.config.generation_kwargs or {}
+        wanted = max(int(asked.get(key, 0)) for key in _LENGTHS)
         if task.OUTPUT_TYPE == "generate_until" and wanted >= n_positions:
             raise UserError(f"task {name!r} generates {wanted} tokens, n_positions={n_positions} is less; leave it out")
     return manager
@@ -117,7 +119,9 @@ def main() -> None:
     parser.add_option("output_path", help="results; by default beside the checkpoint")
     args, others = parser.parse_known_args()
     check_folder(args.model)
-    check_installed()
+    if "--gen_kwargs" not in others:  # which may ask for fewer tokens than a task does
+        named = [task for task in args.tasks.split(",") if not task.endswith(".yaml") and not Path(task).is_dir()]
+        load_tasks(named, read_config(args.model).n_positions, args.include_path)
     from lm_eval._cli.harness import HarnessCLI
 
     import eval.scoring.harness_model  # noqa: F401  registers "gpt-accelerate"
@@ -129,13 +133,7 @@ def main() -> None:
     beside = folder if folder.is_dir() else Path(args.model.replace("/", "__"))  # here for a model on the Hub
     output = args.output_path or str(beside.with_name(f"{beside.name}.lm_eval.json"))
     words += ["--include_path", args.include_path, "--output_path", output]
-    try:
-        command.execute(command._parser.parse_args([*words, *others]))
-    except ValueError as error:
-        if not str(error).startswith("Tasks not found"):
-            raise
-        check_tasks(args.tasks.split(","), args.include_path)  # raises with the nearest known name
-        raise
+    command.execute(command._parser.parse_args([*words, *others]))
 
 
 if __name__ == "__main__":

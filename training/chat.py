@@ -6,8 +6,10 @@ python -m training.chat runs/mine/checkpoints/step_00019073 --max_train_samples 
 Needs the extra `chat`: pip install -e ".[chat]" -c constraints.txt
 """
 
+import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from dataclasses import fields
@@ -24,6 +26,8 @@ import torch
 from safetensors import SafetensorError
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, raise_all, run
+from data_prep.common.files import write_text
+from data_prep.common.schema import read_json
 from data_prep.reading.sources import ConversationSource
 from eval.common.launch import on_cpu, processes_launched
 from eval.common.models import load_model
@@ -32,6 +36,7 @@ from training.finetuning.template import add_chat_template, render, show
 from training.finetuning.trainer import FinetuningSettings, finetune
 
 DEFAULT_DATA = "HuggingFaceTB/smol-smoltalk"
+_SETTINGS = "settings.json"  # in the folder of an unfinished training
 
 
 def default_output(model: str) -> Path:
@@ -52,6 +57,16 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
             raise UserError(f"{folder}: cannot be written ({first_line(error)})") from error
         tokenizer.save_pretrained(written)
         written.rename(folder)
+
+
+def _unfinished(output: Path) -> Path:
+    """The folder of a training that has not ended yet: the same command continues it."""
+    return output.with_name(f".{output.name}.training")
+
+
+def _identity(args: Any) -> dict[str, Any]:
+    """The settings that a training is continued with only if they are the same."""
+    return {name: value for name, value in vars(args).items() if name != "output_dir"}
 
 
 def _parse() -> Any:
@@ -102,10 +117,14 @@ def main() -> None:
             print(line)
         print(f"{len(train):,} conversations to learn from, {len(held_out):,} held out; of the first, this is learned:")
         print(show(tokenizer, render(tokenizer, train[0]), sys.stdout.isatty()), flush=True)
-    model, losses = finetune(model, tokenizer, new_tokens, train, held_out, max_length, settings)
+        _unfinished(output).mkdir(exist_ok=True)
+        write_text(_unfinished(output) / _SETTINGS, json.dumps(_identity(args)) + "\n")
+    states = _unfinished(output) / "state"
+    model, losses = finetune(model, tokenizer, new_tokens, train, held_out, max_length, settings, states)
     if not is_first:
         return
     save(model, tokenizer, output)
+    shutil.rmtree(_unfinished(output))
     best, last = min(losses, key=losses.__getitem__), max(losses)
     print(
         f"held-out loss {losses[0]:.4f} before, {losses[last]:.4f} after step {last:,}, lowest after step {best:,}; in "
@@ -125,6 +144,10 @@ def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
         problems.append(f"{gpus}; start by accelerate launch -m training.chat, or set CUDA_VISIBLE_DEVICES=0")
     if os.path.lexists(output):
         problems.append(f"output_dir={output} exists; give another, or remove it")
+    if (begun := _unfinished(output)).exists() and read_json(begun / _SETTINGS, dict[str, Any]) != _identity(args):
+        problems.append(
+            f"{begun} has an unfinished training with other settings; remove it, or give another output_dir"
+        )
     packages = ["trl", *(["peft"] if settings.lora_r else [])]
     if missing := [name for name in packages if find_spec(name) is None]:
         problems.append(f"{' and '.join(missing)} is not installed; pip install -e '.[chat]' -c constraints.txt")

@@ -8,10 +8,12 @@ import sys
 from functools import partial
 
 import pytest
+import yaml
 from conftest import ROOT, launch, run_command
 from plants import signalled_in_evaluation
 
-from eval.harness import check_tasks
+from data_prep.common.command_line import UserError
+from eval.harness import check_tasks, load_tasks
 from eval.reporting.reference_results import of_the_same_size
 
 TASKS = "lambada_local,wikitext_local"
@@ -96,6 +98,19 @@ def plain(tiny_run, folder):
 def test_the_plain_command_works_on_a_checkpoint(plain):
     assert {"lambada_local/acc", "lambada_local/perplexity", "wikitext_local/bits_per_byte"} <= plain.keys()
     assert plain["lambada_local/perplexity"] > 1 and 1 < plain["wikitext_local/bits_per_byte"] < 6
+
+
+@pytest.mark.clients
+def test_a_task_that_generates_more_than_the_context_is_refused(tiny_run, folder, tmp_path):
+    task = {"task": "long", "dataset_path": "json", "output_type": "generate_until", "doc_to_text": "{{page}}"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(folder / "data/evaluation/wikitext2_test.jsonl")}}}
+    task |= {"test_split": "test", "doc_to_target": "", "generation_kwargs": {"until": ["x"], "max_gen_toks": 32}}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(task))
+    command = [sys.executable, "-m", "eval.harness", tiny_run.checkpoints[-1], "--tasks", "long"]
+    done = run_command(*command, "--include_path", tmp_path, cwd=folder, exit_code=2)
+    with pytest.raises(UserError) as caught:
+        load_tasks(["long"], 32, str(tmp_path))
+    assert done.stderr.endswith(f"error: {caught.value}\n") and "generates 32 tokens" in str(caught.value)
 
 
 @pytest.mark.clients

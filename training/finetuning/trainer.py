@@ -1,8 +1,9 @@
 """TRL's `SFTTrainer` with the settings of this project."""
 
-import tempfile
+import contextlib
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from eval.common.launch import on_cpu
 from modeling import GPTModel
 
 _LORA_MATRICES = ["c_attn", "c_fc", "c_proj"]
-_WARMUP = 0.1  # of all steps
+_WARMUP, _SAVED = 0.1, 0.1  # of all steps
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ def finetune(
     held_out: list[Conversation],
     max_length: int,
     settings: FinetuningSettings,
+    folder: Path,
 ) -> tuple[Any, dict[int, float]]:
     """Trains `model` on the assistant's tokens of packed conversations.
 
     Args:
+        folder: for `Trainer`'s checkpoints, one after each tenth of the steps; the newest of an earlier call is resumed
+            from. None are made with LoRA, whose files lack the embeddings of `new_tokens`.
         new_tokens: ids whose embeddings are trained beside LoRA's matrices.
 
     Returns:
@@ -67,33 +71,43 @@ def finetune(
     from trl import SFTTrainer
 
     disable_progress_bars()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer: Any = SFTTrainer(
-            model=model,
-            args=_config(max_length, settings, scratch),
-            train_dataset=Dataset.from_list([{"messages": messages} for messages in train]),
-            eval_dataset=Dataset.from_list([{"messages": messages} for messages in held_out]),
-            processing_class=tokenizer,
-            peft_config=_lora(settings.lora_r) if settings.lora_r else None,
-            callbacks=[_print_losses()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if settings.lora_r and new_tokens:
-            _train_rows(trainer.model.get_input_embeddings().weight, new_tokens)
-        trainer.train()
+    trainer: Any = SFTTrainer(
+        model=model,
+        args=_config(max_length, settings, folder),
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in train]),
+        eval_dataset=Dataset.from_list([{"messages": messages} for messages in held_out]),
+        processing_class=tokenizer,
+        peft_config=_lora(settings.lora_r) if settings.lora_r else None,
+        callbacks=[_print_losses()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if settings.lora_r and new_tokens:
+        _train_rows(trainer.model.get_input_embeddings().weight, new_tokens)
+    trainer.train(resume_from_checkpoint=_newest_complete(folder))
     losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return trained.merge_and_unload() if settings.lora_r else trained, losses
 
 
-def _config(max_length: int, settings: FinetuningSettings, output_dir: str) -> Any:
+def _newest_complete(folder: Path) -> str | None:
+    """The newest of `Trainer`'s checkpoints in a folder that has its state, which is written last; None for none."""
+    from transformers import TrainerState
+
+    found = {}
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):  # cut off
+            found[TrainerState.load_from_json(str(file)).global_step] = str(file.parent)
+    return found[max(found)] if found else None
+
+
+def _config(max_length: int, settings: FinetuningSettings, output_dir: Path) -> Any:
     from trl import SFTConfig
 
     precision = chosen_precision(settings.mixed_precision)
     with warnings.catch_warnings():  # transformers 5.24 renames it, those before know this name only
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         return SFTConfig(
-            output_dir=output_dir,
+            output_dir=str(output_dir),
             max_length=max_length,
             packing=True,
             assistant_only_loss=True,
@@ -114,7 +128,9 @@ def _config(max_length: int, settings: FinetuningSettings, output_dir: str) -> A
             seed=settings.seed,
             eval_on_start=True,
             eval_strategy="epoch",
-            save_strategy="no",
+            save_strategy="no" if settings.lora_r else "steps",
+            save_steps=_SAVED,
+            save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
         )

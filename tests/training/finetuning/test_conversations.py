@@ -58,6 +58,14 @@ def test_the_template_is_that_of_a_plain_loop(chat_model):
     assert begun.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_contents_and_roles_that_others_send(chat_model):
+    _, tokenizer = chat_model
+    parts = [{"type": "text", "text": "Be "}, {"type": "image", "image": "x"}, {"type": "text", "text": "brief."}]
+    messages = [{"role": "developer", "content": parts}, {"role": "assistant", "content": None}, {"role": "tool"}]
+    turns = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n<|im_end|>\n"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == f"<|endoftext|>{turns}"
+
+
 def test_a_base_model_grows_by_two_tokens_and_stays_what_it_was(data_folder, tmp_path):
     model, tokenizer = base_model(data_folder)
     ids = torch.arange(20)[None]

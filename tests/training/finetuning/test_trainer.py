@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from chats import TALK, base_model
 from conftest import run_command
+from safetensors.torch import load_file
 from standin_hub import serve_dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,7 +51,7 @@ def test_the_loss_is_that_of_stock_and_falls(lora_r, talks, data_folder, tmp_pat
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     train, held_out = talks[6:], talks[:6]
     expected = loss_of(model, tokenizer, held_out)
-    trained, losses = finetune(model, tokenizer, new_tokens, train, held_out, 256, settings)
+    trained, losses = finetune(model, tokenizer, new_tokens, train, held_out, 256, settings, tmp_path / "states")
     assert losses[0] == pytest.approx(expected, rel=1e-4)
     assert list(losses) == list(range(FEW.max_steps + 1))
     last = losses[FEW.max_steps]
@@ -63,6 +65,27 @@ def test_the_loss_is_that_of_stock_and_falls(lora_r, talks, data_folder, tmp_pat
     if lora_r:  # only LoRA's matrices and the new rows are trained
         torch.testing.assert_close(rows[: new_tokens[0]], before["transformer.wte.weight"][: new_tokens[0]])
         torch.testing.assert_close(stock.transformer.wpe.weight, before["transformer.wpe.weight"])
+
+
+@pytest.mark.slow
+def test_a_killed_training_is_continued_by_the_same_command(data_folder, tmp_path):
+    model, tokenizer = base_model(data_folder, n_positions=128)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    command = [sys.executable, "-m", "training.chat", "base", "--data", "builtin", "--max_train_samples", "100"]
+    command += ["--max_eval_samples", "20", "--max_steps", "30", "--mixed_precision", "no", "--output_dir"]
+    with subprocess.Popen([*command, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL) as killed:
+        while not list(tmp_path.glob(".killed.training/state/checkpoint-*/trainer_state.json")):
+            assert killed.poll() is None
+        killed.kill()
+    other = run_command(*command, "killed", "--seed", "5", cwd=tmp_path, exit_code=2)
+    assert ".killed.training has an unfinished training with other settings; remove it" in other.stderr
+    continued, whole = (run_command(*command, name, cwd=tmp_path).stdout for name in ("killed", "whole"))
+    assert "step      0/30" in whole and "step      0/30" not in continued and "step     30/30" in continued
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_trl_trains_the_result_further_with_no_flag(talks, data_folder, tmp_path):
