@@ -20,6 +20,7 @@ from data_prep.common.files import partial_name, write_text
 from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import CleaningStep
 from data_prep.common.schema import read_json
+from data_prep.reading.corpus import files_read
 from data_prep.reading.files import CLEANING_CONFIG, CLEANING_REPORT
 
 QUEUED = "queued"  # sentinel file in work/: Slurm has the tasks
@@ -107,6 +108,9 @@ def _claim(config: CleanConfig, output: Path) -> dict[str, str | None]:
     found: Any = stored.get("found", {}) if stored else {}
     commits = {name: found.get(name, {}).get("commit") for name in config.requests()}
     corpora = {name: source.resolve(commits[name]) for name, source in config.requests().items()}
+    for name, corpus in corpora.items():
+        if corpus.not_read:
+            print(f"{name}: {files_read(len(corpus.paths), corpus.not_read)}")
     commits = {name: corpus.commit for name, corpus in corpora.items()}
     wanted = json.loads(json.dumps(config.identity(corpora)))  # compared as it was written
     if stored is not None:

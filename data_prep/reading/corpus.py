@@ -4,7 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Corpus(ABC):
         commit: of the data set on the Hub.
         paths, sizes: of the files, as far as they are known; sizes in bytes.
         is_local: it is read without a network.
+        not_read: number of files beside them that are not read, by suffix.
     """
 
     source: "Source"
@@ -42,6 +43,7 @@ class Corpus(ABC):
     paths: Sequence[str]
     sizes: Sequence[int]
     is_local: bool
+    not_read: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     @property
     def bytes(self) -> int:
@@ -119,6 +121,12 @@ class Corpus(ABC):
 
     def _keeps(self, record: dict[str, Any]) -> bool:
         return all(condition.holds(record) for condition in self.conditions)
+
+
+def files_read(count: int, not_read: dict[str, int]) -> str:
+    """Says how many files are read, and how many beside them are not."""
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in not_read.items())
+    return f"{count:,} files read" + (f", {sum(not_read.values()):,} not: {kinds}" if kinds else "")
 
 
 def _is_empty(document: "str | np.ndarray") -> bool:

@@ -1,6 +1,5 @@
 """A corpus of files in formats that are read here, local or of any `fsspec` protocol."""
 
-import glob
 import os
 import stat
 import sys
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.common.command_line import UserError
-from data_prep.common.files import describe_path
 from data_prep.common.records import CleaningStep
 from data_prep.common.schema import read_json
 from data_prep.reading.conditions import Condition
 from data_prep.reading.corpus import Corpus, ReadError
-from data_prep.reading.formats import SUFFIXES, is_plain_text, read_file
+from data_prep.reading.formats import is_plain_text, is_read_here, read_file
 from data_prep.reading.readers import Block, Cursor
-from data_prep.reading.warc import WARC_SUFFIXES, check_packages
+from data_prep.reading.warc import check_packages, is_warc
 
 if TYPE_CHECKING:
     from data_prep.reading.sources import Source
@@ -38,7 +36,7 @@ class FileCorpus(Corpus):
                 raise UserError(f"{path}: its server does not say how large it is; download it first")
             if is_plain_text(path) and (self.conditions or self.source.kind != "text"):
                 raise UserError(f"{path}: plain text has no columns for --where, token ids or conversations")
-        if any(path.endswith(WARC_SUFFIXES) for path in self.paths):
+        if any(map(is_warc, self.paths)):
             check_packages()
 
     def cleaning(self) -> list[CleaningStep]:
@@ -59,6 +57,8 @@ class FileCorpus(Corpus):
         return replace(self, paths=self.paths[number::count], sizes=self.sizes[number::count])
 
     def _read_from(self, start: Cursor, every_field: bool) -> Iterator[Block]:
+        if start.state is not None:
+            raise UserError("preparation began when `datasets` read this format; prepare a new folder")
         if start.file > 0 and start.file >= len(self.paths):
             raise UserError(f"preparation continues in file {start.file} of {len(self.paths)}; prepare a new folder")
         for number in range(start.file, len(self.paths)):
@@ -72,31 +72,6 @@ class FileCorpus(Corpus):
                 raise ReadError(path, error) from error
 
 
-def find_files(pattern: str) -> tuple[Any, list[str]]:
-    """The file system, and the files of a folder, a pattern or a name (`UserError` if there is no such thing)."""
-    import fsspec
-
-    if "://" not in pattern:
-        pattern = str(Path(pattern).expanduser())
-    try:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-    except (ImportError, ValueError) as error:  # a protocol that is unknown or not installed
-        raise UserError(f"source {pattern!r}: {' '.join(str(error).split())}") from error
-    if filesystem.isdir(path):
-        if "file" in filesystem.protocol and (kind := describe_path(Path(path))):
-            raise UserError(f"source {pattern!r} is no folder of documents; it is {kind}")
-        if Path(pattern, CLEANING_CONFIG).is_file() and not Path(pattern, CLEANING_REPORT).is_file():
-            raise UserError(f"source {pattern!r}: its cleaning has not finished; run the same data_prep.clean again")
-        found = filesystem.find(path)
-    elif filesystem.exists(path):
-        found = [path]
-    elif any(c in path for c in "*?["):
-        found = [p for p in filesystem.glob(_with_literal_folders(filesystem, path)) if filesystem.isfile(p)]
-    else:
-        raise UserError(f"source {pattern!r}: no such file or folder")
-    return filesystem, sorted(found)
-
-
 def corpus_of_files(
     source: "Source", conditions: tuple[Condition, ...], filesystem: Any, paths: Sequence[str]
 ) -> FileCorpus:
@@ -108,21 +83,12 @@ def corpus_of_files(
     return FileCorpus(source, conditions, None, paths, list(map(filesystem.size, paths)), is_local, filesystem)
 
 
-def _with_literal_folders(filesystem: Any, pattern: str) -> str:
-    """Escapes the leading folders of a pattern that exist under their literal name."""
-    parts = pattern.split("/")
-    count = 1
-    while count < len(parts) and filesystem.isdir("/".join(parts[: count + 1])):
-        count += 1
-    return "/".join([glob.escape("/".join(parts[:count])), *parts[count:]])
-
-
 def names_files(source: str) -> bool:
     """Whether a source is a path or a pattern rather than the name `OWNER/NAME` of a data set."""
     return (
         "://" in source
         or source.startswith(("/", ".", "~"))
-        or source.endswith(SUFFIXES)
+        or is_read_here(source)
         or any(c in source for c in "*?[")
         or source.count("/") != 1
         or Path(source).exists()

@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line
+from data_prep.reading.compression import COMPRESSED, decompressed, suffixes
 from data_prep.reading.fields import BadRecord, Fields
 from data_prep.reading.readers import Block, Cursor, Reader
-from data_prep.reading.warc import WARC_SUFFIXES, WarcReader
+from data_prep.reading.warc import WARC_SUFFIXES, WarcReader, is_warc
 
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# No plain .json: it is rarely lines of records, and other programs leave such files beside the data.
-SUFFIXES = (
-    *(".parquet", ".jsonl", ".txt", *WARC_SUFFIXES),
-    *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in COMPRESSED),
-)
+_EVERY = ("", *COMPRESSED)
+# Suffixes of the formats, and those of the compressions that each is read with. No plain .json: it is rarely lines of
+# records, and other programs leave such files beside the data.
+FORMATS = {
+    ".parquet": ("",),
+    ".jsonl": _EVERY,
+    ".json": tuple(COMPRESSED),
+    ".txt": _EVERY,
+    **dict.fromkeys(WARC_SUFFIXES, ("", ".gz")),
+}
 MAX_TEXT_DOCUMENT = 64 * 1024  # bytes; a longer text file is read as several documents
 _BUFFER_BYTES = 1 << 20
 _REMOTE_READ_BYTES = 32 << 20
@@ -35,17 +40,23 @@ def read_file(
         UserError: for a file of another format, a record without one of the fields, or another kind of document.
     """
     with _open(filesystem, path) as raw:
-        if path.endswith(".parquet"):
+        if suffixes(path)[0] == ".parquet":
             reader: Reader = _Parquet(raw, path, size, fields, start, every_field)
         else:
-            kind = WarcReader if path.endswith(WARC_SUFFIXES) else _Text if is_plain_text(path) else _JsonLines
+            kind = WarcReader if is_warc(path) else _Text if is_plain_text(path) else _JsonLines
             reader = kind(raw, path, fields, start)
         yield from reader.blocks(fields.document)
 
 
+def is_read_here(path: str) -> bool:
+    """Whether a file is in one of `FORMATS`, by its name."""
+    kind, packed = suffixes(path)
+    return packed in FORMATS.get(kind, ())
+
+
 def is_plain_text(path: str) -> bool:
     """Whether a file's records have no fields."""
-    return ".txt" in path[-8:]
+    return suffixes(path)[0] == ".txt"
 
 
 def _open(filesystem: Any, path: str) -> Any:
@@ -60,7 +71,7 @@ class _Lines(Reader):
     def __init__(self, raw: Any, path: str, fields: Fields, start: Cursor) -> None:
         self.raw, self.path, self.fields = raw, path, fields
         self.file, self.record, self.offset = start.file, start.record, start.offset
-        self.stream = _decompressed(raw, path)
+        self.stream = decompressed(raw, path)
         _skip(self.stream, start.offset)
 
     def cursor(self) -> Cursor:
@@ -68,16 +79,6 @@ class _Lines(Reader):
 
     def bytes_read(self) -> int:
         return self.raw.tell()
-
-
-def _decompressed(raw: Any, path: str) -> io.BufferedReader:
-    import pyarrow
-
-    stream = pyarrow.PythonFile(raw, mode="r")
-    for suffix, codec in COMPRESSED.items():
-        if path.endswith(suffix):
-            stream = pyarrow.CompressedInputStream(stream, codec)
-    return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
 def _skip(stream: io.BufferedReader, count: int) -> None:

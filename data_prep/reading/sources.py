@@ -1,6 +1,6 @@
 """Requests for documents: the built-in corpus, files, databases, and data sets on the Hub."""
 
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, replace
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line, option, redact
@@ -9,10 +9,10 @@ from data_prep.common.retries import Retries, is_transient
 from data_prep.reading import streams
 from data_prep.reading.builtin import BuiltinCorpus
 from data_prep.reading.conditions import Condition
-from data_prep.reading.corpus import Corpus
+from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.fields import Kind
-from data_prep.reading.files import FileCorpus, corpus_of_files, find_files, names_files
-from data_prep.reading.formats import SUFFIXES
+from data_prep.reading.files import FileCorpus, corpus_of_files, names_files
+from data_prep.reading.formats import FORMATS, is_read_here
 
 BUILTIN = "builtin"
 # Schemes of databases that SQLAlchemy knows, a driver may follow: postgresql+psycopg://.
@@ -77,10 +77,7 @@ class Source:
             return _corpus_on_the_hub(self, conditions, commit)
         if streams.saved_to_disk(self.source):
             return streams.corpus_saved_to_disk(self, conditions)
-        filesystem, found = find_files(self.source)
-        if paths := [path for path in found if path.endswith(SUFFIXES)]:
-            return corpus_of_files(self, conditions, filesystem, paths)
-        return _corpus_of_other_files(self, conditions, filesystem, found)
+        return _corpus_of_found_files(self, conditions)
 
     def describe(self) -> dict[str, Any]:
         """The fields that distinguish two sources, without the passwords of URLs."""
@@ -97,18 +94,26 @@ class ConversationSource(Source):
         return "messages"
 
 
-def _corpus_of_other_files(
-    source: Source, conditions: tuple[Condition, ...], filesystem: Any, found: list[str]
-) -> Corpus:
-    formats = {path: streams.format_of(path) for path in found}
-    paths = [path for path in found if formats[path]]
-    if not paths:
-        formats_read = ", ".join([*SUFFIXES, *streams.FORMATS])
-        raise UserError(f"source {source.source!r}: no file in it is in a format that is read: {formats_read}")
-    if others := [path for path in paths if formats[path] != formats[paths[0]]]:
-        several = f"files of several formats, {paths[0]} and {others[0]}"
+def _corpus_of_found_files(source: Source, conditions: tuple[Condition, ...]) -> Corpus:
+    """Of the files that are found, those that are read here, else those of one format that `datasets` reads;
+    documentation only if there is nothing else."""
+    from data_prep.reading.folders import count_by_suffix, find_files, is_documentation
+
+    filesystem, found, hidden = find_files(source.source)
+    here = [path for path in found if is_read_here(path)]
+    paths = [path for path in here if not is_documentation(path)]
+    others = [] if paths else [path for path in found if streams.format_of(path)]
+    chosen = paths or others or here
+    not_read = count_by_suffix(sorted({*found} - {*chosen}), hidden)
+    if not chosen:
+        formats, counts = ", ".join([*FORMATS, *streams.FORMATS]), files_read(0, not_read)
+        raise UserError(f"source {source.source!r}: no file in it is in a format that is read: {formats}; {counts}")
+    if different := [path for path in others if streams.format_of(path) != streams.format_of(others[0])]:
+        several = f"files of several formats, {others[0]} and {different[0]}"
         raise UserError(f"source {source.source!r}: {several}; name one of them with a pattern")
-    return streams.corpus_of_other_files(source, conditions, filesystem, paths)
+    make = streams.corpus_of_other_files if others else corpus_of_files
+    corpus = make(source, conditions, filesystem, chosen)
+    return replace(corpus, not_read=not_read)
 
 
 def _corpus_on_the_hub(source: Source, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
@@ -134,6 +139,6 @@ def _corpus_on_the_hub(source: Source, conditions: tuple[Condition, ...], commit
     folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)  # one request for each folder
     all_sizes = {entry["name"]: entry["size"] for folder in folders for entry in filesystem.ls(folder, detail=True)}
     sizes = [all_sizes[path] for path in paths]
-    if all(path.endswith(SUFFIXES) for path in paths):
+    if all(map(is_read_here, paths)):
         return FileCorpus(source, conditions, commit, paths, sizes, False, filesystem)
     return streams.corpus_of_builder(source, conditions, commit, builder, paths, sizes)

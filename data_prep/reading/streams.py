@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.common.command_line import UserError, first_line, redact
 from data_prep.common.retries import is_transient
+from data_prep.reading.compression import suffixes
 from data_prep.reading.conditions import Condition
 from data_prep.reading.corpus import Corpus, ReadError
 from data_prep.reading.fields import Fields
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 # Formats, by datasets' names, that files on a disk or at a URL may have; those of the Hub's data sets may have any.
 FORMATS = ("csv", "json", "arrow", "webdataset", "xml")
 _SAVED = ("state.json", "dataset_dict.json")  # of a `Dataset` and a `DatasetDict`, by `save_to_disk`
-_PACKED = (".gz", ".zst", ".bz2", ".xz")
 _SQL_ROWS = 1000  # at a time
 # A stream uses no cache, but a builder of `datasets` makes its folder, unless that is on a remote file system.
 _NO_CACHE = "memory://"
@@ -117,11 +117,8 @@ def format_of(path: str) -> tuple[str, dict[str, Any]] | None:
     """The name by which `datasets` loads a file, and its arguments; None for a file that is not read."""
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
-    for packed in ("", *_PACKED):
-        found = _EXTENSION_TO_MODULE.get(Path(path.removesuffix(packed)).suffix)
-        if path.endswith(packed) and found and found[0] in FORMATS:
-            return found
-    return None
+    found = _EXTENSION_TO_MODULE.get(suffixes(path)[0])
+    return found if found and found[0] in FORMATS else None
 
 
 def corpus_of_other_files(

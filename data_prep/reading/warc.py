@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line
+from data_prep.reading.compression import suffixes
 from data_prep.reading.fields import BadRecord, Fields
 from data_prep.reading.readers import Cursor, Reader
 
-WARC_SUFFIXES = (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz")
+WARC_SUFFIXES = (".warc", ".wet")
 
 
 class WarcReader(Reader):
@@ -55,6 +56,11 @@ class WarcReader(Reader):
 
     def bytes_read(self) -> int:
         return self.records.offset
+
+
+def is_warc(path: str) -> bool:
+    """Whether a file is WARC or WET, by its name."""
+    return suffixes(path)[0] in WARC_SUFFIXES
 
 
 def check_packages() -> None:

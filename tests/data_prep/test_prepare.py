@@ -25,7 +25,7 @@ from standin_hub import serve_dataset
 
 from data_prep.common.command_line import UserError
 from data_prep.common.locks import locked
-from data_prep.prepare import Recipe, prepare
+from data_prep.prepare import Recipe, main, prepare
 from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
@@ -475,6 +475,27 @@ def test_the_manifest_says_where_the_data_is_from(corpus, undisturbed):
     assert fields["tokenizer"]["name"] == "bpe-301" and fields["tokenizer"]["vocab_size"] == 301
     own = hashlib.sha256((undisturbed / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     assert fields["tokenizer"]["sha256"] == own and fields["unfinished"] is None
+
+
+def test_what_is_not_read_is_said_and_written(data_folder, tmp_path, monkeypatch, capsys):
+    """In the last lines, also of a command that is repeated; a manifest from before it was counted is read."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a.csv", "b.CSV", ".hidden.txt", "README.txt"):
+        (tmp_path / "texts" / name).write_text("not read")
+    (tmp_path / "texts" / "c.txt").write_text("some words " * 400)
+    (tmp_path / "texts" / "d.txt").write_text("other words " * 400)
+    words = ["data", "--source", "texts", "--tokenizer", str(data_folder / "tokenizer"), "--shard_tokens", "500"]
+    monkeypatch.setattr(sys, "argv", ["prepare", *words])
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        main()
+        assert "2 files read, 4 not: 2 .csv, 1 README.txt, 1 hidden\n" in capsys.readouterr().out
+    file = tmp_path / "data" / "manifest.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("files_not_read") == {".csv": 2, "hidden": 1, "README.txt": 1}
+    file.write_text(json.dumps(fields))
+    main()
+    assert "2 files read\n" in capsys.readouterr().out
 
 
 def test_what_cleaning_has_done_is_taken_over(corpus, tmp_path):

@@ -1,8 +1,10 @@
 """Documents from every kind of source, and what a bad one says."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from functools import partial
 import huggingface_hub
 import pyarrow
 import pytest
+import zstandard
 from conftest import ROOT
 from pyarrow import parquet
 from standin_hub import Repository, serve, serve_dataset
@@ -35,18 +38,36 @@ def documents(source, **options) -> list[str]:
 
 def write_jsonl(path, lines=None):
     data = "".join(line + "\n" for line in lines or (json.dumps({"text": text, "n": 1}) for text in TEXTS)).encode()
-    if path.suffix == ".gz":
-        data = gzip.compress(data)
-    if path.suffix == ".zst":
-        data = pyarrow.compress(data, codec="zstd", asbytes=True)
-    path.write_bytes(data)
+    path.write_bytes(PACKERS.get(path.suffix.lower(), bytes)(data))
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def zstd_with_the_largest_window(data: bytes) -> bytes:
+    """As `zstd --long=31` writes it."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+    ".zstd": zstd_with_the_largest_window,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.jsonl", "A.JSONL", "a.json.gz", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.zstd", "a.jsonl.bz2", "a.Jsonl.XZ"),
+        *("a.parquet", "A.PARQUET"),
+    ],
+)
 def test_records(tmp_path, name):
     path = tmp_path / name
-    if name.endswith("parquet"):
+    if name.lower().endswith("parquet"):
         parquet.write_table(pyarrow.table({"n": range(len(TEXTS)), "text": TEXTS}), path)
     else:
         write_jsonl(path)
@@ -61,6 +82,54 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
     assert documents(tmp_path) == ["a.txt", "b.txt", "sub/c.txt"]
     assert documents(tmp_path / "*.txt") == ["a.txt", "b.txt"]
     assert documents(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+def test_a_folder_is_read_as_git_and_datasets_would(tmp_path):
+    """Hidden files, documentation and other formats are counted, not read; named explicitly they are read."""
+    folder = tmp_path / "texts"
+    for name in (
+        *(
+            "a.txt",
+            "B.TXT",
+            "sub/c.txt.bz2",
+            "d.JSONL",
+            ".e.txt",
+            "._a.txt",
+            ".git/f.txt",
+            "sub/.ipynb_checkpoints/g.txt",
+        ),
+        *("__MACOSX/h.txt", "README.txt", "sub/Readme-first.TXT", "LICENSE.txt", "readers.txt", "i.csv", "j.CSV"),
+        *("k.csv.gz", "l.json", "Makefile"),
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        content = json.dumps({"text": name}) if "JSONL" in name else name
+        path.write_bytes(b"\xff" if "._" in name else PACKERS.get(path.suffix, bytes)(content.encode()))
+    corpus = Source(str(folder)).resolve()
+    assert list(corpus.documents()) == ["B.TXT", "a.txt", "d.JSONL", "readers.txt", "sub/c.txt.bz2"]
+    expected = {"hidden": 5, ".csv": 2, "README.txt": 1, "Readme-first.TXT": 1, "LICENSE.txt": 1}
+    assert corpus.not_read == expected | {".csv.gz": 1, ".json": 1, "others": 1}
+    assert documents(folder / "*.t*") == ["a.txt", "readers.txt"]
+    assert documents(folder / ".e*") == [".e.txt"] and documents(folder / ".git") == [".git/f.txt"]
+    assert documents(folder / "__MACOSX" / "*.txt") == ["__MACOSX/h.txt"]
+    assert documents(folder / "README.txt") == documents(folder / "READ*") == ["README.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt"])
+def test_links_to_folders_are_followed_and_loops_end(tmp_path, pattern):
+    """Each document once, whatever number of links leads to it."""
+    root = tmp_path / "texts"
+    for name in ("here/a.txt", "here/deep/b.txt", "../elsewhere/c.txt", "../other/d.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    for link, target in (
+        *(("a_link", "../elsewhere"), ("again", "here"), ("here/self", "."), ("here/up", ".."), ("here/top", "/")),
+        *(("../elsewhere/other", "../other"), ("../other/back", "../elsewhere"), ("one_file.txt", "here/a.txt")),
+    ):
+        (root / link).symlink_to(target)
+    linked, own = ["../elsewhere/c.txt", "../other/d.txt"], ["here/a.txt", "here/deep/b.txt"]
+    expected = [linked[0], own[0]] if pattern == "*/*.txt" else [*linked, *own, "here/a.txt"]
+    assert documents(root / pattern) == expected
 
 
 def test_another_text_column(tmp_path):
