@@ -22,7 +22,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """Reads a regular file of at most `MAX_BYTES`.
+    """Reads a regular file of at most `MAX_BYTES`, without a byte-order mark and with universal newlines.
 
     Args:
         errors: as in `bytes.decode`, for bytes that are not UTF-8.
@@ -35,7 +35,8 @@ def read_text(path: Path, errors: str = "strict") -> str:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
                 raise UserError(f"{path}: {size:,} bytes; a file of its kind has at most {MAX_BYTES:,}")
-            return file.read(MAX_BYTES + 1).decode("utf-8", errors)
+            text = file.read(MAX_BYTES + 1).decode("utf-8", errors).removeprefix("\ufeff")
+            return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except FileNotFoundError:

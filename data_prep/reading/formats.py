@@ -1,5 +1,6 @@
 """Readers of parquet, JSON lines and plain text, and the choice among those of all formats that are read here."""
 
+import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -112,22 +113,46 @@ def parse_record(line: str | bytes, where: Callable[[], str]) -> dict[str, Any]:
 
 
 class _Text(_Lines):
-    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
+    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere.
+
+    Read as Python reads text, without a byte-order mark and with universal newlines; positions are in the file's bytes.
+    """
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rest = b""
-        while rest := rest + self.stream.read(MAX_TEXT_DOCUMENT + 1 - len(rest)):
-            size = _cut(rest)
+        raw = b"" if self.offset else self.stream.read(len(codecs.BOM_UTF8))
+        if raw == codecs.BOM_UTF8:
+            raw, self.offset = b"", len(raw)
+        text = _universal_newlines(raw)
+        while True:
+            while len(text) <= MAX_TEXT_DOCUMENT and (more := self.stream.read(MAX_TEXT_DOCUMENT + 1)):
+                raw += more
+                text = _universal_newlines(raw)
+            if not text:
+                return
+            size = _cut(text)
             try:
-                text = rest[:size].decode("utf-8")
+                document = text[:size].decode("utf-8")
             except UnicodeDecodeError as error:
-                byte = self.offset + error.start
+                byte = self.offset + _raw_size(raw, error.start)
                 raise UserError(f"{self.path}: not UTF-8 at byte {byte} ({error.reason})") from error
-            self.record, self.offset, rest = self.record + 1, self.offset + size, rest[size:]
-            yield {self.fields.document: text}
+            read = _raw_size(raw, size)
+            self.record, self.offset, raw, text = self.record + 1, self.offset + read, raw[read:], text[size:]
+            yield {self.fields.document: document}
 
     def where(self) -> str:
         return f"{self.path}, document {self.record}"
+
+
+def _universal_newlines(raw: bytes) -> bytes:
+    return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in raw else raw
+
+
+def _raw_size(raw: bytes, size: int) -> int:
+    """Number of bytes of which `_universal_newlines` makes `size`."""
+    count = size
+    while missing := size - count + raw.count(b"\r\n", 0, count):
+        count += missing
+    return count + (raw[count - 1 : count + 1] == b"\r\n")
 
 
 def _cut(data: bytes) -> int:

@@ -61,6 +61,13 @@ def test_loss_of_a_text_file(checkpoint, text_files, tmp_path, stride):
     assert f"({len(ids) - 1:,} tokens, {shown})" in done.stdout
 
 
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfa\nb\n", b"a\r\nb\r\n", b"\xef\xbb\xbfa\rb\r"])
+def test_the_text_of_a_loss_has_neither_byte_order_marks_nor_carriage_returns(data_folder, tmp_path, content):
+    tokenizer = AutoTokenizer.from_pretrained(data_folder / "tokenizer")
+    (tmp_path / "a.txt").write_bytes(content)
+    assert tokenizer.decode(read_tokens(tmp_path / "a.txt", tokenizer)[1:]) == "a\nb\n"
+
+
 def test_loss_of_a_data_folder_covers_its_whole_validation_split(checkpoint, data_folder, tmp_path):
     done = run_command(sys.executable, "-m", "eval.loss", checkpoint, "--data", data_folder, cwd=tmp_path)
     assert "(20,010 tokens, windows of 32)" in done.stdout

@@ -21,7 +21,8 @@ from standin_hub import Repository, serve, serve_dataset
 from data_prep.common.command_line import UserError
 from data_prep.common.hub import Hub, limit_waiting, local_folder
 from data_prep.reading.conditions import Condition
-from data_prep.reading.formats import MAX_TEXT_DOCUMENT
+from data_prep.reading.fields import Fields
+from data_prep.reading.formats import MAX_TEXT_DOCUMENT, _Text
 from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer
@@ -146,6 +147,29 @@ def test_long_text_files_are_cut_into_documents(tmp_path, line):
     assert len(pieces) >= 3 and max(map(len, pieces)) <= MAX_TEXT_DOCUMENT
     if "\n" in line:
         assert all(piece.endswith(line[-2:]) for piece in pieces)
+
+
+@pytest.mark.parametrize("line", ["word " * 10 + "\n", "a line\n\n", "é\n" * 7 + "\n", "", "x\n"])
+def test_text_is_read_as_python_reads_it(tmp_path, line):
+    """Without a byte-order mark and with universal newlines: the same documents, from any position."""
+    text = line * (3 * MAX_TEXT_DOCUMENT // len(line) if len(line) > 2 else 1)
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    expected = documents(path)
+    for end, mark in (("\r\n", ""), ("\r", ""), ("\n", "\ufeff"), ("\r\n", "\ufeff")):
+        path.write_text(mark + text, encoding="utf-8", newline=end)
+        assert path.read_text(encoding="utf-8-sig") == "".join(expected) == text
+        assert documents(path) == expected
+        cursors = [Cursor()]
+        with open(path, "rb") as raw:
+            reader = _Text(raw, str(path), Fields("text"), Cursor())
+            cursors += [reader.cursor() for _ in reader]
+        for number, cursor in enumerate(cursors):
+            blocks = Source(str(path)).resolve().blocks(cursor)
+            assert [text for block in blocks for text in block.texts] == expected[number:]
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n" * 2 + b"\xff")
+    with pytest.raises(UserError, match="not UTF-8 at byte 18 "):
+        documents(path)
 
 
 def test_builtin_is_this_pythons_standard_library():
