@@ -33,13 +33,13 @@ class LinkedFolders(LocalFileSystem):
         return entry
 
     def ls(self, path: str, detail: bool = False, **kwargs: Any) -> Any:
-        """As in fsspec, whose `walk` leaves out a folder that raises an `OSError`: then a `UserError`, except for
-        hidden ones."""
+        """As in fsspec, whose `walk` leaves out a folder that raises an `OSError`; a `UserError` for one that is there
+        and not hidden."""
         try:
             return super().ls(path, detail, **kwargs)
         except OSError as error:
-            if PurePosixPath(path).name.startswith("."):
-                return []
+            if isinstance(error, FileNotFoundError) or PurePosixPath(path).name.startswith("."):
+                raise
             raise UserError(f"{path}: cannot be read ({error.strerror}); name what can be with a pattern") from error
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Formats, by datasets' names, that files on a disk or at a URL may have; those of the Hub's data sets may have any.
 FORMATS = ("csv", "json", "arrow", "webdataset", "xml")
+# A cell of CSV is text, which may be "NA", "null" or "007"; only an empty one is missing.
+_CSV_CELLS = {"keep_default_na": False, "na_values": [""]}
 _SAVED = ("state.json", "dataset_dict.json")  # of a `Dataset` and a `DatasetDict`, by `save_to_disk`
 _SQL_ROWS = 1000  # at a time
 # A stream uses no cache, but a builder of `datasets` makes its folder, unless that is on a remote file system.
@@ -63,6 +65,7 @@ class _Stream(Reader):
     def __init__(self, stream: Any, name: str, fields: Fields, start: Cursor) -> None:
         self.stream, self.name, self.fields, self.start = stream, name, fields, start
         self.number = start.record
+        self._check_count(start.state, "prepare a new folder")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for record in self.stream:
@@ -75,7 +78,17 @@ class _Stream(Reader):
     def cursor(self) -> Cursor:
         if self.number == self.start.record:
             return self.start
-        return Cursor(record=self.number, state=_state(self.stream, self.name))
+        state = _state(self.stream, self.name)
+        self._check_count(state, "install a newer version, and run the same command again")
+        return Cursor(record=self.number, state=state)
+
+    def _check_count(self, state: dict[str, Any] | None, remedy: str) -> None:
+        """Refuses a state before the last record that was read: `datasets` would read records twice."""
+        shard, count = _place(self.start.state) or (0, 0)
+        least = max((shard, count + self.number - self.start.record), (0, self.number))
+        if (place := _place(state)) is not None and place < least:
+            behind = f"after {self.number:,} records, `datasets` would go on after {place[1]:,} of file {place[0] + 1}"
+            raise UserError(f"source {self.name!r}: {behind}; {remedy}")
 
     def bytes_read(self) -> int:
         return 0
@@ -87,6 +100,16 @@ def _state(stream: Any, name: str) -> dict[str, Any]:
     if json.loads(json.dumps(state, default=str)) != state:
         raise UserError(f"source {name!r}: {_NOT_RESUMED}")
     return state
+
+
+def _place(state: dict[str, Any] | None) -> tuple[int, int] | None:
+    """Index of the file, and number of records before the position in it, in the state of a stream that says so."""
+    if state is None:
+        return None
+    if "shard_example_idx" in state:
+        return state["shard_idx"], state["shard_example_idx"]
+    place = _place(state.get("previous_state") or state.get("examples_iterable"))
+    return place and (place[0], place[1] + state.get("num_chunks_since_previous_state", 0))
 
 
 def saved_to_disk(path: str) -> bool:
@@ -128,6 +151,8 @@ def corpus_of_other_files(
     from datasets import load_dataset
 
     name, options = format_of(paths[0]) or ("", {})
+    if name == "csv":
+        options = options | _CSV_CELLS | {"converters": {source.column: str}}
     is_local = "file" in filesystem.protocol
     urls = [path if is_local else filesystem.unstrip_protocol(path) for path in paths]
 
@@ -175,6 +200,11 @@ def corpus_of_builder(
     sizes: Sequence[int],
 ) -> StreamCorpus:
     """A data set of the Hub whose files are in another format than those that are read here."""
+    from datasets.packaged_modules.csv.csv import CsvConfig
+
+    if isinstance(config := builder.config, CsvConfig) and config.keep_default_na and config.na_values is None:
+        converters = {} if config.features else {source.column: str}  # features are types of all columns
+        vars(config).update(_CSV_CELLS, converters=config.converters or converters)
 
     def load() -> Any:
         return builder.as_streaming_dataset(split=source.split)
