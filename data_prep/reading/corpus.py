@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.common.command_line import listed
 from data_prep.common.records import CleaningStep, SourceRecord
 from data_prep.common.retries import Retries
 from data_prep.reading.conditions import Condition
@@ -35,6 +36,7 @@ class Corpus(ABC):
         paths, sizes: of the files, as far as they are known; sizes in bytes.
         is_local: it is read without a network.
         not_read: number of files beside them that are not read, by suffix.
+        bad_files: files that could not be read so far, with the reason, if they are skipped; None if they are an error.
     """
 
     source: "Source"
@@ -44,6 +46,7 @@ class Corpus(ABC):
     sizes: Sequence[int]
     is_local: bool
     not_read: dict[str, int] = field(default_factory=dict, kw_only=True)
+    bad_files: dict[str, str] | None = field(default=None, kw_only=True)
 
     @property
     def bytes(self) -> int:
@@ -127,6 +130,12 @@ def files_read(count: int, not_read: dict[str, int]) -> str:
     """Says how many files are read, and how many beside them are not."""
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in not_read.items())
     return f"{count:,} files read" + (f", {sum(not_read.values()):,} not: {kinds}" if kinds else "")
+
+
+def bad_files_skipped(files: dict[str, str]) -> str:
+    """Says which files could not be read to their end, and why."""
+    problems = [f"{name} ({reason})" for name, reason in files.items()]
+    return f"; {len(files):,} bad, skipped: {listed(problems)}" if files else ""
 
 
 def _is_empty(document: "str | np.ndarray") -> bool:

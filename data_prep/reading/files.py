@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.common.command_line import UserError
+from data_prep.common.command_line import UserError, redact
 from data_prep.common.records import CleaningStep
+from data_prep.common.retries import is_transient
 from data_prep.common.schema import read_json
 from data_prep.reading.conditions import Condition
 from data_prep.reading.corpus import Corpus, ReadError
@@ -66,21 +67,33 @@ class FileCorpus(Corpus):
             path = self.paths[number]
             try:
                 yield from read_file(self.filesystem, path, self.sizes[number], self.fields, cursor, every_field)
-            except UserError:
-                raise
             except Exception as error:
-                raise ReadError(path, error) from error
+                if self.bad_files is not None and not is_transient(error):
+                    self._list_bad_file(path, error)
+                elif isinstance(error, UserError):
+                    raise
+                else:
+                    raise ReadError(path, error) from error
+
+    def _list_bad_file(self, path: str, error: Exception) -> None:
+        folder = os.path.commonpath(map(os.path.dirname, self.paths)) + "/"
+        name, reason = path.removeprefix(folder), " ".join(str(error).split()) or type(error).__name__
+        reason = redact(reason.replace(folder, "").removeprefix(name).lstrip(":, "))
+        assert self.bad_files is not None
+        # Names may have bytes that are no text.
+        self.bad_files[redact(name).encode("utf-8", "replace").decode()] = reason.encode("utf-8", "replace").decode()
 
 
 def corpus_of_files(
     source: "Source", conditions: tuple[Condition, ...], filesystem: Any, paths: Sequence[str]
 ) -> FileCorpus:
     """The corpus of files that are read here. Raises a `UserError` for a file that cannot be read."""
-    for name in paths if "file" in filesystem.protocol else ():  # reading a pipe or a device may never end
+    is_local, skips = "file" in filesystem.protocol, source.on_bad_file == "skip"
+    for name in paths if is_local and not skips else ():  # reading a pipe or a device may never end
         if not stat.S_ISREG(os.stat(name).st_mode):
             raise UserError(f"{name}: not a regular file; name a file, or a folder of files")
-    is_local = "file" in filesystem.protocol
-    return FileCorpus(source, conditions, None, paths, list(map(filesystem.size, paths)), is_local, filesystem)
+    sizes = [0 if skips and not filesystem.exists(path) else filesystem.size(path) for path in paths]
+    return FileCorpus(source, conditions, None, paths, sizes, is_local, filesystem)
 
 
 def names_files(source: str) -> bool:

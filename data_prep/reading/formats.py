@@ -4,9 +4,11 @@ import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line
+from data_prep.common.files import open_regular
 from data_prep.reading.compression import COMPRESSED, decompressed, suffixes
 from data_prep.reading.fields import BadRecord, Fields
 from data_prep.reading.readers import Block, Cursor, Reader
@@ -62,7 +64,7 @@ def is_plain_text(path: str) -> bool:
 
 def _open(filesystem: Any, path: str) -> Any:
     if "file" in filesystem.protocol:
-        return filesystem.open(path, "rb")
+        return open_regular(Path(path))
     return filesystem.open(path, "rb", block_size=_REMOTE_READ_BYTES, cache_type="readahead")
 
 

@@ -1,7 +1,7 @@
 """Requests for documents: the built-in corpus, files, databases, and data sets on the Hub."""
 
 from dataclasses import MISSING, asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.common.command_line import UserError, first_line, option, redact
 from data_prep.common.hub import limit_waiting
@@ -38,6 +38,9 @@ class Source:
     where: tuple[str, ...] = option(
         (), "keep only records that satisfy this, as in 'int_score >= 3'; repeatable", action="append"
     )
+    on_bad_file: Literal["stop", "skip"] = option(
+        "stop", "skip: leave out and list a file that cannot be read, from there on", choices=("stop", "skip")
+    )
 
     @property
     def column(self) -> str:
@@ -59,16 +62,23 @@ class Source:
         retries = Retries(RESOLVE_DELAYS, "run the same command again")
         while True:
             try:
-                return self._resolve(conditions, commit)
+                corpus = self._resolve(conditions, commit)
+                break
             except UserError:
                 raise
             except Exception as error:
                 retries.wait(f"source {self.source!r}", error)
+        if self.on_bad_file == "stop":
+            return corpus
+        if not isinstance(corpus, FileCorpus):
+            name = redact(self.source)
+            raise UserError(f"source {name!r} is not read file by file; --on_bad_file skip does not apply")
+        return replace(corpus, bad_files={})
 
     def _resolve(self, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
         if self.source == BUILTIN:
             if self != Source(BUILTIN):
-                options = "--name, --split, --text_column, --tokens_column and --where"
+                options = "--name, --split, --text_column, --tokens_column, --where and --on_bad_file"
                 raise UserError(f"source {BUILTIN!r} is plain text; {options} do not apply")
             return BuiltinCorpus.find(self)
         if self.source.split("://")[0].split("+")[0] in _DATABASES and "://" in self.source:
@@ -81,7 +91,9 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """The fields that distinguish two sources, without the passwords of URLs."""
-        return {**asdict(self), "source": redact(self.source), "where": list(self.where)}
+        fields = {**asdict(self), "source": redact(self.source), "where": list(self.where)}
+        del fields["on_bad_file"]  # may be given once there is such a file
+        return fields
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Manifest:
         shard_tokens: tokens in a full shard.
         val_shards: number of validation shards; they come first.
         files_not_read: number of files beside the source's that were not read, by suffix.
+        bad_files: files that could not be read to their end, with the reason.
         cleaning: the steps that cleaned the documents.
         dropped_tokens: rest of the document that the last validation shard cuts.
         unfinished: where preparation continues; None once complete.
@@ -50,6 +51,7 @@ class Manifest:
     shard_tokens: Positive
     val_shards: Positive
     files_not_read: dict[str, Count] = field(default_factory=dict)
+    bad_files: dict[str, str] = field(default_factory=dict)
     cleaning: list[CleaningStep] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     dropped_tokens: Count = 0

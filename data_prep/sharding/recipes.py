@@ -43,6 +43,7 @@ class FolderSettings(SourceSettings):
     val_shards: Positive = 1
     dtype: Literal["uint16", "uint32"] | None = None
     format: Literal["npy", "bin"] = "npy"
+    on_bad_file: Literal["stop", "skip"] = "stop"
     weight: Annotated[float, Field(gt=0)] | None = None
 
     def recipe(self) -> Recipe:

@@ -16,7 +16,7 @@ from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
 from data_prep.common.records import Position, Shard, Split
 from data_prep.reading.ahead import read_ahead
-from data_prep.reading.corpus import Corpus
+from data_prep.reading.corpus import Corpus, bad_files_skipped
 from data_prep.reading.readers import Block, Cursor
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.progress import Progress
@@ -40,6 +40,7 @@ class Writer:
         self.folder, self.manifest = folder, manifest
         self.file: ShardFile | None = None
         self.documents = 0
+        self.bad_files = manifest.bad_files
         for path in list(folder.iterdir()):
             if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a killed process
                 path.unlink()
@@ -47,6 +48,9 @@ class Writer:
     def write(self, corpus: Corpus, encoder: Encoder, workers: int) -> Manifest:
         """Writes the rest of the shards and returns the final manifest. Raises as `Corpus.blocks`, and a `UserError`
         for a full disk and for too little text (then nothing is left)."""
+        if corpus.bad_files is not None:
+            corpus.bad_files.update(self.bad_files)
+            self.bad_files = corpus.bad_files
         position = self.manifest.unfinished or Position()
         cursor, skipped = Cursor(position.file, position.record, position.offset, position.state), position.tokens
         with Progress(corpus, cursor) as progress:
@@ -97,7 +101,8 @@ class Writer:
     def _finish_shard(self, file: ShardFile, unfinished: Position | None) -> None:
         shard = Shard(file.path.name, self._split, file.tokens, self.documents, file.finish())
         self.file = None
-        self.manifest = replace(self.manifest, shards=[*self.manifest.shards, shard], unfinished=unfinished)
+        shards, bad_files = [*self.manifest.shards, shard], dict(self.bad_files)
+        self.manifest = replace(self.manifest, shards=shards, unfinished=unfinished, bad_files=bad_files)
 
     def _finish(self, corpus: Corpus) -> Manifest:
         if self.file is not None:
@@ -105,7 +110,7 @@ class Writer:
         if len(self.manifest.shards) <= self.manifest.val_shards:
             remove_files(self.folder)
             raise UserError(_too_small(corpus, self.manifest))
-        self.manifest = replace(self.manifest, unfinished=None)
+        self.manifest = replace(self.manifest, unfinished=None, bad_files=dict(self.bad_files))
         self.manifest.write(self.folder)
         return self.manifest
 
@@ -166,7 +171,7 @@ def tokenized(
 def _too_small(corpus: Corpus, manifest: Manifest) -> str:
     tokens, name = manifest.tokens("val") + manifest.dropped_tokens, corpus.source.source
     if not tokens:
-        return f"source {name!r} yields no text"
+        return f"source {name!r} yields no text" + bad_files_skipped(corpus.bad_files or {})
     return (
         f"source {name!r} yields {tokens} tokens, which leaves no document for training after {manifest.val_shards} "
         f"validation shard(s) of {manifest.shard_tokens}; choose a smaller --shard_tokens or more text"

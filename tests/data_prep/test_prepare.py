@@ -400,8 +400,6 @@ def test_a_full_disk_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
 
 def test_a_bad_record_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
     """Mended, the run goes on: the bytes are those of a corpus that was never damaged."""
-    import shutil
-
     copy = shutil.copytree(corpus, tmp_path / "corpus")
     good = (copy / "d.txt").read_bytes()
     index = len(good) // 2
@@ -412,6 +410,53 @@ def test_a_bad_record_is_said_and_loses_nothing(corpus, undisturbed, tmp_path):
     assert len(Manifest.load(tmp_path / "data").shards) > 3
     (copy / "d.txt").write_bytes(good)
     assert prepare(options, tmp_path / "data").shards == Manifest.read(undisturbed).shards
+
+
+def test_bad_files_are_skipped_and_listed_if_asked_for(corpus, undisturbed, tmp_path):
+    """Also by a preparation that such a file has stopped; wherever it is stopped, the result is the same."""
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    (copy / "aa").mkdir()
+    (copy / "aa" / "dangling.txt").symlink_to("nowhere")
+    os.mkfifo(copy / "aa" / "pipe.txt")
+    (copy / "aa" / "cut.jsonl.zst").write_bytes((copy / "c.jsonl.zst").read_bytes()[:1000])
+    (copy / "aa" / "other.jsonl").write_text('{"body": "x"}\n')
+    kept = ["some words " * 30_000] * 4  # more than a block
+    (copy / "z.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*kept, "lost"]) + "not json\n")
+    damaged = recipe(copy, tokenizer=str(undisturbed / "tokenizer"))
+    skips = dataclasses.replace(damaged, source=dataclasses.replace(damaged.source, on_bad_file="skip"))
+    manifest = prepare(skips, tmp_path / "data")
+    assert manifest.source.files == 9 and manifest.bad_files == {
+        "aa/cut.jsonl.zst": "the file is cut off",
+        "aa/dangling.txt": "[Errno 2] No such file or directory: 'aa/dangling.txt'",
+        "aa/other.jsonl": "line 1: no field 'text' among ['body']; name one with --text_column, --tokens_column or "
+        "--where",
+        "aa/pipe.txt": "not a regular file",
+        "z.jsonl": "line 6: not JSON (Expecting value: line 1 column 1 (char 0))",
+    }
+    tokenizer = load_tokenizer(undisturbed / "tokenizer")
+    written = np.concatenate([np.load(tmp_path / "data" / shard.file) for shard in manifest.shards])
+    good = np.concatenate([np.load(undisturbed / shard.file) for shard in Manifest.read(undisturbed).shards])
+    assert np.array_equal(written, np.concatenate([good, tokenizer.encode(kept)]))
+    with stopped(3, written=True):
+        prepare(skips, tmp_path / "again" / "data")
+    prepare(skips, tmp_path / "again" / "data")
+    assert contents(tmp_path / "again" / "data") == contents(tmp_path / "data")
+    shutil.rmtree(copy / "aa")
+    with pytest.raises(UserError, match=r"z\.jsonl, line 6: not JSON"):
+        prepare(damaged, tmp_path / "stopped" / "data")
+    continued = prepare(skips, tmp_path / "stopped" / "data")
+    assert continued.shards == manifest.shards and list(continued.bad_files) == ["z.jsonl"]
+
+
+def test_what_is_no_file_cannot_be_skipped(data_folder, tmp_path):
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    for source in (tmp_path, "builtin"):
+        with pytest.raises(UserError, match="on_bad_file"):
+            Source(str(source), on_bad_file="skip").resolve()
+    (tmp_path / "a.jsonl").write_text("not json\n")
+    recipe = Recipe(Source(str(tmp_path), on_bad_file="skip"), tokenizer=str(data_folder / "tokenizer"))
+    with pytest.raises(UserError, match=r"yields no text; 1 bad, skipped: a\.jsonl \(line 1: not JSON"):
+        prepare(recipe, tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -499,8 +544,6 @@ def test_what_is_not_read_is_said_and_written(data_folder, tmp_path, monkeypatch
 
 
 def test_what_cleaning_has_done_is_taken_over(corpus, tmp_path):
-    import shutil
-
     copy = shutil.copytree(corpus, tmp_path / "clean" / "web")
     counts = {"documents_in": 5, "documents_out": 4, "characters_in": 50, "characters_out": 40}
     step = {

@@ -51,7 +51,7 @@ def zstd_with_the_largest_window(data: bytes) -> bytes:
 
 
 PACKERS = {
-    ".gz": gzip.compress,
+    ".gz": lambda data: gzip.compress(data) + bytes(512),  # as a tape is padded
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.compress,
@@ -319,6 +319,15 @@ def test_cut_off_files(tmp_path, long_files):
         (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
         with pytest.raises(UserError, match=message):
             documents(tmp_path / name)
+    for suffix, pack in PACKERS.items():
+        packed = pack(b"some words, and others\n" * 100)
+        for size in (0, 30):
+            (tmp_path / f"a.txt{suffix}").write_bytes(packed[:size])
+            with pytest.raises(UserError, match=rf"a\.txt{suffix}: the file is cut off"):
+                documents(tmp_path / f"a.txt{suffix}")
+        (tmp_path / f"a.txt{suffix}").write_bytes(packed + b"rubbish")
+        with pytest.raises(UserError, match=rf"a\.txt{suffix}: "):
+            documents(tmp_path / f"a.txt{suffix}")
     # Cut within its pages: the footer is there, the text is not.
     whole = (long_files / "c.parquet").read_bytes()
     (tmp_path / "c.parquet").write_bytes(whole[:2000] + bytes(3000) + whole[5000:])
