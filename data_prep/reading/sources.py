@@ -78,7 +78,7 @@ class Source:
     def _resolve(self, conditions: tuple[Condition, ...], commit: str | None) -> Corpus:
         if self.source == BUILTIN:
             if self != Source(BUILTIN):
-                options = "--name, --split, --text_column, --tokens_column, --where and --on_bad_file"
+                options = "--name, --split, --text_column, --tokens_column, --on_bad_file and --where"
                 raise UserError(f"source {BUILTIN!r} is plain text; {options} do not apply")
             return BuiltinCorpus.find(self)
         if self.source.split("://")[0].split("+")[0] in _DATABASES and "://" in self.source:
