@@ -110,7 +110,7 @@ def _claim(config: CleanConfig, output: Path) -> dict[str, str | None]:
     corpora = {name: source.resolve(commits[name]) for name, source in config.requests().items()}
     for name, corpus in corpora.items():
         if corpus.not_read:
-            print(f"{name}: {files_read(len(corpus.paths), corpus.not_read)}")
+            print(f"{name}: {files_read(len(corpus.paths), corpus.not_read, {})}")
     commits = {name: corpus.commit for name, corpus in corpora.items()}
     wanted = json.loads(json.dumps(config.identity(corpora)))  # compared as it was written
     if stored is not None:

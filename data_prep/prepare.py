@@ -19,7 +19,7 @@ from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import partial_name
 from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import Position
-from data_prep.reading.corpus import Corpus, bad_files_skipped, files_read
+from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.recipes import Recipe, read_recipes
@@ -211,7 +211,7 @@ def main() -> None:
 
 def _report(folder: Path, manifest: Manifest) -> None:
     if manifest.source.files:
-        print(files_read(manifest.source.files, manifest.files_not_read) + bad_files_skipped(manifest.bad_files))
+        print(files_read(manifest.source.files, manifest.files_not_read, manifest.bad_files))
     if dropped := manifest.dropped_tokens:
         reason = "the rest of the document that validation ends in, which training must not see"
         print(f"dropped {dropped:,} tokens: {reason}")

@@ -126,16 +126,18 @@ class Corpus(ABC):
         return all(condition.holds(record) for condition in self.conditions)
 
 
-def files_read(count: int, not_read: dict[str, int]) -> str:
-    """Says how many files are read, and how many beside them are not."""
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in not_read.items())
-    return f"{count:,} files read" + (f", {sum(not_read.values()):,} not: {kinds}" if kinds else "")
+def files_read(count: int, not_read: dict[str, int], bad_files: dict[str, str]) -> str:
+    """Says how many of a source's `count` files are read, and how many of those and of others are not.
 
-
-def bad_files_skipped(files: dict[str, str]) -> str:
-    """Says which files could not be read to their end, and why."""
-    problems = [f"{name} ({reason})" for name, reason in files.items()]
-    return f"; {len(files):,} bad, skipped: {listed(problems)}" if files else ""
+    Args:
+        not_read: number of other files, by suffix.
+        bad_files: files that cannot be read to their end, with the reason.
+    """
+    kinds = [f"{number:,} {kind}" for kind, number in not_read.items()]
+    if bad_files:
+        kinds.append(f"{len(bad_files):,} bad: {listed([f'{name} ({why})' for name, why in bad_files.items()])}")
+    total = sum(not_read.values()) + len(bad_files)
+    return f"{count - len(bad_files):,} files read" + (f", {total:,} not: {', '.join(kinds)}" if kinds else "")
 
 
 def _is_empty(document: "str | np.ndarray") -> bool:

@@ -118,7 +118,7 @@ def _corpus_of_found_files(source: Source, conditions: tuple[Condition, ...]) ->
     chosen = paths or others or here
     not_read = count_by_suffix(sorted({*found} - {*chosen}), hidden)
     if not chosen:
-        formats, counts = ", ".join([*FORMATS, *streams.FORMATS]), files_read(0, not_read)
+        formats, counts = ", ".join([*FORMATS, *streams.FORMATS]), files_read(0, not_read, {})
         raise UserError(f"source {source.source!r}: no file in it is in a format that is read: {formats}; {counts}")
     if different := [path for path in others if streams.format_of(path) != streams.format_of(others[0])]:
         several = f"files of several formats, {others[0]} and {different[0]}"

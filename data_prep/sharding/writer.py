@@ -16,7 +16,7 @@ from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
 from data_prep.common.records import Position, Shard, Split
 from data_prep.reading.ahead import read_ahead
-from data_prep.reading.corpus import Corpus, bad_files_skipped
+from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.readers import Block, Cursor
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.progress import Progress
@@ -171,7 +171,8 @@ def tokenized(
 def _too_small(corpus: Corpus, manifest: Manifest) -> str:
     tokens, name = manifest.tokens("val") + manifest.dropped_tokens, corpus.source.source
     if not tokens:
-        return f"source {name!r} yields no text" + bad_files_skipped(corpus.bad_files or {})
+        read = f"; {files_read(len(corpus.paths), corpus.not_read, bad)}" if (bad := corpus.bad_files) else ""
+        return f"source {name!r} yields no text{read}"
     return (
         f"source {name!r} yields {tokens} tokens, which leaves no document for training after {manifest.val_shards} "
         f"validation shard(s) of {manifest.shard_tokens}; choose a smaller --shard_tokens or more text"

@@ -455,7 +455,7 @@ def test_what_is_no_file_cannot_be_skipped(data_folder, tmp_path):
             Source(str(source), on_bad_file="skip").resolve()
     (tmp_path / "a.jsonl").write_text("not json\n")
     recipe = Recipe(Source(str(tmp_path), on_bad_file="skip"), tokenizer=str(data_folder / "tokenizer"))
-    with pytest.raises(UserError, match=r"yields no text; 1 bad, skipped: a\.jsonl \(line 1: not JSON"):
+    with pytest.raises(UserError, match=r"yields no text; 0 files read, 2 not: 1 \.csv, 1 bad: a\.jsonl \(line 1"):
         prepare(recipe, tmp_path / "data")
 
 
