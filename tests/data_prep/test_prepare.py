@@ -449,12 +449,14 @@ def test_bad_files_are_skipped_and_listed_if_asked_for(corpus, undisturbed, tmp_
 
 
 def test_what_is_no_file_cannot_be_skipped(data_folder, tmp_path):
-    (tmp_path / "a.csv").write_text("text\nx\n")
-    for source in (tmp_path, "builtin"):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.csv").write_text("text\nx\n")
+    for source in (texts, "builtin"):
         with pytest.raises(UserError, match="on_bad_file"):
             Source(str(source), on_bad_file="skip").resolve()
-    (tmp_path / "a.jsonl").write_text("not json\n")
-    recipe = Recipe(Source(str(tmp_path), on_bad_file="skip"), tokenizer=str(data_folder / "tokenizer"))
+    (texts / "a.jsonl").write_text("not json\n")
+    recipe = Recipe(Source(str(texts), on_bad_file="skip"), tokenizer=str(data_folder / "tokenizer"))
     with pytest.raises(UserError, match=r"yields no text; 0 files read, 2 not: 1 \.csv, 1 bad: a\.jsonl \(line 1"):
         prepare(recipe, tmp_path / "data")
 
