@@ -38,7 +38,7 @@ def summary(one: Inspected, total: int) -> str:
         f"{manifest.tokens('train'):,} for training, {manifest.tokens('val'):,} for validation, "
         f"in {len(manifest.shards)} shards\n"
         f"documents   {found.documents:,}, {found.tokens / found.documents:,.0f} tokens each\n"
-        f"fertility   {found.fertility:.3f} bytes per token\n"
+        f"fertility   {found.fertility}\n"
         f"cleaning    {', '.join(step.step for step in manifest.cleaning) or 'none'}\n"
         f"lengths in tokens, documents\n{histogram(found)}"
     )

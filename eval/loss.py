@@ -46,9 +46,13 @@ def summed_loss(
     return math.fsum(torch.stack(nats).tolist()) if nats else 0.0, count
 
 
-def read_tokens(data: Path, tokenizer: Any) -> Tensor:
-    """Reads the validation tokens of a data folder, or tokenizes a text file: `[N]` int64, end of text first. Raises
-    `UserError` for unreadable data and for data of another tokenizer."""
+def read_tokens(data: Path, tokenizer: Any) -> tuple[Tensor, int | None]:
+    """Reads the validation tokens of a data folder, or tokenizes a text file: `[N]` int64, end of text first. Also
+    returns the size of their text in bytes, None if neither the tokens nor the manifest tell it.
+
+    Raises:
+        UserError: for unreadable data and for data of another tokenizer.
+    """
     import numpy as np
 
     from data_prep.sharding.manifest import Manifest
@@ -56,14 +60,17 @@ def read_tokens(data: Path, tokenizer: Any) -> Tensor:
     from data_prep.tokenization.tokenizer import encode, hf_tokenizer
 
     if not data.is_dir():
-        return torch.tensor([tokenizer.eos_token_id, *encode(tokenizer, [read_text(data)])[0]])
+        text = read_text(data)
+        return torch.tensor([tokenizer.eos_token_id, *encode(tokenizer, [text])[0]]), len(text.encode("utf-8"))
     manifest: Any = Manifest.read(data)
     if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")
     tokens = np.concatenate([open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"])
     if int(tokens.max()) >= manifest.tokenizer.vocab_size:
         raise UserError(f"{data}: id {int(tokens.max())} is beyond the vocabulary; run python -m data_prep.verify")
-    return torch.from_numpy(tokens.astype(np.int64))
+    sizes = bytes_of_tokens(tokenizer)
+    text_bytes = manifest.text_bytes("val") if sizes is None else int(sizes[tokens[1:]].sum())
+    return torch.from_numpy(tokens.astype(np.int64)), text_bytes
 
 
 def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -102,16 +109,15 @@ def main() -> None:
         raise UserError(f"length={length}: a window has between 1 and n_positions={model.config.n_positions} tokens")
     if not 1 <= stride <= length:
         raise UserError(f"stride={stride} must lie between 1 and the length of a window, {length}")
-    tokens = read_tokens(args.data, tokenizer)
+    tokens, text_bytes = read_tokens(args.data, tokenizer)
     if len(tokens) < 2:
         raise UserError(f"{args.data}: no text in it")
     nats, count = summed_loss(model, windows(tokens, length, stride, args.batch_size))
-    text_bytes = int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum())
-    scores = language_modeling_scores(nats, count, text_bytes)
+    scores = language_modeling_scores(nats, count, text_bytes or 0)
+    bits = f"{scores['bits_per_byte']:.4f} bits per byte" if text_bytes else "bits per byte not available"
     print(
         f"loss {scores['loss']:.4f} nats per token, perplexity {scores['perplexity']:.2f}, "
-        f"{scores['bits_per_byte']:.4f} bits per byte ({count:,} tokens, windows of {length}"
-        + (f" every {stride})" if stride < length else ")")
+        f"{bits} ({count:,} tokens, windows of {length}" + (f" every {stride})" if stride < length else ")")
     )
 
 

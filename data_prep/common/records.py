@@ -12,7 +12,13 @@ Dtype = Literal["uint16", "uint32"]
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: file name, split, number of tokens and of document starts, sha256."""
+    """One shard.
+
+    Attributes:
+        documents: number of those that begin in it.
+        text_bytes: size of the source's text in UTF-8; None where it is not known, and with GPT-2's kind of tokenizer,
+            whose tokens tell it.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -21,6 +27,7 @@ class Shard:
     tokens: Positive
     documents: Count
     sha256: Sha256
+    text_bytes: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,21 @@ class Statistics:
     """Counts over all shards of a folder.
 
     Attributes:
-        text_bytes: of the decoded documents.
+        text_bytes: of the documents; None if neither the tokens nor the manifest tell it.
         lengths: number of documents by length in tokens: element k has those from 2^k to 2^(k+1) - 1.
     """
 
     tokens: int
     documents: int
-    text_bytes: int
+    text_bytes: int | None
     lengths: np.ndarray
 
     @property
-    def fertility(self) -> float:
+    def fertility(self) -> str:
         """Bytes of text per token, ends of text not counted."""
-        return self.text_bytes / (self.tokens - self.documents)
+        if self.text_bytes is None:
+            return "not available"
+        return f"{self.text_bytes / (self.tokens - self.documents):.3f} bytes per token"
 
     def length_rows(self) -> list[tuple[int, int, int]]:
         """First and last length of each power of two that occurs, or lies between, and the number of documents."""
@@ -42,7 +44,7 @@ class Statistics:
 def statistics(folder: Path, manifest: Manifest) -> Statistics:
     """Counts tokens, documents and bytes, with one shard in memory at a time."""
     sizes = bytes_of_tokens(hf_tokenizer(folder / "tokenizer"))
-    counts = np.zeros(len(sizes), dtype=np.int64)
+    counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
     lengths = np.zeros(33, dtype=np.int64)
     for split in ("val", "train"):
         paths = [folder / shard.file for shard in manifest.shards if shard.split == split]
@@ -55,4 +57,5 @@ def statistics(folder: Path, manifest: Manifest) -> Statistics:
             if len(found) > len(counts):
                 raise UserError(f"{folder / shard.file}: ids beyond the vocabulary; run python -m data_prep.verify")
             counts += found
-    return Statistics(int(counts.sum()), int(lengths.sum()), int(counts @ sizes), lengths)
+    text_bytes = manifest.text_bytes("train", "val") if sizes is None else int(counts @ sizes)
+    return Statistics(int(counts.sum()), int(lengths.sum()), text_bytes, lengths)

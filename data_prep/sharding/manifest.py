@@ -6,8 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeVar
+
+import numpy as np
 
 from data_prep.common.command_line import UserError, listed
 from data_prep.common.files import describe_path, read_text, write_text
@@ -39,6 +42,8 @@ class Manifest:
         bad_files: files that could not be read to their end, with the reason.
         cleaning: the steps that cleaned the documents.
         dropped_tokens: rest of the document that the last validation shard cuts.
+        val_text_bytes: size of the source's text that the first tokens of validation stand for, at each of `text_marks`;
+            as in `Shard`, only where the tokens do not tell it.
         unfinished: where preparation continues; None once complete.
     """
 
@@ -55,12 +60,27 @@ class Manifest:
     cleaning: list[CleaningStep] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     dropped_tokens: Count = 0
+    val_text_bytes: list[Count] = field(default_factory=list)
     unfinished: Position | None = None
     format_version: Literal[2] = 2
 
     def tokens(self, split: str) -> int:
         """Number of tokens in `train` or `val`."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    def text_bytes(self, *splits: str) -> int | None:
+        """Size of the source's text in some splits; None if it is not known."""
+        counts = [shard.text_bytes for shard in self.shards if shard.split in splits]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    def val_text_bytes_before(self, count: int) -> int | None:
+        """Size of the source's text that the first `count` tokens of validation stand for, interpolated between marks;
+        None if it is not known."""
+        if (total := self.text_bytes("val")) is None:
+            return None
+        marks = islice(text_marks(), len(self.val_text_bytes))
+        return round(np.interp(count, [0, *marks, self.tokens("val")], [0, *self.val_text_bytes, total]))
 
     @property
     def shards_sha256(self) -> str:
@@ -168,6 +188,14 @@ class Manifest:
             except UserError as error:
                 found.append(str(error))
         return found
+
+
+def text_marks() -> Iterator[int]:
+    """Numbers with at most five significant bits (1, 2, ..., 32, 34, ..., 64, 68, ...): any other is within 3% of one."""
+    mark = 1
+    while True:
+        yield mark
+        mark += 1 << max(0, mark.bit_length() - 5)
 
 
 def split_of_name(file: str) -> Split | None:

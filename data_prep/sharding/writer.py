@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from data_prep.common.records import Position, Shard, Split
 from data_prep.reading.ahead import read_ahead
 from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.readers import Block, Cursor
-from data_prep.sharding.manifest import FILE_NAME, Manifest
+from data_prep.sharding.manifest import FILE_NAME, Manifest, text_marks
 from data_prep.sharding.progress import Progress
 from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
-from data_prep.tokenization.tokenizer import Encoder, tokenizer_files
+from data_prep.tokenization.tokenizer import Encoder, HuggingFaceTokenizer, tokenizer_files
 
 # Blocks in flight for each worker: enough work to cover a wait for the network.
 _BLOCKS_AHEAD = 8
@@ -39,8 +41,9 @@ class Writer:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.file: ShardFile | None = None
-        self.documents = 0
+        self.documents = self.text_bytes = 0
         self.bad_files = manifest.bad_files
+        self.byte_counter: HuggingFaceTokenizer | None = None
         for path in list(folder.iterdir()):
             if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a killed process
                 path.unlink()
@@ -52,6 +55,7 @@ class Writer:
             corpus.bad_files.update(self.bad_files)
             self.bad_files = corpus.bad_files
         position = self.manifest.unfinished or Position()
+        self.byte_counter = encoder if isinstance(encoder, HuggingFaceTokenizer) else None
         cursor, skipped = Cursor(position.file, position.record, position.offset, position.state), position.tokens
         with Progress(corpus, cursor) as progress:
             try:
@@ -81,13 +85,28 @@ class Writer:
                     return
                 name = shard_name(self.folder, self._split, len(self.manifest.shards), self.manifest.format)
                 self.file, self.documents = ShardFile(self.folder / name, self.manifest.dtype), 0
+                self.text_bytes = 0
             part = tokens[start : start + self.manifest.shard_tokens - self.file.tokens]
             self.file.add(part)
             self.documents += int(np.count_nonzero(part == self.manifest.tokenizer.eos_token_id))
+            self._count_bytes(block.texts, tokens, start, start + len(part), self.file.tokens)
             start += len(part)
             if self.file.tokens == self.manifest.shard_tokens:
                 self._finish_shard(self.file, Position(**vars(block.start), tokens=start))
                 self.manifest.write(self.folder)
+
+    def _count_bytes(self, texts: list[str], tokens: np.ndarray, start: int, stop: int, written: int) -> None:
+        """Adds the size of the text of the tokens `start` to `stop`, with which a shard has `written` tokens."""
+        if self.byte_counter is None:
+            return
+        count = partial(self.byte_counter.text_bytes, texts, tokens, start)
+        if self._split == "val":
+            known, before = self.manifest.val_text_bytes, (self.manifest.text_bytes("val") or 0) + self.text_bytes
+            end = self.manifest.tokens("val") + written
+            marks = takewhile(lambda mark: mark <= end, islice(text_marks(), len(known), None))
+            new = [before + count(stop + mark - end) for mark in marks]
+            self.manifest = replace(self.manifest, val_text_bytes=known + new)
+        self.text_bytes += count(stop)
 
     def _drop(self, tokens: np.ndarray) -> int:
         """Number of tokens to drop: before the first training shard, the rest of validation's last document."""
@@ -99,7 +118,8 @@ class Writer:
         return dropped
 
     def _finish_shard(self, file: ShardFile, unfinished: Position | None) -> None:
-        shard = Shard(file.path.name, self._split, file.tokens, self.documents, file.finish())
+        text_bytes = None if self.byte_counter is None else self.text_bytes
+        shard = Shard(file.path.name, self._split, file.tokens, self.documents, file.finish(), text_bytes)
         self.file = None
         shards, bad_files = [*self.manifest.shards, shard], dict(self.bad_files)
         self.manifest = replace(self.manifest, shards=shards, unfinished=unfinished, bad_files=bad_files)

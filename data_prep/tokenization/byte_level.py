@@ -1,5 +1,6 @@
 """Byte-level BPE as in GPT-2: the spelling of tokens, their merges and their length in bytes."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -93,22 +94,33 @@ def byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, in
     return ranks if found == list(merges(ranks)) else None
 
 
-def bytes_of_tokens(tokenizer: Any) -> np.ndarray:
+def bytes_of_tokens(tokenizer: Any) -> np.ndarray | None:
     """Number of bytes of text for each id of a `transformers` tokenizer, `[V]` int64; 0 for special tokens.
 
-    Tokens are spelled in GPT-2's alphabet of bytes, as `<0x0A>` for one byte, or as text with U+2581 for a space
-    (SentencePiece). Added tokens are text.
+    None unless the tokens of a text are its bytes, each once. WordPiece, SentencePiece, `</w>`, a space before the text
+    and normalization add, remove or change some, so that only the source tells the size of a text.
     """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not _keeps_bytes(json.loads(backend.to_str())):
+        return None
     vocab, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
     counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
-    byte_level = set("".join(token for token in vocab if token not in added)) <= _CHARACTER_TO_BYTE.keys()
     for token, number in vocab.items():
-        if number in special:
-            continue
-        if byte_level and token not in added:
-            counts[number] = len(token)
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            counts[number] = 1
-        else:
-            counts[number] = len(token.replace("\u2581", " ").encode("utf-8"))
+        if number not in special:
+            counts[number] = len(token.encode("utf-8") if token in added else token)
     return counts
+
+
+def _keeps_bytes(state: dict[str, Any]) -> bool:
+    model, split = state["model"], state["pre_tokenizer"] or {"type": None}
+    steps = split.get("pretokenizers", [split])
+    return (
+        model["type"] == "BPE"
+        and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and _CHARACTER_TO_BYTE.keys() <= model["vocab"].keys()
+        and state["normalizer"] is None
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and all(step["type"] in ("ByteLevel", "Split", "Digits", "Punctuation") for step in steps)
+        and not any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps)
+        and not any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"] if not token["special"])
+    )

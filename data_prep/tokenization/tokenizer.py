@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -138,19 +138,43 @@ class HuggingFaceTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True
+        self._located = lru_cache(maxsize=1)(self._locate)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """As in `Tokenizer`. Memory grows with the longest document, as such a tokenizer has no known safe cuts."""
         documents = [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         for i, ids in enumerate(documents):
             if self.eos_token_id in ids:  # in some models the spelling of the end of text is an ordinary word
-                parts = self.backend.encode_batch_fast(self._split_end_of_text(texts[i]), add_special_tokens=False)
-                documents[i] = [number for part in parts for number in part.ids if number != self.eos_token_id]
+                documents[i] = [number for number, _ in self._locate(texts[i])]
         return np.concatenate([np.array([self.eos_token_id, *ids], dtype=np.uint32) for ids in documents])
 
     def decode(self, ids: np.ndarray) -> str:
         """As in `Tokenizer`."""
         return self.backend.decode(ids.tolist(), skip_special_tokens=False)
+
+    def text_bytes(self, texts: list[str], ids: np.ndarray, start: int, stop: int) -> int:
+        """Number of bytes of `texts`, whose tokens are `ids`, that tokens `start` to `stop` stand for."""
+        return self._bytes_before(texts, ids, stop) - self._bytes_before(texts, ids, start)
+
+    def _bytes_before(self, texts: list[str], ids: np.ndarray, count: int) -> int:
+        starts = np.flatnonzero(ids[:count] == self.eos_token_id)
+        whole = texts[: len(starts)]
+        if count < len(ids) and ids[count] != self.eos_token_id:  # within the last of them
+            *whole, last = whole
+            whole.append(last[: self._located(last)[count - starts[-1] - 1][1]])
+        return sum(len(text.encode("utf-8")) for text in whole)
+
+    def _locate(self, text: str) -> list[tuple[int, int]]:
+        """Ids of a text without ends of text, each with the index of the character that it begins at."""
+        parts, start, found = [text], 0, []
+        if self.eos_token_id in self.backend.encode(text, add_special_tokens=False).ids:
+            parts = self._split_end_of_text(text)
+        for part in parts:
+            encoded = self.backend.encode(part, add_special_tokens=False)
+            pairs = zip(encoded.ids, encoded.offsets, strict=True)
+            found += [(number, start + first) for number, (first, _) in pairs if number != self.eos_token_id]
+            start += len(part)
+        return found
 
     def _split_end_of_text(self, text: str) -> list[str]:
         """Cuts a text in the middle of each spelling of the end of text."""

@@ -23,7 +23,7 @@ from eval.common.generation import Sampling, generate
 from eval.common.models import check_folder, load_model, load_weights, read_config
 from eval.common.scores import language_modeling_scores
 from eval.hellaswag import HellaSwag
-from eval.loss import bytes_of_tokens, read_tokens, summed_loss, windows
+from eval.loss import read_tokens, summed_loss, windows
 from training.publish import _settings as publish_settings
 from training.settings.parsing import saved_progress
 
@@ -98,7 +98,7 @@ def test_a_template_of_the_tokenizer_adds_no_tokens(checkpoint, tmp_path):
     ids = plain(text)["input_ids"]
     assert ends(text)["input_ids"] == [plain.eos_token_id, *ids, plain.eos_token_id]
     assert load_tokenizer(tmp_path).encode([text]).tolist() == [plain.eos_token_id, *ids]
-    assert read_tokens(tmp_path / "text.txt", ends).tolist() == [plain.eos_token_id, *ids]
+    assert read_tokens(tmp_path / "text.txt", ends)[0].tolist() == [plain.eos_token_id, *ids]
     texts = [generate(model, tokenizer, text, Sampling(max_new_tokens=8)).texts for tokenizer in (plain, ends)]
     assert texts[0] == texts[1]
     items = [{"activity_label": "A", "ctx": "the a", "ctx_a": "the", "ctx_b": "a", "endings": ["b", "c"], "label": 0}]
@@ -234,13 +234,58 @@ def test_loss_is_the_rolling_loglikelihood_of_the_harness(checkpoint, text_files
     (loglikelihood,) = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
 
     model, tokenizer = load_model(str(checkpoint))
-    tokens = read_tokens(file, tokenizer)
+    tokens, text_bytes = read_tokens(file, tokenizer)
     nats, count = summed_loss(model, windows(tokens, 32, 32, 8))
-    scores = language_modeling_scores(nats, count, int(bytes_of_tokens(tokenizer)[tokens[1:].numpy()].sum()))
+    scores = language_modeling_scores(nats, count, text_bytes)
     assert count == len(harness.tok_encode(text))
     assert scores["loss"] == pytest.approx(-loglikelihood / count, rel=1e-6)
     assert scores["perplexity"] == pytest.approx(math.exp(-loglikelihood / count), rel=1e-5)
     assert scores["bits_per_byte"] == pytest.approx(-loglikelihood / math.log(2) / len(text.encode()), rel=1e-6)
+
+
+def test_bits_per_byte_where_tokens_do_not_spell_the_text(text_files, tmp_path, monkeypatch, capsys):
+    """With WordPiece: of a text file, of a data folder's validation, and of a part of it, as in a run; without the
+    source's size in the manifest there is no such number."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from data_prep.prepare import Recipe, prepare
+    from data_prep.reading.sources import Source
+    from eval.loss import main
+    from modeling import GPTConfig, GPTModel
+    from training.engine.data import load_data
+    from training.settings.parsing import parse_config
+
+    file, folder, model = text_files / "json_decoder.txt", tmp_path / "data", tmp_path / "model"
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.train([str(file)], trainers.WordPieceTrainer(vocab_size=300, special_tokens=["</s>", "<unk>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(model)
+    GPTModel(GPTConfig(n_layer=1, n_embd=8, n_head=1, n_positions=32, vocab_size=300)).save_pretrained(model)
+    texts = [path.read_text() for path in sorted(text_files.iterdir())]
+    val = sum(len(tokenizer(text, verbose=False)["input_ids"]) + 1 for text in texts[:4])
+    prepare(Recipe(Source(str(text_files)), tokenizer=str(model), shard_tokens=val), folder)
+
+    def printed(data):
+        monkeypatch.setattr("sys.argv", ["eval.loss", str(model), "--data", str(data)])
+        main()
+        return capsys.readouterr().out
+
+    for data, size in ((file, file.stat().st_size), (folder, sum(len(text.encode()) for text in texts[:4]))):
+        loss, _, bits, count = map(float, re.findall(r"\d+\.?\d*", printed(data).replace(",", ""))[:4])
+        assert bits == pytest.approx(loss * count / math.log(2) / size, abs=2e-4)
+
+    config = parse_config(["--data", str(folder), "--sequence_length", "32"])
+    data = load_data(config)
+    sequences = (sum(len(tokenizer(text, verbose=False)["input_ids"]) + 1 for text in texts[:2]) - 1) // 32
+    found = data.val_text_bytes(data.batches(config, "val"), sequences, tokenizer)
+    assert found == pytest.approx(sum(len(text.encode()) for text in texts[:2]), rel=0.02)
+
+    path = folder / "manifest.json"
+    path.write_text(re.sub(r',\s*"text_bytes": \d+', "", path.read_text()))  # as earlier versions have written it
+    assert "bits per byte not available (" in printed(folder)
+    assert load_data(config).val_text_bytes(data.batches(config, "val"), sequences, tokenizer) is None
 
 
 def test_several_continuations_a_line_of_input_each(checkpoint, tmp_path):

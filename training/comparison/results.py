@@ -100,7 +100,7 @@ def _cells(one: Runs, first: Runs, p: float | None, target: float | None) -> lis
     losses = one.losses
     error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
     difference = None if one is first or target is None else statistics.fmean(losses) - target
-    bits = statistics.fmean(record.last("val_bits_per_byte") or float("nan") for record in one.records)
+    bits = [value for record in one.records if (value := record.last("val_bits_per_byte")) is not None]
     speeds = [statistics.median(record.curves["tokens_per_second"].values) for record in one.records]
     mean, minutes = mean_curve(one.records, "val_loss"), _mean_minutes(one.records)
     return [
@@ -110,7 +110,7 @@ def _cells(one: Runs, first: Runs, p: float | None, target: float | None) -> lis
         number(error, ".4f"),
         number(difference, "+.4f"),
         number(p, ".2g"),
-        f"{bits:.4f}",
+        number(statistics.fmean(bits) if len(bits) == len(one.records) else None, ".4f"),
         f"{one.records[0].curves['tokens'].values[-1]:,.0f}",
         f"{statistics.median(speeds):,.0f}",
         f"{minutes.values[-1]:.2f}",

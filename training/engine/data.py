@@ -11,6 +11,7 @@ from data_prep.prepare import Recipe, prepare
 from data_prep.reading.sources import BUILTIN, Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.order import shares_of, training_order
+from data_prep.tokenization.byte_level import bytes_of_tokens
 from training.engine.batches import Batches
 from training.settings.config import TrainingConfig
 from training.settings.schema import QUICKSTART_DATA
@@ -64,6 +65,17 @@ class Data:
         )
         document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
         return Batches(mixture, document_start)
+
+    def val_text_bytes(self, batches: Batches, sequences: int, tokenizer: Any) -> int | None:
+        """Bytes of text that the labels of the first `sequences` of validation stand for. None if neither the tokens nor
+        the manifests tell."""
+        if (sizes := bytes_of_tokens(tokenizer)) is not None:
+            return int(sizes[batches.sequences(0, sequences)["shift_labels"].numpy()].sum())
+        mixture = batches.mixture
+        counts = zip(self.manifests, mixture.sources, mixture.consumed(sequences), strict=True)
+        found = [manifest.val_text_bytes_before(count * source.length + 1) for manifest, source, count in counts]
+        known = [size for size in found if size is not None]
+        return sum(known) if len(known) == len(found) else None
 
     def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
         """The part of each folder that is read up to a position: its `share`, `tokens` and `epochs`."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.tokenization.byte_level import bytes_of_tokens
 from eval.common.scores import bits_per_byte
 from eval.loss import summed_loss
 from training.engine.batches import Batches
@@ -19,24 +18,23 @@ class Validation:
     Attributes:
         val_data, train_data: the batches of both splits.
         sequences: of one validation.
-        text_bytes: bytes of text that their labels stand for.
+        text_bytes: of the text that their labels stand for; None if neither the tokens nor the manifests tell it.
     """
 
     every: int
     val_data: Batches
     train_data: Batches
     sequences: int
-    text_bytes: int
+    text_bytes: int | None
     at_start: bool = True
     at_checkpoints: bool = True
 
     @classmethod
     def prepare(cls, config: TrainingConfig, data: Data, train_data: Batches, tokenizer: Any) -> "Validation":
-        """Reads the labels once, to know the bytes that they stand for."""
+        """Reads the labels once, for the size of their text."""
         val_data = data.batches(config, "val")
         sequences = validation_sequences(val_data, config.evaluation.val_tokens)
-        labels = val_data.sequences(0, sequences)["shift_labels"]
-        text_bytes = int(bytes_of_tokens(tokenizer)[labels.numpy()].sum())
+        text_bytes = data.val_text_bytes(val_data, sequences, tokenizer)
         return cls(config.evaluation.eval_steps, val_data, train_data, sequences, text_bytes)
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -46,12 +44,16 @@ class Validation:
             self.sequences, run.micro_batch, accelerator.process_index, accelerator.num_processes
         )
         nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches, run.check_stop))
-        loss, bits = nats / tokens, bits_per_byte(nats, self.text_bytes)
-        run.log.print(f"step {step:>6}  validation loss {loss:.4f}, {bits:.3f} bits per byte")
+        losses = {"val_loss": nats / tokens}
+        shown = "bits per byte not available"
+        if self.text_bytes:
+            losses["val_bits_per_byte"] = bits_per_byte(nats, self.text_bytes)
+            shown = f"{losses['val_bits_per_byte']:.3f} bits per byte"
+        run.log.print(f"step {step:>6}  validation loss {losses['val_loss']:.4f}, {shown}")
         consumed = run.data.consumed(self.train_data, run.state.position)
         for folder, read in consumed.items() if len(consumed) > 1 else ():
             run.log.print(
                 f"{'':13}{folder}: {read['share']:.1%}, {read['tokens']:,} tokens, {read['epochs']:.2f} epochs"
             )
         run.log.note(data=consumed)
-        return {"val_loss": loss, "val_bits_per_byte": bits}
+        return losses

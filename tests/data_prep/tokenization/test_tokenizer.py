@@ -1,12 +1,15 @@
 """Token ids against those of `AutoTokenizer` and of GPT-2's published vocabulary."""
 
 import itertools
+import json
 import random
 
 import pytest
 from transformers import AutoTokenizer
 
 from data_prep.common.command_line import UserError
+from data_prep.prepare import Recipe, prepare
+from data_prep.reading.sources import Source
 from data_prep.tokenization.byte_level import bytes_of_tokens, chunks
 from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,
@@ -113,17 +116,34 @@ def test_degenerate_text_is_encoded_whole(tokenizers, unit):
     assert len(ids) < 4 * len(text) + 2
 
 
+KINDS = ["llama3", "unigram", "several_specials", "prefix_space", "wordpiece", "end_of_word", "dummy_prefix", "nfc"]
+
+
 @pytest.fixture(scope="module")
 def other_kinds(tmp_path_factory):
-    """Tokenizers that are not GPT-2's: another split, digits alone, spaces as U+2581, words looked up."""
+    """Tokenizers that are not GPT-2's: another split, digits alone, spaces as U+2581, words looked up, text changed."""
     import tokenizers as library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [*random_texts(2000), *HARD_TEXTS]
+    texts = [*random_texts(500), *HARD_TEXTS]
     folder = tmp_path_factory.mktemp("kinds")
-    for kind in ("llama3", "unigram", "several_specials", "prefix_space"):
-        if kind == "unigram":
+    with_unknown = ["</s>", "<unk>"]
+    for kind in KINDS:
+        if kind == "wordpiece":
+            backend = library.Tokenizer(models.WordPiece(unk_token="<unk>"))
+            backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+            trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=with_unknown)
+        elif kind == "end_of_word":
+            backend = library.Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+            backend.pre_tokenizer = pre_tokenizers.Whitespace()
+            trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=with_unknown, end_of_word_suffix="</w>")
+        elif kind == "dummy_prefix":
+            backend = library.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+            trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*with_unknown, *fallback], limit_alphabet=50)
+        elif kind == "unigram":
             backend = library.Tokenizer(models.Unigram())
             backend.normalizer = normalizers.NFKC()
             backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -131,6 +151,7 @@ def other_kinds(tmp_path_factory):
         else:
             backend = library.Tokenizer(models.BPE())
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix_space")
+            backend.normalizer = normalizers.NFC() if kind == "nfc" else None
             if kind == "llama3":
                 digits = pre_tokenizers.Digits(individual_digits=True)
                 backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
@@ -142,7 +163,7 @@ def other_kinds(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama3", "unigram", "several_specials", "prefix_space"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_tokenizer_has_the_ids_of_autotokenizer(other_kinds, kind, tmp_path):
     ours, auto = load_tokenizer(other_kinds / kind), AutoTokenizer.from_pretrained(other_kinds / kind)
     assert isinstance(ours, HuggingFaceTokenizer) and ours.vocab_size == len(auto)
@@ -158,6 +179,33 @@ def test_any_tokenizer_has_the_ids_of_autotokenizer(other_kinds, kind, tmp_path)
         assert ids == [auto.eos_token_id, *expected] and auto.eos_token_id not in ids[1:], repr(text)
     ours.save(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == auto.get_vocab()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_manifest_has_the_bytes_of_the_text(other_kinds, kind, tmp_path):
+    """Validation ends with a document, so nothing is dropped; the shards of training cut theirs anywhere."""
+    texts = [text for text in [*HARD_TEXTS, "a </s> b"] if text.strip()] + random_texts(300)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer, folder = load_tokenizer(other_kinds / kind), tmp_path / "data"
+    shard_tokens = len(tokenizer.encode(texts[:20]))
+    recipe = Recipe(Source(str(tmp_path)), tokenizer=str(other_kinds / kind), shard_tokens=shard_tokens)
+    manifest = prepare(recipe, folder)
+    assert manifest.dropped_tokens == 0 and len(manifest.shards) > 3
+    assert manifest.text_bytes("val") == len("".join(texts[:20]).encode())
+    half = len(tokenizer.encode(texts[:10]))
+    assert manifest.val_text_bytes_before(half) == pytest.approx(len("".join(texts[:10]).encode()), abs=20)
+    assert manifest.text_bytes("val", "train") == len("".join(t for t in texts if not t.isspace()).encode())
+    words = ["the", "self", "==", "the", "é", "日", "the"]
+    ids = tokenizer.encode([text := " ".join(words)])
+    for beginning in (" ".join(words[:count]) for count in range(1, 7)):
+        count = len(tokenizer.encode([beginning]))
+        assert tokenizer.text_bytes([text], ids, 0, count) - len(beginning.encode()) in (0, 1)  # the space after it
+    # The tokens tell it just where nothing is added, removed or changed.
+    auto = AutoTokenizer.from_pretrained(other_kinds / kind)
+    ids = [number for text in texts for number in tokenizer.encode([text])]
+    sizes = bytes_of_tokens(auto)
+    assert (sizes is not None) == (kind in ("llama3", "several_specials"))
+    assert sizes is None or sizes[ids].sum() == len("".join(texts).encode())
 
 
 def test_added_tokens_count_as_the_text_that_they_are(other_kinds):
