@@ -19,6 +19,7 @@ from data_prep.sharding.shards import open_shard
 from data_prep.tokenization.tokenizer import hf_tokenizer, tokenizer_problem
 
 _CHUNK_TOKENS = 1 << 24
+_MAX_THREADS = 32  # with two open files each
 
 
 def verify(folder: Path) -> Iterator[str]:
@@ -32,7 +33,7 @@ def verify(folder: Path) -> Iterator[str]:
         problems = [f"{folder / 'tokenizer'}: {wrong}"]
     yield from problems
     shards = [s for s in manifest.shards if not any(p.startswith(f"{folder / s.file}:") for p in problems)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
         for found in pool.map(lambda shard: list(_shard_problems(folder, manifest, shard)), shards):
             yield from found
     listed = {shard.file for shard in manifest.shards}

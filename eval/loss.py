@@ -65,7 +65,8 @@ def read_tokens(data: Path, tokenizer: Any) -> tuple[Tensor, int | None]:
     manifest: Any = Manifest.read(data)
     if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")
-    tokens = np.concatenate([open_shard(data / shard.file) for shard in manifest.shards if shard.split == "val"])
+    files = [data / shard.file for shard in manifest.shards if shard.split == "val"]
+    tokens = np.concatenate([np.array(open_shard(file)) for file in files])  # copied, as a map is an open file
     if int(tokens.max()) >= manifest.tokenizer.vocab_size:
         raise UserError(f"{data}: id {int(tokens.max())} is beyond the vocabulary; run python -m data_prep.verify")
     sizes = bytes_of_tokens(tokenizer)

@@ -42,8 +42,8 @@ class Manifest:
         bad_files: files that could not be read to their end, with the reason.
         cleaning: the steps that cleaned the documents.
         dropped_tokens: rest of the document that the last validation shard cuts.
-        val_text_bytes: size of the source's text that the first tokens of validation stand for, at each of `text_marks`;
-            as in `Shard`, only where the tokens do not tell it.
+        val_text_bytes: size of the source's text before each of `text_marks` in validation; as in `Shard`, only where
+            the tokens do not tell it.
         unfinished: where preparation continues; None once complete.
     """
 
@@ -191,7 +191,7 @@ class Manifest:
 
 
 def text_marks() -> Iterator[int]:
-    """Numbers with at most five significant bits (1, 2, ..., 32, 34, ..., 64, 68, ...): any other is within 3% of one."""
+    """Numbers with at most five significant bits: 1, 2, ..., 32, 34, ..., 64, 68, ... Any other is within 3% of one."""
     mark = 1
     while True:
         yield mark

@@ -20,6 +20,9 @@ from data_prep.sharding.shards import open_shard
 # Sequences are permuted within windows of about this size: large enough to mix documents, small enough that a batch
 # reads only a few files.
 _WINDOW_TOKENS = 100_000_000
+# Smaller shards are copied into memory, at most a window: each map is an open file, of which a process may have only
+# some hundred, and a window of larger shards is a dozen of them.
+_MAPPED_TOKENS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class TokenStream:
         return order.tolist(), (epoch * self.tokens_per_epoch + _offsets(self.lengths[order])).tolist()
 
     def _permuted_documents(self, epoch: int, shard: int) -> "_Documents":
-        tokens = open_shard(self.paths[shard]).view(np.ndarray)  # still mapped, and faster to slice
+        tokens = open_shard(self.paths[shard])
+        # A view is still mapped, and faster to slice.
+        tokens = np.array(tokens) if len(tokens) < _MAPPED_TOKENS else tokens.view(np.ndarray)
         if len(tokens) != self.lengths[shard] or int(tokens.max()) >= self.vocab_size:
             raise UserError(
                 f"{self.paths[shard]}: {len(tokens):,} tokens, the largest id {int(tokens.max())}; the manifest says "

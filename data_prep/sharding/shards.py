@@ -92,7 +92,7 @@ def token_documents(paths: Iterable[Path], eos_token_id: int) -> Iterator[np.nda
     for path in paths:
         tokens = open_shard(path)
         for start in range(0, len(tokens), _CHUNK_TOKENS):
-            chunk = tokens[start : start + _CHUNK_TOKENS]
+            chunk = np.array(tokens[start : start + _CHUNK_TOKENS])  # a long document keeps no file open
             first, *others = np.split(chunk, np.flatnonzero(chunk == eos_token_id))
             parts.append(first)
             for part in others:

@@ -67,8 +67,8 @@ class Data:
         return Batches(mixture, document_start)
 
     def val_text_bytes(self, batches: Batches, sequences: int, tokenizer: Any) -> int | None:
-        """Bytes of text that the labels of the first `sequences` of validation stand for. None if neither the tokens nor
-        the manifests tell."""
+        """Bytes of text that the labels of the first `sequences` of validation stand for; None if neither the tokens
+        nor the manifests tell."""
         if (sizes := bytes_of_tokens(tokenizer)) is not None:
             return int(sizes[batches.sequences(0, sequences)["shift_labels"].numpy()].sum())
         mixture = batches.mixture

@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 
 import numpy as np
 import pytest
 from conftest import run_command
+from transformers import AutoTokenizer
 
 from data_prep.common.command_line import UserError
+from data_prep.contamination import documents
+from data_prep.inspection.statistics import statistics
 from data_prep.register import register
 from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.order import TokenStream
 from data_prep.sharding.shards import ShardFile, open_shard
 from data_prep.verify import verify
+from eval.loss import read_tokens
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -191,6 +197,31 @@ def test_published_shards_are_used_as_they_are(data_folder, tmp_path):
     (folder / "tokenizer" / "notes.txt").write_text("mine")
     assert register(folder, "gpt2").tokenizer.sha256 == manifest.tokenizer.sha256
     assert (folder / "tokenizer" / "notes.txt").read_text() == "mine"
+
+
+def test_hundreds_of_shards_need_few_open_files(data_folder, tmp_path):
+    """All that reads shards, in a process that may open 100 files more, on 240 shards; a document crosses those of
+    training."""
+    resource = pytest.importorskip("resource")
+    for number in range(120):
+        bin_file(tmp_path / f"x_val_{number:03}.bin", [600, number, 7])
+        bin_file(tmp_path / f"x_train_{number:03}.bin", [600 if number == 0 else 1, number, 9])
+    tokenizer = AutoTokenizer.from_pretrained(data_folder / "tokenizer")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/dev/fd")))
+    allowed = [number for number in range(1000) if number not in used][100]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+    try:
+        manifest = register(tmp_path, str(data_folder / "tokenizer"))
+        for order in ("shuffled", "sequential"):
+            read = TokenStream(tmp_path, manifest, "train", order, 0).read(0, 360)
+            assert sorted(read) == sorted([600, *[1] * 119, *range(120), *[9] * 120])
+        assert len(list(documents(tmp_path, manifest))) == 121
+        assert statistics(tmp_path, manifest).tokens == 720
+        assert read_tokens(tmp_path, tokenizer)[0].tolist()[-3:] == [600, 119, 7]
+        assert list(verify(tmp_path)) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_what_cannot_be_registered_is_refused(data_folder, tmp_path):
