@@ -24,13 +24,13 @@ from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.recipes import Recipe, read_recipes
 from data_prep.sharding.shards import smallest_dtype
-from data_prep.sharding.writer import Writer, remove_files
+from data_prep.sharding.writer import SHARDS_OF_A_SMALL_CORPUS, Writer, remove_files
 from data_prep.tokenization.gigatoken import Engine, with_engine
 from data_prep.tokenization.ids import TokenIds
 from data_prep.tokenization.tokenizer import Encoder, Tokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 
 SHARD_TOKENS = 100_000_000
-_BYTES_PER_TOKEN, _SHARDS_OF_A_SMALL_CORPUS = 4, 20
+_BYTES_PER_TOKEN = 4
 
 
 def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: Engine = "auto") -> Manifest:
@@ -123,7 +123,7 @@ def _refuse_difference(folder: Path, wanted: dict[str, Any], found: dict[str, An
 def _default_shard_tokens(corpus: Corpus) -> int:
     if not corpus.is_local or not corpus.bytes:
         return SHARD_TOKENS
-    return min(SHARD_TOKENS, max(1, corpus.bytes // (_BYTES_PER_TOKEN * _SHARDS_OF_A_SMALL_CORPUS)))
+    return min(SHARD_TOKENS, max(1, corpus.bytes // (_BYTES_PER_TOKEN * SHARDS_OF_A_SMALL_CORPUS)))
 
 
 def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Manifest]:
@@ -215,6 +215,8 @@ def _report(folder: Path, manifest: Manifest) -> None:
     if dropped := manifest.dropped_tokens:
         reason = "the rest of the document that validation ends in, which training must not see"
         print(f"dropped {dropped:,} tokens: {reason}")
+    if manifest.split_document:
+        print("validation ends within a document, and training begins with its rest, as there is no other")
     print(
         f"{folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens in "
         f"{len(manifest.shards)} shards, tokenizer {manifest.tokenizer.name}"

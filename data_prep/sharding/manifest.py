@@ -42,6 +42,7 @@ class Manifest:
         bad_files: files that could not be read to their end, with the reason.
         cleaning: the steps that cleaned the documents.
         dropped_tokens: rest of the document that the last validation shard cuts.
+        split_document: training begins with that rest, as a document of its own, since there is no other for it.
         val_text_bytes: size of the source's text before each of `text_marks` in validation; as in `Shard`, only where
             the tokens do not tell it.
         unfinished: where preparation continues; None once complete.
@@ -60,6 +61,7 @@ class Manifest:
     cleaning: list[CleaningStep] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     dropped_tokens: Count = 0
+    split_document: bool = False
     val_text_bytes: list[Count] = field(default_factory=list)
     unfinished: Position | None = None
     format_version: Literal[2] = 2

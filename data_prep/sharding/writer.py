@@ -25,6 +25,8 @@ from data_prep.sharding.progress import Progress
 from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
 from data_prep.tokenization.tokenizer import Encoder, HuggingFaceTokenizer, tokenizer_files
 
+# Of which validation is the first.
+SHARDS_OF_A_SMALL_CORPUS = 20
 # Blocks in flight for each worker: enough work to cover a wait for the network.
 _BLOCKS_AHEAD = 8
 # Blocks that are read before they are asked for.
@@ -63,7 +65,8 @@ class Writer:
                     self._add(block, tokens, min(skipped, len(tokens)))
                     skipped -= min(skipped, len(tokens))
                     progress.update(block, len(tokens), self.manifest)
-                return self._finish(corpus)
+                if not self._only_dropped:
+                    return self._finish(corpus)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -71,10 +74,19 @@ class Writer:
             finally:
                 if self.file is not None:
                     self.file.discard()
+        # Instead of nothing, training gets the rest of the document that validation ends in.
+        self.manifest = replace(self.manifest, dropped_tokens=0, split_document=True)
+        return self.write(corpus, encoder, workers)
 
     @property
     def _split(self) -> Split:
         return "train" if len(self.manifest.shards) >= self.manifest.val_shards else "val"
+
+    @property
+    def _only_dropped(self) -> bool:
+        """Whether all that followed validation was dropped, as of a single document."""
+        in_training = self.file is not None or len(self.manifest.shards) > self.manifest.val_shards
+        return self.manifest.dropped_tokens > 0 and not in_training
 
     def _add(self, block: Block, tokens: np.ndarray, start: int) -> None:
         """Writes a block's tokens from index `start` on, and finishes the shards that they fill."""
@@ -86,6 +98,9 @@ class Writer:
                 name = shard_name(self.folder, self._split, len(self.manifest.shards), self.manifest.format)
                 self.file, self.documents = ShardFile(self.folder / name, self.manifest.dtype), 0
                 self.text_bytes = 0
+                if self.manifest.split_document and len(self.manifest.shards) == self.manifest.val_shards:
+                    self.file.add(np.array([self.manifest.tokenizer.eos_token_id], dtype=tokens.dtype))
+                    self.documents = 1
             part = tokens[start : start + self.manifest.shard_tokens - self.file.tokens]
             self.file.add(part)
             self.documents += int(np.count_nonzero(part == self.manifest.tokenizer.eos_token_id))
@@ -110,7 +125,7 @@ class Writer:
 
     def _drop(self, tokens: np.ndarray) -> int:
         """Number of tokens to drop: before the first training shard, the rest of validation's last document."""
-        if len(self.manifest.shards) != self.manifest.val_shards:
+        if len(self.manifest.shards) != self.manifest.val_shards or self.manifest.split_document:
             return 0
         starts = np.flatnonzero(tokens == self.manifest.tokenizer.eos_token_id)
         dropped = int(starts[0]) if len(starts) else len(tokens)
@@ -189,11 +204,12 @@ def tokenized(
 
 
 def _too_small(corpus: Corpus, manifest: Manifest) -> str:
-    tokens, name = manifest.tokens("val") + manifest.dropped_tokens, corpus.source.source
+    tokens, name = manifest.tokens("val"), corpus.source.source
     if not tokens:
         read = f"; {files_read(len(corpus.paths), corpus.not_read, bad)}" if (bad := corpus.bad_files) else ""
         return f"source {name!r} yields no text{read}"
     return (
-        f"source {name!r} yields {tokens} tokens, which leaves no document for training after {manifest.val_shards} "
-        f"validation shard(s) of {manifest.shard_tokens}; choose a smaller --shard_tokens or more text"
+        f"source {name!r} yields {tokens} tokens, which leaves nothing for training after {manifest.val_shards} "
+        f"validation shard(s) of {manifest.shard_tokens}; choose --shard_tokens "
+        f"{max(1, tokens // (SHARDS_OF_A_SMALL_CORPUS * manifest.val_shards))}, or more text"
     )

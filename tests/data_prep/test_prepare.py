@@ -337,6 +337,29 @@ def test_what_fails_leaves_a_linked_folder_and_says_why(tmp_path):
     assert (tmp_path / "link").is_symlink() and not list((tmp_path / "disk").iterdir())
 
 
+@pytest.mark.parametrize("options", [{}, {"val_shards": 3}])
+@pytest.mark.parametrize("texts", [["a book of many words\n" * 30], ["a note", "a book of many words\n" * 30]])
+def test_a_document_that_is_all_there_is_gets_split(tmp_path, texts, options):
+    """Training has what follows validation, as a document of its own; the same after a kill at any shard."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = train_tokenizer(texts, 260)
+    tokenizer.save(tmp_path / "tokenizer")
+    whole = tokenizer.encode(texts)
+    options = Recipe(Source(str(tmp_path / "a.jsonl")), str(tmp_path / "tokenizer"), **{"shard_tokens": 50} | options)
+    manifest = prepare(options, folder := tmp_path / "whole" / "data")
+    shards = [np.load(folder / shard.file) for shard in manifest.shards]
+    cut = options.val_shards * options.shard_tokens
+    assert np.concatenate(shards).tolist() == [*whole[:cut], 259, *whole[cut:]]
+    assert manifest.split_document and manifest.dropped_tokens == 0 and list(verify(folder)) == []
+    assert sum(shard.documents for shard in manifest.shards) == len(texts) + 1
+    for count in range(1, min(6, len(shards))):
+        again = tmp_path / str(count) / "data"
+        with stopped(count, written=True):
+            prepare(options, again)
+        prepare(options, again)
+        assert contents(again) == contents(folder)
+
+
 @pytest.mark.parametrize("written", [True, False])
 def test_the_builtin_corpus_goes_on_at_its_end(data_folder, tmp_path, monkeypatch, written):
     """Stopped at each of the last manifests: nothing is written twice."""
@@ -469,12 +492,12 @@ def test_what_is_no_file_cannot_be_skipped(data_folder, tmp_path):
         (
             b"some words\n" * 20,
             {"shard_tokens": 10_000},
-            "leaves no document for training after 1 validation shard.* of 10000",
+            r"yields 221 tokens, which leaves nothing for training after 1 .* of 10000; choose --shard_tokens 11,",
         ),
         (
             b"some words\n" * 20,
             {"shard_tokens": 60, "val_shards": 9},
-            "leaves no document for training after 9 validation",
+            "leaves nothing for training after 9 validation .* --shard_tokens 1, or more text",
         ),
         (b"some words\n" * 20, {"shard_tokens": 0}, "shard_tokens=0"),
         (b"some words\n" * 20, {"val_shards": 0}, "val_shards=0"),

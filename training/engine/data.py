@@ -105,9 +105,11 @@ def load_data(config: TrainingConfig) -> Data:
             )
         for split in ("train", "val"):
             if manifest.tokens(split) <= config.sequence_length:
+                larger = f"it with --shard_tokens {config.sequence_length + 1} or more, or "
                 raise UserError(
                     f"{folder}: {manifest.tokens(split)} tokens in split {split!r} do not fill a sequence of "
-                    f"{config.sequence_length} and one label; lower sequence_length, or prepare more text"
+                    f"{config.sequence_length} and one label; lower sequence_length, or prepare "
+                    f"{larger if split == 'val' and not manifest.is_registered else ''}more text"
                 )
     return Data(config.data.data, folders, manifests, shares_of(manifests, config.data.data_weights))
 
