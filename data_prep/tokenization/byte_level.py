@@ -3,11 +3,15 @@
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 _CHUNK_END = re.compile(r"\S(?=[ \n])")
+_LONGEST_WORD = 512  # characters; the standard library's longest has 201
+_LONG_SPACE = re.compile(rf"\s{{{_LONGEST_WORD + 1}}}")
+_LETTERS_DIGITS_SPACE_OTHERS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 
 
 def _byte_to_character() -> dict[int, str]:
@@ -48,6 +52,16 @@ def chunks(text: str, size: int) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """Cuts a text within words of GPT-2's split of more than `_LONGEST_WORD` characters, which text without white space
+    has: the time to train a tokenizer grows with the square of their length."""
+    cuts: list[int] = []
+    if max(map(len, text.split()), default=0) > _LONGEST_WORD or _LONG_SPACE.search(text):
+        for word in _LETTERS_DIGITS_SPACE_OTHERS.finditer(text):
+            cuts += range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD)
+    return (text[start:stop] for start, stop in pairwise([0, *cuts, len(text)]))
 
 
 def ends_a_word(text: str, stop: int) -> bool:

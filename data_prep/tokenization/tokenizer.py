@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
@@ -16,7 +17,14 @@ from data_prep.common.files import describe_path, file_hash
 from data_prep.common.hub import limit_waiting
 from data_prep.common.records import TokenizerRecord
 from data_prep.common.schema import read_json
-from data_prep.tokenization.byte_level import byte_level_ranks, bytes_to_unicode, chunks, merges, unicode_to_bytes
+from data_prep.tokenization.byte_level import (
+    byte_level_ranks,
+    bytes_to_unicode,
+    chunks,
+    cut_long_words,
+    merges,
+    unicode_to_bytes,
+)
 
 if TYPE_CHECKING:
     import tiktoken
@@ -300,8 +308,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(documents, trainer)
+    shows = sys.stderr.isatty()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=shows)
+    backend.train_from_iterator((piece for text in documents for piece in cut_long_words(text)), trainer)
     if (size := backend.get_vocab_size() + 1) < vocab_size:
         text = f"the corpus yields only {size} tokens; choose at most that many, or more text"
         raise UserError(f"vocab_size={vocab_size}: {text}")

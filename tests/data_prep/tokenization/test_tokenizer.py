@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from data_prep.common.command_line import UserError
 from data_prep.prepare import Recipe, prepare
 from data_prep.reading.sources import Source
-from data_prep.tokenization.byte_level import bytes_of_tokens, chunks
+from data_prep.tokenization.byte_level import bytes_of_tokens, chunks, cut_long_words
 from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,
     ByteLevelTokenizer,
@@ -250,6 +250,18 @@ def test_training_is_deterministic(text_files):
     texts = [path.read_text() for path in sorted(text_files.iterdir())]
     first, second = (train_tokenizer(texts, 500).ranks for _ in range(2))
     assert first == second
+
+
+def test_training_cuts_words_that_are_none(text_files):
+    """A word of half a megabyte of letters, digits, marks or spaces took hours; words of ordinary text stay whole."""
+    ordinary = "".join(path.read_text() for path in text_files.iterdir()) + "=" * 512 + " " * 511 + "(a)" * 5_000
+    assert list(cut_long_words(ordinary)) == [ordinary] and list(cut_long_words("")) == [""]
+    rng = random.Random(0)
+    for alphabet in ("ACGT", "0123456789", "天地玄黄宇宙洪荒", "+-*/_", " \n\t", "\u0301\u0316"):
+        word = "".join(rng.choices(alphabet, k=500_000))
+        pieces = list(cut_long_words(f"before {word} after"))
+        assert "".join(pieces) == f"before {word} after" and max(map(len, pieces)) < 1_100, alphabet
+    assert train_tokenizer(["".join(rng.choices("ACGT", k=1_000_000))], 300).vocab_size == 300
 
 
 @pytest.mark.parametrize(
