@@ -43,8 +43,8 @@ class Statistics:
 
 def statistics(folder: Path, manifest: Manifest) -> Statistics:
     """Counts tokens, documents and bytes, with one shard in memory at a time."""
-    sizes = bytes_of_tokens(hf_tokenizer(folder / "tokenizer"))
-    counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
+    tokenizer = hf_tokenizer(folder / "tokenizer")
+    sizes, counts = bytes_of_tokens(tokenizer), np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     lengths = np.zeros(33, dtype=np.int64)
     for split in ("val", "train"):
         paths = [folder / shard.file for shard in manifest.shards if shard.split == split]
