@@ -20,6 +20,13 @@ class GPTModelLM(HFLM):
         super().__init__(*args, add_bos_token=add_bos_token, **options)
 
     @property
+    def prefix_token_id(self) -> int:
+        """The context of a text without one: the end of text, which documents begin with."""
+        start = self.model.config.bos_token_id  # of this project's models; the tokenizer's may be another token
+        known = self.custom_prefix_token_id is None and start in self.tokenizer.all_special_ids
+        return start if known else super().prefix_token_id
+
+    @property
     def max_gen_toks(self) -> int:
         """Default of generated tokens: at most half of a short context, which leaves room for the prompt."""
         return min(256, self.max_length // 2)
