@@ -32,7 +32,6 @@ from training.checkpointing.storage import (
     is_checkpoint,
     step_of,
 )
-from training.publishing.dashboard import publish_dashboard
 from training.publishing.queue import FOLDER, SENTINEL, claim, enqueue, pending, release_claims
 
 _LOCK_ATTEMPTS = 600  # a second each
@@ -48,7 +47,6 @@ class Destination:
         revisions: tag each checkpoint with its step.
         private: make a new repository private.
         licence: in the model card.
-        space: `USER/NAME` of the dashboard; None for no dashboard.
     """
 
     repository: str
@@ -56,7 +54,6 @@ class Destination:
     revisions: bool
     private: bool
     licence: str
-    space: str | None
 
 
 def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
@@ -78,11 +75,10 @@ def publish(run_folder: Path, to: Destination, steps: list[int]) -> None:
             _enqueue_intact(checkpoint, run_folder)
         chosen = _to_upload(run_folder, to.strategy, steps)
         hub.create(to.private)
-        dashboard = _publish_dashboard(run_folder, to, step_of(chosen[-1])) if chosen else None
         for checkpoint in chosen:
             step = step_of(checkpoint)
             with claim(checkpoint) as folder:
-                _add_card(folder, step, run_folder, to, dashboard)
+                _add_card(folder, step, run_folder, to)
                 files: dict[str, Path | bytes] = {
                     path.name: path for path in sorted(folder.iterdir()) if path.name != SENTINEL
                 }
@@ -136,26 +132,15 @@ def _released_checkpoint(run_folder: Path, strategy: str) -> Path:
     return min(complete, key=lambda checkpoint: by_step.get(step_of(checkpoint), math.inf))
 
 
-def _publish_dashboard(run_folder: Path, to: Destination, step: int) -> str | None:
-    """The address of the dashboard, None if there is none: the model is published without it, too."""
-    if to.space is None:
-        return None
-    try:
-        return publish_dashboard(run_folder, to.space, to.private)
-    except UserError as error:
-        print(f"step {step:>6}  published without a dashboard: {error}", flush=True)
-        return None
-
-
-def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination, dashboard: str | None) -> None:
+def _add_card(checkpoint: Path, step: int, run_folder: Path, to: Destination) -> None:
     """Writes the model card, its pictures and the settings of the run into the folder to upload."""
     record = read_run(run_folder)
     pictures = plot_all([truncate_to_step(record, step)], checkpoint)
-    card = model_card(record, step, checkpoint, to.repository, to.licence, pictures, dashboard)
+    card = model_card(record, step, checkpoint, to.repository, to.licence, pictures)
     # write_text replaces a link; it never writes through it.
     write_text(checkpoint / "README.md", card)
     # Not the repository: others who run these settings have their own.
-    own = ("push_to_hub", "hub_", "trackio_")
+    own = ("push_to_hub", "hub_")
     settings = {name: value for name, value in record.settings.items() if not name.startswith(own)}
     write_text(checkpoint / "training_config.yaml", redact(yaml.safe_dump(settings, sort_keys=False)))
 
@@ -168,11 +153,6 @@ def main() -> None:
     parser.add_option("hub_revisions", action="store_true", help="tag each with its step")
     parser.add_option("hub_private_repo", action="store_true", help="make the repository a private one")
     parser.add_option("hub_license", help="licence that the model card names; the run's, which is mit, if not given")
-    parser.add_option(
-        "trackio_static_space_id",
-        metavar="USER/NAME",
-        help="static Space for trackio's dashboard; the run's if not given",
-    )
     parser.add_option("check", action="store_true", help="only check whether the Hub would accept an upload")
     args = parser.parse_args()
     settings = _settings(args.run)
@@ -191,7 +171,6 @@ def main() -> None:
         revisions=args.hub_revisions or settings.hub_revisions,
         private=args.hub_private_repo or settings.hub_private_repo,
         licence=args.hub_license or settings.hub_license,
-        space=args.trackio_static_space_id or settings.trackio_static_space_id,
     )
     publish(args.run, to, args.step)
 
@@ -207,7 +186,6 @@ class _HubSettings:
     hub_revisions: bool = False
     hub_private_repo: bool = False
     hub_license: str = "mit"
-    trackio_static_space_id: str | None = None
 
 
 def _settings(run_folder: Path) -> _HubSettings:

@@ -23,7 +23,6 @@ def model_card(
     repository: str,
     licence: str,
     pictures: list[Path],
-    dashboard: str | None = None,
 ) -> str:
     """Returns the text of `README.md` for the checkpoint of a step.
 
@@ -33,7 +32,6 @@ def model_card(
         repository: `USER/NAME` on the Hub.
         licence: an identifier of the Hub, as `mit`.
         pictures: files of `eval.reporting.plots.plot_all`, in the folder of the card.
-        dashboard: address of a Space with trackio's dashboard of the run.
 
     Raises:
         UserError: if the run has no `environment.json`.
@@ -48,7 +46,7 @@ def model_card(
     config = read_json(checkpoint / "config.json", dict[str, Any])
     tokens, settings = record.tokens(), record.settings
     card = ModelCard.from_template(
-        _metadata(about, repository, licence, results, dashboard),
+        _metadata(about, repository, licence, results),
         template_path=str(_TEMPLATE),
         write=sections,
         record=record,
@@ -57,20 +55,19 @@ def model_card(
         config=config,
         repository=repository,
         title=repository.rpartition("/")[2],
-        initial=settings.get("model_name_or_path") or settings.get("init_from"),  # its name until version 0.2
+        initial=settings.get("model_name_or_path"),
         tokens=tokens.at(step) if tokens else None,
         seconds=record.seconds(),
         sources=", ".join(dict.fromkeys(map(sections.source, about.data))),
         prompt=repr(next(iter(settings.get("sample_prompts", [])), "The")),
         evaluation="\n\n".join(filter(None, [_evaluation_table(results), sections.pictures(pictures)])),
-        dashboard=dashboard,
         samples_title=f"Samples of step {record.samples[-1].step}" if record.samples else "",
         prepared_by=[shlex.join(["python", "-m", *one.prepared_by]) for one in about.data if one.prepared_by],
     )
     return redact(str(card))
 
 
-def _metadata(about: Environment, repository: str, licence: str, results: list[Any], dashboard: str | None) -> Any:
+def _metadata(about: Environment, repository: str, licence: str, results: list[Any]) -> Any:
     """Returns what the Hub reads of a card."""
     from huggingface_hub import ModelCardData
 
@@ -81,8 +78,7 @@ def _metadata(about: Environment, repository: str, licence: str, results: list[A
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        # The Hub shows a dashboard that a tag names on the page of the model, as "Training metrics".
-        tags=["gpt2", "gpt-accelerate", *(["trackio", f"trackio:{dashboard}"] if dashboard else [])],
+        tags=["gpt2", "gpt-accelerate"],
         eval_results=results or None,
     )
 

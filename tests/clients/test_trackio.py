@@ -1,4 +1,4 @@
-"""Runs that report to trackio: what it has stored, read by trackio itself, and its dashboard on the Hub."""
+"""Runs that report to trackio: what it has stored, read by trackio itself."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import launch, run_command
 from forks import begin
-from plants import die, in_step, no_network, online
+from plants import die, in_step, no_network
 from standin_hub import StandIn, serve
 
 pytestmark = pytest.mark.clients
@@ -83,17 +83,3 @@ def test_a_hub_that_does_not_answer_does_not_hold_a_run(flags, tmp_path):
         launch(*flags, "--max_steps", "1", "--run_name", "alone", cwd=tmp_path, env=os.environ | hub.environment())
         assert "GET /api/whoami-v2" in hub.requests
     assert (tmp_path / "runs" / "alone" / "trackio" / "alone.db").is_file()
-
-
-def test_a_model_is_published_without_its_dashboard_if_that_fails(flags, tmp_path):
-    """The stand-in has no Spaces. (No test has published a dashboard: its files go to a bucket of the real Hub.)"""
-    publishing = ["--push_to_hub", "--hub_model_id", "user/seen", "--trackio_static_space_id", "user/dashboard"]
-    with serve() as hub:
-        words = [*flags, *publishing, "--run_name", "seen", "--hub_strategy", "end"]
-        run = begin(words, tmp_path, online, hub.environment()).finished("seen")
-        assert "step      6  published without a dashboard: user/dashboard: " in run.stdout
-        assert "GET /api/spaces/user/dashboard" in hub.requests
-        repository = hub.repositories["models/user/seen"]
-    files = repository.commits[repository.branches["main"]]
-    assert "model.safetensors" in files and b"trackio:" not in files["README.md"]
-    assert b"trackio_static_space_id" not in files["training_config.yaml"]

@@ -65,12 +65,11 @@ def print_ending(run: Run) -> None:
         )
         print(f"\nstopped after step {run.state.step} ({run.stop_reason}); {remedy}")
         return
-    repository, space = run.config.hub.hub_model_id, run.config.hub.trackio_static_space_id
+    repository = run.config.hub.hub_model_id
     report = run.config.report_folder / PAGE_NAME
     longer = ["accelerate", "launch", "training/train.py", f"{folder}/config.yaml", "--output_dir", f"{folder}_longer"]
     longer += ["--max_steps", str(2 * run.config.max_steps)]
     longer += ["--hub_model_id", f"{repository}_longer"] if run.config.hub.push_to_hub else []
-    longer += ["--trackio_static_space_id", f"{space}_longer"] if space is not None else []
     prompt = next(iter(run.config.evaluation.sample_prompts), "")
     commands = [
         ["python", "-m", "eval.generate", str(last), "--prompt", prompt],

@@ -13,7 +13,6 @@ from accelerate.tracking import GeneralTracker, WandBTracker
 from data_prep.common.command_line import UserError
 from data_prep.common.files import read_text, write_text
 from data_prep.common.hub import limit_waiting
-from training.publishing.dashboard import FOLDER
 from training.records.run_log import RunLog
 from training.settings.config import TrainingConfig
 
@@ -28,7 +27,7 @@ def start_trackers(config: TrainingConfig, accelerator: Accelerator, log: RunLog
     """
     accelerator.trackers = []
     if config.logging.report_to != "none":
-        os.environ.setdefault("TRACKIO_DIR", str(config.run_folder / FOLDER))  # read when trackio is imported
+        os.environ.setdefault("TRACKIO_DIR", str(config.run_folder / "trackio"))  # read when trackio is imported
         names = list(map(str, accelerator.log_with))
         if "trackio" in names:
             with contextlib.suppress(UserError):  # then it cannot ask, and records as without a token

@@ -289,7 +289,7 @@ def _from_parent(checkpoint: Path, checked: TrainingConfig, given: dict[str, Any
     """The settings of the run that `checkpoint` is of, with a length that ends after the cooldown if one is given."""
     step, position = saved_progress(checkpoint)
     values = _from_run(checkpoint.resolve().parents[1] / "config.yaml")
-    for name in ("push_to_hub", "hub_model_id", "trackio_static_space_id"):  # the repositories of the other run
+    for name in ("push_to_hub", "hub_model_id"):  # the repository of the other run
         values.pop(name, None)
     if "cooldown_tokens" in given and "max_tokens" not in given:
         length = _make_config(values, []).sequence_length

@@ -229,9 +229,6 @@ class HubSettings:
     hub_revisions: bool = _help(False, "tag each of them with its step, as in step_00000500")
     hub_private_repo: bool = _help(False, "make the repository private, if it does not exist yet")
     hub_license: str = _help("mit", "licence in the model card, as the Hub spells it")
-    trackio_static_space_id: str | None = _help(
-        None, "USER/NAME of a static Space, always a public one, for trackio's dashboard of the run; the card links it"
-    )
 
 
 @dataclass

@@ -52,18 +52,13 @@ def _size_problems(config: TrainingConfig, num_processes: int) -> list[str]:
 
 
 def _hub_problems(config: TrainingConfig) -> list[str]:
-    hub, problems = config.hub, []
-    if hub.trackio_static_space_id is not None and config.logging.report_to not in ("trackio", "all"):
-        problems.append("trackio_static_space_id shows what trackio has recorded; add --report_to trackio")
-    if not hub.push_to_hub:
-        return problems
-    if hub.hub_model_id is None:
-        return [*problems, "push_to_hub needs the name of a repository; add --hub_model_id USER/NAME"]
-    if os.environ.get("RANK", "0") == "0":  # which uploads
-        names = {"hub_model_id": hub.hub_model_id, "trackio_static_space_id": hub.trackio_static_space_id}
-        found = [repository_problem(option, name) for option, name in names.items() if name is not None]
-        problems += [problem for problem in found if problem is not None]
-    return problems
+    name = config.hub.hub_model_id
+    if not config.hub.push_to_hub:
+        return []
+    if name is None:
+        return ["push_to_hub needs the name of a repository; add --hub_model_id USER/NAME"]
+    uploads = os.environ.get("RANK", "0") == "0"
+    return [problem] if uploads and (problem := repository_problem("hub_model_id", name)) else []
 
 
 def _folder_problems(config: TrainingConfig) -> list[str]:

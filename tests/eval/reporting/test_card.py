@@ -58,16 +58,6 @@ def test_its_metadata_is_the_hub_s(card):
     assert [one.dataset_args["limit"] for one in again if one.dataset_type == "wikitext"] == [7]
 
 
-def test_a_dashboard_is_linked_and_named_in_a_tag(tiny_run):
-    """As transformers' `Trainer` names it, for the Hub to show on the page of the model."""
-    address = "https://huggingface.co/spaces/user/dashboard"
-    about = [read_run(tiny_run.folder), 20, tiny_run.checkpoints[-1], "user/tiny", "mit", []]
-    with_one, without = (ModelCard(model_card(*about, dashboard)) for dashboard in (address, None))
-    assert with_one.data.tags == [*without.data.tags, "trackio", f"trackio:{address}"]
-    (line,) = set(with_one.text.splitlines()) - set(without.text.splitlines())
-    assert f"[Dashboard]({address})" in line
-
-
 def test_it_is_complete(card, data_folder):
     metrics, text = card[1], card[2]
     for line in (

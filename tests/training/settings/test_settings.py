@@ -158,10 +158,6 @@ def problems(*flags: str, processes: int = 1) -> str:
         (["--min_lr_ratio", "2"], "min_lr_ratio='2' should be less than or equal to 1"),
         (["--data", "no/such"], "data='no/such': no such folder"),
         (["--report_to", "nosuch"], "report_to='nosuch' should be 'none', 'tensorboard'"),
-        (
-            ["--trackio_static_space_id", "a/b"],
-            "trackio_static_space_id shows what trackio has recorded; add --report_to",
-        ),
         (["--run_name", "a/b"], "run_name='a/b' must end in a plain name for a folder"),
         (["no.yaml"], "no.yaml: no such file"),
     ],
