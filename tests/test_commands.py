@@ -168,7 +168,11 @@ def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> di
     model = GPTModel(GPTConfig(vocab_size=50257, n_layer=1, n_head=2, n_embd=16, n_positions=8))
     model.save_pretrained(here / "gpt2")
     arguments = {"block_size": 8, "vocab_size": 50257, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
-    saved = {"model": dict(model.state_dict()), "model_args": arguments, "iter_num": 7}
+    saved = {
+        "model": {name: p.detach() for name, p in model.named_parameters()},
+        "model_args": arguments,
+        "iter_num": 7,
+    }
     torch.save(saved, here / "ckpt.pt")
     (here / "data" / "evaluation").mkdir(parents=True)
     shutil.copy(swag_file, here / "data" / "evaluation" / "hellaswag_val.jsonl")

@@ -65,7 +65,8 @@ def test_loss_of_a_text_file(checkpoint, text_files, tmp_path, stride):
 def test_the_text_of_a_loss_has_neither_byte_order_marks_nor_carriage_returns(data_folder, tmp_path, content):
     tokenizer = AutoTokenizer.from_pretrained(data_folder / "tokenizer")
     (tmp_path / "a.txt").write_bytes(content)
-    assert tokenizer.decode(read_tokens(tmp_path / "a.txt", tokenizer)[1:]) == "a\nb\n"
+    tokens, text_bytes = read_tokens(tmp_path / "a.txt", tokenizer)
+    assert (tokenizer.decode(tokens[1:]), text_bytes) == ("a\nb\n", 4)
 
 
 def test_loss_of_a_data_folder_covers_its_whole_validation_split(checkpoint, data_folder, tmp_path):

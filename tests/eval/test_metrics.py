@@ -80,7 +80,7 @@ print({{"evaluate", "datasets"}} & sys.modules.keys())
     ).stdout.splitlines()
     metric = evaluate.load(str(METRICS / "language_modeling"), cache_dir=str(tmp_path))
     model, tokenizer = load_model(str(tiny_run.checkpoints[-1]), torch.device("cpu"))
-    tokens = read_tokens(data_folder, tokenizer)
+    tokens, _ = read_tokens(data_folder, tokenizer)
     for batch in windows(tokens, model.config.n_positions, model.config.n_positions, 8):
         logits = model(batch["input_ids"]).logits.flatten(0, 1)
         nats = F.cross_entropy(logits, batch["shift_labels"].flatten(), reduction="sum").item()

@@ -120,7 +120,10 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
     model = GPTModel(GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, n_positions=8))
     write_llmc(model, folder / "model.bin")
     sizes = {"block_size": 8, "vocab_size": 300, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
-    torch.save({"model": dict(model.state_dict()), "model_args": sizes, "iter_num": 7}, folder / "ckpt.pt")
+    torch.save(
+        {"model": {name: p.detach() for name, p in model.named_parameters()}, "model_args": sizes, "iter_num": 7},
+        folder / "ckpt.pt",
+    )
     return folder
 
 
