@@ -1,10 +1,7 @@
 """The model: configuration, network, loss and presets. Needs only torch and transformers."""
 
 from modeling.configuration import GPTConfig
-from modeling.conversion import register_checkpoint_conversion
 from modeling.network import GPTModel
 from modeling.presets import PRESETS, Preset, flops_per_token, parameter_count
 
 __all__ = ["PRESETS", "GPTConfig", "GPTModel", "Preset", "flops_per_token", "parameter_count"]
-
-register_checkpoint_conversion()

@@ -5,6 +5,7 @@ python -m modeling.import_checkpoint log/model_19072.pt my_model --vocab_size 50
 """
 
 import argparse
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from modeling.configuration import GPTConfig
-from modeling.conversion import bare_name
 from modeling.network import GPTModel
 
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # prefixes of torch.compile and DistributedDataParallel
 _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
@@ -67,7 +68,7 @@ def _convert(content: Any, file: Path, vocab_size: int | None) -> Imported:
         raise ValueError(f"{file} does not say its {', '.join(missing)}")
     sizes = {name.replace("block_size", "n_positions"): settings[name] for name in _SIZES}
     config = GPTConfig(**sizes, activation_function=activation)
-    weights = {bare_name(str(name)): tensor for name, tensor in content["model"].items()}
+    weights = {_WRAPPERS.sub("", str(name)): tensor for name, tensor in content["model"].items()}
     if wrong := [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]:
         raise ValueError(f"{file}: {wrong[0]} is not a tensor")
     layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
@@ -118,6 +119,8 @@ def _matching_weights(expected: dict[str, torch.Size], found: dict[str, Tensor],
             raise ValueError(f"{file}: {name} is missing")
         if name == "transformer.wte.weight":
             tensor = tensor[: shape[0]]
+        elif tensor.dim() == 2 and ".h." in name:  # `nn.Linear`'s layout
+            tensor = tensor.T
         if tensor.shape != shape:
             raise ValueError(f"{file}: {name} is {list(tensor.shape)}, expected {list(shape)}")
         weights[name] = tensor.float()

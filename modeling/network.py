@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,7 +29,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling.arguments import GENERATE_ARGUMENTS, argument_names, is_paged, refuse_unknown_arguments
 from modeling.configuration import GPTConfig
-from modeling.conversion import convert_state_dicts, to_disk_layout
 from modeling.loss import IGNORE_INDEX, LossKernel, linear_cross_entropy, token_cross_entropy
 
 
@@ -56,6 +56,17 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+class Projection(Conv1D):
+    """`x @ weight + bias` with GPT-2's weight `[in, out]`. It draws random numbers as `nn.Linear` does, so that a seed
+    stands for the same weights as in other trainers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        nn.Module.__init__(self)
+        self.nx, self.nf = inputs, outputs
+        linear = nn.Linear(inputs, outputs)
+        self.weight, self.bias = nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias
+
+
 class GPTAttention(nn.Module):
     """Causal multi-head self-attention with the kernel that `attn_implementation` names."""
 
@@ -68,8 +79,8 @@ class GPTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Projection(config.n_embd, config.n_embd)
         self.c_proj.adds_to_residual = True  # type: ignore[assignment]  # `_init_weights` reads it
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -93,10 +104,10 @@ class GPTMLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_fc = Projection(config.n_embd, inner)
         # GPT-2 calls the tanh approximation gelu_new; torch has the same function in one kernel.
         self.act = ACT2FN[config.activation_function.replace("gelu_new", "gelu_pytorch_tanh")]
-        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.c_proj = Projection(inner, config.n_embd)
         self.c_proj.adds_to_residual = True  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -113,7 +124,6 @@ class GPTBlock(GradientCheckpointingLayer):
         self.attn = GPTAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPTMLP(config)
-        convert_state_dicts(self)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         x = x + self.attn(self.ln_1(x), **kwargs)[0]
@@ -144,9 +154,17 @@ class GPTPreTrainedModel(PreTrainedModel):
         """Draws from Normal(0, 0.02), divided by sqrt(2 n_layer) for projections that add to the residual stream, of
         which there are 2 n_layer (GPT-2, section 2.3)."""
         super()._init_weights(module)
-        if isinstance(module, nn.Linear) and getattr(module, "adds_to_residual", False):
-            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.weight, mean=0.0, std=std)
+        if not isinstance(module, Projection):
+            return
+        stds = [self.config.initializer_range]
+        if hasattr(module, "adds_to_residual"):
+            stds.append(stds[0] / math.sqrt(2 * self.config.n_layer))
+        for std in stds:  # drawn `[out, in]`, and again, as for `nn.Linear`: a seed stands for the same weights
+            drawn = torch.empty(module.nf, module.nx, device=module.weight.device, dtype=module.weight.dtype).normal_(
+                0, std
+            )
+        init.copy_(module.weight, drawn.T)
+        init.zeros_(module.bias)
 
 
 class GPTBackbone(GPTPreTrainedModel):
@@ -234,7 +252,7 @@ class GPTOutput(CausalLMOutputWithPast):
 
 
 class GPTModel(GPTPreTrainedModel, GenerationMixin):
-    """GPT-2/GPT-3 with its language-modelling head: plain `nn.Linear` in memory, HF GPT-2's format on disk.
+    """GPT-2/GPT-3 with its language-modelling head: parameters with the names and the layout of HF GPT-2.
 
     `forward` has the arguments of transformers' `GPT2LMHeadModel.forward`, with T at most `n_positions`, and:
         cache: keys and values of the preceding tokens; those of this call are added.
@@ -258,26 +276,9 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        """As in `PreTrainedModel`; `state_dict` may have either layout (`modeling.conversion`)."""
-        if state_dict is not None:
-            state_dict = to_disk_layout(state_dict)
-        return super().from_pretrained(*args, state_dict=state_dict, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Writes an HF GPT-2 folder, as in `PreTrainedModel`, whose weights may be read by those who may read the rest.
-        `state_dict` may have either layout."""
-        if state_dict is not None:
-            state_dict = to_disk_layout(state_dict)
-        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes an HF GPT-2 folder, as in `PreTrainedModel`, with weights for all who may read the rest."""
+        super().save_pretrained(save_directory, *args, **kwargs)
         for weights in Path(save_directory).glob("model*.safetensors"):  # written without rights for others
             weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
 

@@ -56,7 +56,7 @@ def write_gguf(model: GPTModel, tokenizer: Any, file: Path, dtype: torch.dtype =
         for name, parameter in model.named_parameters():
             tensor = parameter.detach().cpu()
             if tensor.ndim == 2 and name != "transformer.wpe.weight":
-                tensor = tensor.to(dtype)
+                tensor = (tensor.T.contiguous() if ".h." in name else tensor).to(dtype)
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert gguf_name is not None, name
             writer.add_tensor(gguf_name, tensor.numpy())

@@ -54,6 +54,8 @@ def write_llmc(model: GPTModel, file: Path, dtype: torch.dtype = torch.float32) 
             out.write(header.tobytes())
             for name in _order(config):
                 tensor = parameters[name].detach().cpu()
+                if _is_matrix(name):
+                    tensor = tensor.T
                 if name == "transformer.wte.weight":
                     tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padded - config.vocab_size))
                 out.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
@@ -99,10 +101,16 @@ def read_llmc(file: Path) -> GPTModel:
     names = _order(config)
     weights: dict[str, Tensor] = {}
     for name, part in zip(names, values.split([shapes[name].numel() for name in names]), strict=True):
-        weights[name] = part.view(shapes[name]).float()
+        shape = shapes[name]
+        weights[name] = (part.view(shape[::-1]).T if _is_matrix(name) else part.view(shape)).float()
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
     model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     return model
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a block, which llm.c has as `[out, in]`."""
+    return ".h." in name and name.endswith(("attn.weight", "proj.weight", "fc.weight"))
 
 
 def _order(config: GPTConfig) -> list[str]:

@@ -76,11 +76,6 @@ def chosen_precision(asked_for: str) -> str:
     return configured_precision() or ("bf16" if bf16_is_fast() else "fp16" if _only_fp16_is_fast() else "no")
 
 
-def fp8_is_available() -> bool:
-    """Whether this process's device can multiply matrices in fp8."""
-    return not on_cpu() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-
-
 def bf16_is_fast() -> bool:
     """Whether this process's device is faster in bf16 than in float32."""
     if not on_cpu():

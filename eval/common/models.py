@@ -48,7 +48,8 @@ def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
         _check_path(source)
         # With "ignored" sizes transformers reports all mismatches instead of raising at the first.
         options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = GPTModel.from_pretrained(source, **options)
+        loaded: Any = GPTModel.from_pretrained(source, **options)
+        model, report = loaded
     except (OSError, ImportError):
         raise
     except Exception as error:  # the libraries that read the files raise errors of any kind

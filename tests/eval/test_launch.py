@@ -27,12 +27,15 @@ ANSWERS = {
             "MULTI_CPU": "asked for several processes and got",
         },
     ),
-    "mixed_precision": ({}, {"no": WORKS, "bf16": WORKS, "fp16": WORKS, "fp8": WORKS}),
+    "mixed_precision": (
+        {},
+        {"no": WORKS, "bf16": WORKS, "fp16": WORKS, "fp8": "mixed_precision: fp8 is for nn.Linear"},
+    ),
     "use_cpu": ({}, {True: WORKS, False: WORKS}),
     "debug": ({}, {True: WORKS, False: WORKS}),
     "num_processes": (TWO_GPUS, {2: WORKS, 8: WORKS, 9: "asked for 9 processes on this machine, which has 8 GPUs"}),
     "enable_cpu_affinity": ({}, {True: WORKS}),
-    "fp8_config": ({"mixed_precision": "fp8"}, {}),
+    "fp8_config": ({}, {}),
     "deepspeed_config": ({}, {}),
     "fsdp_config": (TWO_GPUS | {"distributed_type": "FSDP"}, {}),
     "parallelism_config": (TWO_GPUS, {}),
@@ -63,7 +66,6 @@ ANSWERS = {
     # Of FSDP's first version, or without effect in the second.
     **{f"fsdp_{name}": ({}, {}) for name in ("min_num_params", "sharding_strategy", "backward_prefetch")},
     **{f"fsdp_{name}": ({}, {}) for name in ("forward_prefetch", "use_orig_params", "sync_module_states")},
-    "fp8_backend": ({}, {"ao": WORKS, "te": "fp8_config: backend=TE", "msamp": "fp8_config: backend=MSAMP"}),
     "parallelism_config_tp_size": ({}, {1: PARALLEL, 2: PARALLEL}),
     "parallelism_config_dp_shard_size": ({}, {2: PARALLEL}),
 }
@@ -71,7 +73,7 @@ ANSWERS = {
 _PLACES = {"num_machines", "machine_rank", "gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend"}
 _PLACES |= {"same_network", "main_training_function", "downcast_bf16", "tpu_name", "tpu_zone", "tpu_use_cluster"}
 _PLACES |= {"tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env"}
-_PARTS = {"fsdp": "fsdp_config", "dynamo": "dynamo_config", "fp8": "fp8_config", "parallelism": "parallelism_config"}
+_PARTS = {"fsdp": "fsdp_config", "dynamo": "dynamo_config", "parallelism": "parallelism_config"}
 
 
 def _part(name: str) -> str | None:

@@ -5,8 +5,15 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from accelerate import Accelerator, load_checkpoint_in_model
+from accelerate import (
+    Accelerator,
+    cpu_offload,
+    disk_offload,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
 from small_models import SMALL, as_ours, random_stock_model, tokens
+from torch.func import functional_call
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from modeling import GPTConfig, GPTModel
@@ -110,7 +117,21 @@ def test_others_load_what_stock_saves(load, tmp_path):
     assert all(parameter.is_contiguous() for parameter in ours.parameters())
 
 
-def test_state_dicts_in_the_layout_of_memory_load_too():
-    first, second = GPTModel(GPTConfig(**SMALL)), GPTModel(GPTConfig(**SMALL))
-    second.load_state_dict(dict(first.named_parameters(remove_duplicate=False)))
-    assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
+def _dispatch(model, file):
+    return load_checkpoint_and_dispatch(model, file, device_map={"": "cpu"})
+
+
+OFFLOADERS = {
+    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device="cpu"),
+    "disk_offload": lambda model, folder: disk_offload(model, folder / "offloaded", execution_device="cpu"),
+    "dispatch": lambda model, folder: _dispatch(model, str(folder / "model.safetensors")),
+    "functional": lambda model, folder: lambda ids: functional_call(model, dict(model.named_parameters()), (ids,)),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADERS.values(), ids=OFFLOADERS.keys())
+def test_what_takes_a_state_dict_for_the_parameters_works(offload, tmp_path):
+    stock = random_stock_model()
+    ours = as_ours(stock, tmp_path)
+    model = offload(ours, tmp_path) or ours
+    torch.testing.assert_close(model(tokens(2, 9)).logits, stock(tokens(2, 9)).logits, atol=1e-5, rtol=0)

@@ -9,6 +9,7 @@ step_00000500/
 import copy
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import file_hash
 from modeling import GPTModel
-from modeling.conversion import bare_name, to_disk_layout
 from training.checkpointing.storage import (
     COMPLETE,
     STATE,
@@ -34,6 +34,9 @@ from training.checkpointing.storage import (
     partial_folder,
     remove_checkpoint,
 )
+
+# Names that torch.compile, DDP, activation checkpointing and FSDP put into those of the parameters that they wrap.
+_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,8 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         (partial / STATE).mkdir(parents=True)
         for name, content in snapshot.tokenizer.items():  # first: no file of the data replaces one of ours
             (partial / name).write_bytes(content)
-        weights = to_disk_layout(snapshot.weights)
-        snapshot.meta_model.save_pretrained(partial, state_dict=weights)
-        _check_weights(partial, snapshot.meta_model, weights)
+        snapshot.meta_model.save_pretrained(partial, state_dict=dict(snapshot.weights))  # which it empties
+        _check_weights(partial, snapshot.meta_model, snapshot.weights)
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
         save_file(snapshot.optimizer_state, partial / STATE / "optimizer.safetensors")
@@ -214,6 +216,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         for name, parameter in _named_parameters(model)
         for key in groups[id(parameter)]["state_keys"]
     }
+    tensors = _in_gpt2_layout(tensors)
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
@@ -229,11 +232,24 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         optimizer.state[parameter][key] = _placed_like(tensors[name], parameter)
 
 
+def _in_gpt2_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors, whose matrices were `[out, in]` in the first checkpoints of 0.3."""
+    attention = [tensor for name, tensor in tensors.items() if ".c_attn.weight/" in name and tensor.dim() == 2]
+    if not any(tensor.shape[0] > tensor.shape[1] for tensor in attention):
+        return tensors
+    return {name: t.T.contiguous() if ".h." in name and t.dim() == 2 else t for name, t in tensors.items()}
+
+
 def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     tensor = tensor.to(parameter.device)
     if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
+
+
+def bare_name(name: str) -> str:
+    """The name of a parameter without those of wrappers around the model and its parts."""
+    return _WRAPPERS.sub("", name)
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

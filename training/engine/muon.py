@@ -23,8 +23,8 @@ class Muon(Optimizer):
     not wait for it.
 
     Args:
-        params: groups of matrices `[A, B]`. A group's `parts` is the number of matrices `[A / parts, B]` that each of
-            them holds, which are orthogonalized apart; 1 if not given. If `shared` is false, each process
+        params: groups of matrices `[in, out]`. A group's `parts` is the number of matrices `[in, out / parts]` that
+            each of them holds, which are orthogonalized apart; 1 if not given. If `shared` is false, each process
             orthogonalizes all of them, without collectives.
         lr: the learning rate; the root mean square of an update is about 0.2 of it.
         weight_decay: decoupled, as in AdamW.
@@ -73,7 +73,7 @@ class Muon(Optimizer):
         parts = [
             part
             for parameter, group in updated
-            for part in _full(self._update_momentum(parameter, group["momentum"])).chunk(group["parts"])
+            for part in _full(self._update_momentum(parameter, group["momentum"])).T.chunk(group["parts"])
         ]
         shared = all(group["shared"] for _, group in updated)
         results = iter(orthogonalize_together(parts, self.dtype, shared))
@@ -93,8 +93,8 @@ class Muon(Optimizer):
         return gradient.lerp(buffer, momentum).to(self.dtype)
 
     def _apply(self, parts: list[Tensor], parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """Moves the weights against their orthogonalized `parts`."""
-        update = torch.cat(parts) if len(parts) > 1 else parts[0]
+        """Moves the weights against their orthogonalized `parts`, `[out / parts, in]` each."""
+        update = (torch.cat(parts) if len(parts) > 1 else parts[0]).T
         if isinstance(parameter, DTensor):
             update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
         applied = torch.ones((), device=parameter.device) if self.found_inf is None else 1 - self.found_inf

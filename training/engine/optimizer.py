@@ -19,7 +19,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precisio
     and in `state_keys` the names of the state that it keeps of an updated parameter.
 
     Args:
-        mixed_precision: of the run; with bf16 and fp8, Muon's own products are in bfloat16 too.
+        mixed_precision: of the run; with bf16, Muon's own products are in bfloat16 too.
 
     Raises:
         TypeError: for an optimizer that would put a gradient that is not finite into the weights.
@@ -68,7 +68,7 @@ def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerSettings, mixe
             {"params": attention, "parts": 3, "state_keys": ("momentum_buffer",)},
             {"params": others, "parts": 1, "state_keys": ("momentum_buffer",)},
         ],
-        dtype=torch.bfloat16 if mixed_precision in ("bf16", "fp8") else torch.float32,
+        dtype=torch.bfloat16 if mixed_precision == "bf16" else torch.float32,
         lr=settings.muon_learning_rate or settings.learning_rate,
         weight_decay=settings.weight_decay,
         momentum=settings.muon_momentum,

@@ -152,7 +152,9 @@ def _print_losses() -> Any:
 def _lora(rank: int) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=_LORA_MATRICES)
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=_LORA_MATRICES, fan_in_fan_out=True
+    )
 
 
 def _train_rows(weight: torch.Tensor, rows: list[int]) -> None:

@@ -18,15 +18,9 @@ _PEAK_FLOPS = {
 }
 
 
-# Those whose peak at fp8 is twice that of bf16.
-_FP8_DEVICES = ("H100 PCIe", "H100 NVL", "H100", "H200", "B200", "L40S", "L4")
-
-
 def peak_flops(device_name: str, mixed_precision: str) -> float | None:
     """The device's peak at a precision, in FLOP/s; None for an unknown device or precision, never a guess."""
     name = next((name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)), None)
-    if name is None or mixed_precision not in ("bf16", "fp16", "fp8"):
+    if name is None or mixed_precision not in ("bf16", "fp16"):
         return None
-    if mixed_precision == "fp8":
-        return 2 * _PEAK_FLOPS[name] if name in _FP8_DEVICES else None
     return _PEAK_FLOPS[name]

@@ -152,7 +152,7 @@ class RunSettings:
 class DeviceSettings:
     """Precision, compilation, memory and communication."""
 
-    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = _help(
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _help(
         "auto",
         "auto: that of the Accelerate config if it names one, else bf16 where the hardware is fast at it, fp16 on GPUs "
         "that are fast at that only (compute capability 7, as T4), no elsewhere",

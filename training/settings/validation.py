@@ -6,7 +6,6 @@ from pathlib import Path
 
 from data_prep.common.command_line import raise_all, unknown_name
 from data_prep.common.hub import is_on_hub, repository_problem
-from eval.common.devices import chosen_precision, fp8_is_available
 from eval.common.launch import launch_problems, on_cpu, uses_fsdp
 from eval.hellaswag import RULES
 from training.settings.config import TrainingConfig
@@ -24,7 +23,6 @@ def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
     # With a wrong value replaced by its default, messages about sizes and lengths would be wrong too.
     problems += [] if problems else _size_problems(config, num_processes)
     problems += launch_problems()
-    problems += _precision_problems(config)
     problems += _communication_problems(config, num_processes)
     problems += _data_problems(config)
     problems += _evaluation_problems(config.evaluation, num_processes)
@@ -182,19 +180,6 @@ def schedule_problems(config: TrainingConfig) -> list[str]:
         )
     if settings.muon_learning_rate is not None and settings.optim != "muon":
         problems.append(f"muon_learning_rate does nothing under optim={settings.optim!r}; use --optim muon")
-    return problems
-
-
-def _precision_problems(config: TrainingConfig) -> list[str]:
-    problems = []
-    if chosen_precision(config.devices.mixed_precision) == "fp8":
-        if find_spec("torchao") is None:
-            problems.append("mixed_precision='fp8' needs torchao; pip install torchao")
-        if not fp8_is_available():
-            problems.append(
-                "mixed_precision='fp8' needs a GPU with fp8 matrix products (compute capability 8.9 or more, as L4 or "
-                "H100); use bf16"
-            )
     return problems
 
 

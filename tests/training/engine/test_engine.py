@@ -182,21 +182,20 @@ def test_what_is_computed_again(kind, products, activations):
 
 
 def test_muon_is_torchs():
-    """Over steps of `torch.optim.Muon`, of which it is the same but for what a sharded matrix and `found_inf` need."""
+    """Over steps of `torch.optim.Muon` on the transposed matrices, but for what sharding and `found_inf` need."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((24, 8), (8, 24), (16, 16))]
-    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    ours, theirs = ([torch.nn.Parameter(m.clone()) for m in matrices] for matrices in (start, [m.T for m in start]))
     one = Muon(ours, lr=0.01, weight_decay=0.2, momentum=0.9)
     other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     one.found_inf = torch.tensor(0.0)
     for _ in range(5):
         for pair in zip(ours, theirs, strict=True):
             gradient = torch.randn(pair[0].shape, generator=generator)
-            for parameter in pair:
-                parameter.grad = gradient.clone()
+            pair[0].grad, pair[1].grad = gradient.clone(), gradient.T.clone()
         one.step()
         other.step()
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours, [parameter.T for parameter in theirs], atol=1e-6, rtol=1e-6)
 
 
 def test_orthogonalization_in_float32():
@@ -218,15 +217,15 @@ def test_queries_keys_and_values_are_orthogonalized_apart():
     """One matrix of three is updated as three matrices are."""
     generator = torch.Generator().manual_seed(0)
     three = [torch.nn.Parameter(torch.randn(8, 8, generator=generator)) for _ in range(3)]
-    together = torch.nn.Parameter(torch.cat([p.detach() for p in three]))
+    together = torch.nn.Parameter(torch.cat([p.detach() for p in three], dim=1))
     apart = Muon(three, lr=0.01, weight_decay=0.2, momentum=0.9)
     fused = Muon([{"params": [together], "parts": 3}], lr=0.01, weight_decay=0.2, momentum=0.9)
     for p in three:
         p.grad = torch.randn(8, 8, generator=generator)
-    together.grad = torch.cat([p.grad for p in three])
+    together.grad = torch.cat([p.grad for p in three], dim=1)
     apart.step()
     fused.step()
-    torch.testing.assert_close(together, torch.cat(three), atol=0, rtol=0)
+    torch.testing.assert_close(together, torch.cat(three, dim=1), atol=0, rtol=0)
     model = make_model()
     groups = make_optimizer(model, OptimizerSettings(optim="muon")).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
