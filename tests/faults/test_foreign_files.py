@@ -286,6 +286,6 @@ def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
 
     pending = enqueue(checkpoint, run.folder)
     assert os.path.samefile(pending / "README.md", checkpoint / "README.md")
-    _add_card(pending, 3, run.folder, Destination("user/x", "all", False, False, "mit", None), None)
+    _add_card(pending, 3, run.folder, Destination("user/x", "all", False, False, "mit"))
     assert "Use" in (pending / "README.md").read_text()
     assert find_corruption(checkpoint) is None and (checkpoint / "README.md").read_text() == "ours"

@@ -84,14 +84,14 @@ def test_a_reader_that_has_seen_enough_ends_nothing(flags, tmp_path):
 
 @pytest.mark.parametrize("what", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda what: what.name)
 def test_these_signals_leave_a_checkpoint_too(flags, tmp_path, what):
-    code, text = begin(flags, tmp_path, partial(signalled, "forward", 150, tmp_path / "runs" / "run", what)).ended()
+    code, text = begin(flags, tmp_path, partial(signalled, "forward", 230, tmp_path / "runs" / "run", what)).ended()
     assert code == 0 and f"({what.name}); the same command with --resume_from_checkpoint continues from" in text, text
     assert list((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/COMPLETE"))
 
 
 def hang_up_unheard(folder: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signalled("forward", 150, folder, signal.SIGHUP)
+    signalled("forward", 230, folder, signal.SIGHUP)
 
 
 def test_under_nohup_a_lost_terminal_is_nothing(flags, tmp_path):
