@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 import torch
 from chats import TALK, base_model
+from jinja2 import TemplateError
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,12 +59,26 @@ def test_the_template_is_that_of_a_plain_loop(chat_model):
     assert begun.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_contents_and_roles_that_others_send(chat_model):
+def test_the_template_takes_what_clients_of_openai_send(chat_model):
+    """Content in parts, none beside a call of a tool, developers, and roles that were not learned."""
     _, tokenizer = chat_model
-    parts = [{"type": "text", "text": "Be "}, {"type": "image", "image": "x"}, {"type": "text", "text": "brief."}]
-    messages = [{"role": "developer", "content": parts}, {"role": "assistant", "content": None}, {"role": "tool"}]
-    turns = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n<|im_end|>\n"
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == f"<|endoftext|>{turns}"
+    parts = [{"type": "text", "text": " a "}, {"type": "input_text", "text": "\nb"}]
+    messages = [
+        {"role": "developer", "content": parts},
+        {"role": "user", "content": parts[:1]},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant"},
+        {"role": "tool", "content": []},
+        {"role": "assistant", "content": parts},
+    ]
+    texts = ["system\n a \nb", "user\n a ", "assistant\n", "assistant\n", "tool\n", "assistant\n a \nb"]
+    expected = "<|endoftext|>" + "".join(f"<|im_start|>{text}<|im_end|>\n" for text in texts)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+    rendered = render(tokenizer, messages)
+    learned = [number for number, counts in zip(rendered.ids, rendered.learned, strict=True) if counts]
+    assert tokenizer.decode(learned) == "<|im_end|><|im_end|> a \nb<|im_end|>"
+    with pytest.raises(TemplateError, match="a part of the content is image_url; this model reads text alone"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [*parts, {"type": "image_url"}]}], tokenize=False)
 
 
 def test_a_base_model_grows_by_two_tokens_and_stays_what_it_was(data_folder, tmp_path):
