@@ -30,7 +30,7 @@ from training.publishing.uploader import Uploads
 from training.records.environment import write_environment
 from training.records.run_log import RunLog
 from training.records.step_metrics import StepTimer
-from training.records.trackers import start_trackers
+from training.records.trackers import TRACKERS, start_tracker
 from training.records.versions import untested_versions
 from training.resilience.disk_space import room_for_checkpoints
 from training.resilience.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
@@ -148,7 +148,8 @@ def _open_log(
     log = RunLog(
         config.run_folder, state.step, config.max_steps, config.logging.logging_steps, accelerator.is_main_process
     )
-    start_trackers(config, accelerator, log, state.step)
+    names = [name for name in map(str, accelerator.log_with) if name in TRACKERS and accelerator.is_main_process]
+    accelerator.trackers = [log, *(start_tracker(name, config, state.step) for name in names)]
     return log
 
 

@@ -12,6 +12,8 @@ from forks import begin
 from plants import die, in_step, no_network
 from standin_hub import StandIn, serve
 
+from training.records.trackers import PROJECT
+
 pytestmark = pytest.mark.clients
 RECORDS = """
 import json, sys
@@ -50,7 +52,7 @@ def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
     run = begin([*flags, *samples, "--run_name", "seen"], tmp_path, no_network).finished("seen")
     resume = ["--run_name", "seen", "--resume_from_checkpoint", "--max_steps", "8", "--override", "max_steps"]
     run = begin(resume, tmp_path, no_network).finished("seen")
-    name, settings, logs, exported = stored(run.folder / "trackio", "seen", tmp_path / "exported")
+    name, settings, logs, exported = stored(run.folder / "trackio", PROJECT, tmp_path / "exported")
     assert name == "seen" and settings["max_steps"] == "8"
 
     found: dict[int, dict] = {}
@@ -69,12 +71,14 @@ def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
 
 def test_each_step_of_a_killed_run_is_there_once(flags, tmp_path):
     """trackio writes behind a run's back: what waits is lost with it."""
-    words = [*flags, "--max_steps", "12", "--run_name", "seen"]
+    samples = ["--sample_every", "3", "--sample_tokens", "4", "--sample_prompts", "import"]
+    words = [*flags, *samples, "--max_steps", "12", "--run_name", "seen"]
     assert begin(words, tmp_path, partial(in_step, 10, 0, die)).ended()[0] != 0
     run = begin([*words, "--resume_from_checkpoint"], tmp_path, no_network).finished("seen")
-    _, _, logs, exported = stored(run.folder / "trackio", "seen", tmp_path / "exported")
+    _, _, logs, exported = stored(run.folder / "trackio", PROJECT, tmp_path / "exported")
     assert exported == [[step, loss] for step, loss in enumerate(run.losses())]
     assert [line["step"] for line in logs if "val_loss" in line] == [0, 3, 6, 9, 12]
+    assert [line["step"] for line in logs if "sample/0" in line] == [3, 6, 9, 12]
 
 
 def test_a_hub_that_does_not_answer_does_not_hold_a_run(flags, tmp_path):
@@ -82,4 +86,4 @@ def test_a_hub_that_does_not_answer_does_not_hold_a_run(flags, tmp_path):
     with serve(StandIn(failing="hang")) as hub:
         launch(*flags, "--max_steps", "1", "--run_name", "alone", cwd=tmp_path, env=os.environ | hub.environment())
         assert "GET /api/whoami-v2" in hub.requests
-    assert (tmp_path / "runs" / "alone" / "trackio" / "alone.db").is_file()
+    assert (tmp_path / "runs" / "alone" / "trackio" / f"{PROJECT}.db").is_file()

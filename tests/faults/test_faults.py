@@ -28,6 +28,7 @@ from plants import (
     signalled_in_evaluation,
 )
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from training.checkpointing.storage import load_state
@@ -416,7 +417,7 @@ def sequence_and_label(data_folder: Path, position: int) -> list[int]:
 @pytest.mark.parametrize(
     ("flags", "planted_in", "what"),
     [
-        (["--on_nonfinite", "rollback"], (float("nan"),), "the loss is nan"),
+        (["--on_nonfinite", "rollback", "--report_to", "tensorboard"], (float("nan"),), "the loss is nan"),
         (
             ["--spike_zscore", "9", "--spike_window", "4"],
             (100.0, "LayerNorm", 4),
@@ -433,6 +434,9 @@ def test_a_rollback_skips_the_batch(command, data_folder, whole, tmp_path, flags
     metrics = run.metrics()
     assert metrics[7]["skipped"] == [112, 128] and "loss" not in metrics[7]
     assert sorted(metrics) == list(range(13))
+    if (events := run.folder / "tensorboard").exists():
+        shown = EventAccumulator(str(events)).Reload()
+        assert [event.step for event in shown.Scalars("loss")] == [step for step in range(12) if step != 7]
     before = [metrics[step]["loss"] for step in range(7)]
     assert before == whole.losses()[:7]
     assert metrics[8]["loss"] != whole.losses()[8] and metrics[8]["tokens"] == 9 * SEQUENCES * LENGTH

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from torch import nn
 
 from data_prep.common.command_line import first_line
@@ -20,6 +21,7 @@ from training.publishing.uploader import Uploads
 from training.records.flops import peak_flops
 from training.records.run_log import RunLog
 from training.records.step_metrics import StepTimer
+from training.records.trackers import start_tracker
 from training.settings.config import TrainingConfig
 from training.settings.schedule import BatchPlan, Schedule
 
@@ -118,8 +120,22 @@ class Run:
             except Exception as error:  # each tracker has errors of its own
                 if tracker is self.log:
                     raise
-                self.accelerator.trackers.remove(tracker)
-                self.log.print(f"{tracker.name} is switched off: {type(error).__name__}: {first_line(error)}")
+                self._switch_off(tracker, error)
+
+    def restart_trackers(self) -> None:
+        """Continues every tracker but the run's own log at the step of the state, after a rollback."""
+        for tracker in self.accelerator.trackers[1:]:
+            try:
+                tracker.finish()
+                restarted = start_tracker(tracker.name, self.config, self.state.step)
+            except Exception as error:  # as above
+                self._switch_off(tracker, error)
+            else:
+                self.accelerator.trackers[self.accelerator.trackers.index(tracker)] = restarted
+
+    def _switch_off(self, tracker: GeneralTracker, error: Exception) -> None:
+        self.accelerator.trackers.remove(tracker)
+        self.log.print(f"{tracker.name} is switched off: {type(error).__name__}: {first_line(error)}")
 
     def flops_utilization(self, tokens_per_second: float) -> float | None:
         """The model FLOPs utilization (MFU) of all devices; None where their peak is not known."""

@@ -102,16 +102,6 @@ class RunLog(GeneralTracker):
         lines = "".join(f"    | {line}\n" for line in (prompt + text).splitlines())
         self.print(f"step {step:>6}  sample\n{lines}".rstrip())
 
-    def recorded(self, from_step: int) -> dict[int, dict[str, float]]:
-        """The metrics by step, from `from_step` on."""
-        self.flush()
-        lines = map(json.loads, read_text(self.folder / "metrics.jsonl").splitlines())
-        return {
-            line.pop("step"): {name: value for name, value in line.items() if isinstance(value, int | float)}
-            for line in lines
-            if line["step"] >= from_step
-        }
-
     def flush(self) -> None:
         """Writes everything that was recorded to the files."""
         for file in self.files if self.enabled else ():

@@ -1,85 +1,131 @@
-"""Starts the trackers of a run: each step is recorded once, however often the run is resumed or rolled back."""
+"""The trackers of a run: one run in each, which a resume and a rollback continue, with each step once."""
 
-import contextlib
 import json
 import os
-import secrets
+import shutil
 import sqlite3
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from data_prep.common.command_line import UserError
-from data_prep.common.files import read_text, write_text
+from data_prep.common.files import write_text
 from data_prep.common.hub import limit_waiting
-from training.records.run_log import RunLog
+from data_prep.common.schema import read_json, read_json_lines
+from eval.reporting.run_records import MetricsLine, Sample
 from training.settings.config import TrainingConfig
 
-_WANDB_ID = "wandb_id"  # file in the run's folder
+PROJECT = "gpt-accelerate"  # of wandb, unless WANDB_PROJECT names another, and of trackio
+_IDS = "trackers.json"  # in the run's folder: the ids of its run in wandb and in trackio
 
 
-def start_trackers(config: TrainingConfig, accelerator: Accelerator, log: RunLog, step: int) -> None:
-    """Starts the trackers of `report_to` with the settings of the run, from `step` on, the run's own log before them.
-    Collective.
+class _WandB(WandBTracker):
+    """wandb cannot change what its server has: a step that is there is not logged again."""
 
-    trackio writes to `RUN/trackio`, unless the user's `TRACKIO_DIR` names another folder, wandb to `RUN/wandb`.
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        if step is None or step >= self.run.starting_step:
+            super().log(values, step=step, **kwargs)
+
+
+def start_tracker(name: str, config: TrainingConfig, from_step: int) -> GeneralTracker:
+    """Starts a tracker for the steps from `from_step` on. It then has all earlier ones that the run has recorded, each
+    once, and no later ones, as far as it can forget them. Only for the first rank.
+
+    Args:
+        name: `tensorboard`, `wandb` or `trackio`.
     """
-    accelerator.trackers = []
-    if config.logging.report_to != "none":
-        os.environ.setdefault("TRACKIO_DIR", str(config.run_folder / "trackio"))  # read when trackio is imported
-        names = list(map(str, accelerator.log_with))
-        if "trackio" in names:
-            with contextlib.suppress(UserError):  # then it cannot ask, and records as without a token
-                limit_waiting()  # trackio asks the Hub whose token it is
-        if "wandb" in names:
-            accelerator.log_with[names.index("wandb")] = _wandb(config, accelerator)
-        options = {"trackio": {"name": config.run_name, "resume": "allow"}, "tensorboard": {"purge_step": step}}
-        lacking = _truncate_trackio(config, step) if "trackio" in names and accelerator.is_main_process else step
-        accelerator.init_trackers(config.run_name, init_kwargs=options)
-        for tracker in accelerator.trackers if accelerator.is_main_process else ():
-            _record_start(tracker, config, log, lacking if tracker.name == "trackio" else step)
-    accelerator.trackers = [log, *accelerator.trackers]
+    file = config.run_folder / _IDS
+    ids = read_json(file, dict[str, str]) if file.exists() else {}
+    tracker, missing = TRACKERS[name](config, from_step, ids)
+    write_text(file, json.dumps(ids) + "\n")
+    for step, values in _recorded(config.run_folder, missing, from_step):
+        tracker.log(values, step=step)
+    return tracker
 
 
-def restart_trackers(config: TrainingConfig, accelerator: Accelerator, log: RunLog, step: int) -> None:
-    """Starts the trackers again after a rollback to `step`. Collective."""
-    for tracker in accelerator.trackers:
-        if tracker is not log:
-            tracker.finish()
-    start_trackers(config, accelerator, log, step)
+def _start_tensorboard(config: TrainingConfig, from_step: int, ids: dict[str, str]) -> tuple[GeneralTracker, int]:
+    has_steps = any((config.run_folder / "tensorboard").glob("events.out.tfevents.*"))
+    tracker = TensorBoardTracker("tensorboard", config.run_folder, purge_step=from_step if has_steps else None)
+    tracker.start()
+    # The settings as hyperparameters would be a run beside this one, another at each resume.
+    lines = [f"    {name}: {value}" for name, value in config.to_dict().items()]
+    tracker.writer.add_text("settings", "\n".join(lines), global_step=from_step)
+    return tracker, from_step if has_steps else 0
 
 
-def _record_start(tracker: GeneralTracker, config: TrainingConfig, log: RunLog, lacking: int) -> None:
-    """Records the settings of the run, and the steps from `lacking` on that its own log has."""
-    settings = {name: str(value) for name, value in config.to_dict().items()}
-    if tracker.name == "tensorboard":  # its hyperparameters would make another run for each start
-        tracker.tracker.add_text("settings", f"```\n{json.dumps(settings, indent=2)}\n```", 0)
-    else:
-        tracker.store_init_configuration(settings)
-    for step, metrics in log.recorded(lacking).items():
-        tracker.log(metrics, step=step)
+def _start_wandb(config: TrainingConfig, from_step: int, ids: dict[str, str]) -> tuple[GeneralTracker, int]:
+    """Starts wandb with its files in the run's folder. What was recorded offline is recorded anew: a process that was
+    killed has not written all of it."""
+    number = ids.setdefault("wandb", os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
+    folder = Path(os.environ.get("WANDB_DIR") or config.run_folder)
+    for recorded in folder.glob(f"wandb/offline-run-*-{number}"):
+        shutil.rmtree(recorded)
+    project = os.environ.get("WANDB_PROJECT") or PROJECT
+    tracker = _WandB(project, id=number, name=config.run_name, resume="allow", dir=str(folder))
+    tracker.start()
+    tracker.store_init_configuration(_settings(config))
+    return tracker, tracker.run.starting_step
 
 
-def _wandb(config: TrainingConfig, accelerator: Accelerator) -> WandBTracker:
-    """wandb's tracker of this run, whose id is kept in the run's folder."""
-    file = config.run_folder / _WANDB_ID
-    if accelerator.is_main_process and not file.exists():
-        write_text(file, f"{os.environ.get('WANDB_RUN_ID', secrets.token_hex(4))}\n")
-    accelerator.wait_for_everyone()
-    project, folder = os.environ.get("WANDB_PROJECT", "gpt-accelerate"), os.environ.get("WANDB_DIR", config.run_folder)
-    run = {"id": read_text(file).strip(), "name": config.run_name, "resume": "allow"}
-    return WandBTracker(project, dir=str(folder), **run)
+def _start_trackio(config: TrainingConfig, from_step: int, ids: dict[str, str]) -> tuple[GeneralTracker, int]:
+    """Starts trackio with its records in `RUN/trackio`, unless the user's `TRACKIO_DIR` names another folder."""
+    os.environ.setdefault("TRACKIO_DIR", str(config.run_folder / "trackio"))  # read when trackio is imported
+    with suppress(UserError):  # then it cannot ask, and records as without a token
+        limit_waiting()  # trackio asks the Hub whose token it is
+    name, missing = _forget_in_trackio(from_step, ids.get("trackio")) or (config.run_name, 0)
+    tracker = TrackioTracker(PROJECT, name=name, resume="allow" if missing else "never")
+    tracker.start()
+    tracker.store_init_configuration(_settings(config))
+    ids["trackio"] = tracker.run.id
+    return tracker, missing
 
 
-def _truncate_trackio(config: TrainingConfig, step: int) -> int:
-    """Removes what trackio has from `step` on, or from its last step, which may be incomplete: it writes in the
-    background, and what waits is lost when the run is killed. Returns the first step that it lacks."""
-    file = Path(os.environ["TRACKIO_DIR"], f"{config.run_name}.db")
-    if not file.is_file():
-        return 0
-    with contextlib.closing(sqlite3.connect(file)) as database, database:
-        ((last,),) = database.execute("SELECT MAX(step) FROM metrics WHERE run_name = ?", (config.run_name,))
-        lacking = min(step, last or 0)
-        database.execute("DELETE FROM metrics WHERE run_name = ? AND step >= ?", (config.run_name, lacking))
-    return lacking
+def _forget_in_trackio(from_step: int, run_id: str | None) -> tuple[str, int] | None:
+    """Deletes a run's records from `from_step` on, or from its last step on if that is earlier: a process that was
+    killed may not have written all of it. Returns its name, and the first step that is missing then; None if it has no
+    records, or another run of its name would be continued."""
+    from trackio.fragments import import_inbox_dir
+    from trackio.sqlite_storage import SQLiteStorage
+
+    import_inbox_dir()  # of a network file system, where trackio writes files first
+    names: dict[Any, Any] = {record["id"]: record["name"] for record in SQLiteStorage.get_run_records(PROJECT)}
+    latest = SQLiteStorage.get_latest_run_record_by_name(PROJECT, names.get(run_id) or "")
+    if latest is None or latest["id"] != run_id:
+        return None
+    with closing(sqlite3.connect(SQLiteStorage.get_project_db_path(PROJECT), timeout=30)) as database, database:
+        (last,) = database.execute("SELECT MAX(step) FROM metrics WHERE run_id = ?", (run_id,)).fetchone()
+        missing = min(last, from_step)
+        database.execute("DELETE FROM metrics WHERE run_id = ? AND step >= ?", (run_id, missing))
+    if missing == 0:
+        SQLiteStorage.delete_run(PROJECT, names[run_id], run_id=run_id)
+    return names[run_id], missing
+
+
+def _settings(config: TrainingConfig) -> dict[str, str]:
+    return {name: str(value) for name, value in config.to_dict().items()}
+
+
+def _recorded(run_folder: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What the run has recorded of its steps from `first` to before `stop`, as trackers get it."""
+    steps: dict[int, dict[str, Any]] = {}
+    if first < stop:
+        for line in map(vars, read_json_lines(run_folder / "metrics.jsonl", MetricsLine)):
+            names = [name for name, value in line.items() if isinstance(value, int | float | None) and name != "step"]
+            steps.setdefault(line["step"], {}).update({name: line[name] for name in names})
+        for sample in read_json_lines(run_folder / "samples.jsonl", Sample):
+            values = steps.setdefault(sample.step, {})
+            number = sum(name.startswith("sample/") for name in values)
+            values[f"sample/{number}"] = sample.prompt + sample.text
+    return ((step, steps[step]) for step in sorted(steps) if first <= step < stop)
+
+
+_Start = Callable[[TrainingConfig, int, dict[str, str]], tuple[GeneralTracker, int]]
+TRACKERS: dict[str, _Start] = {
+    "tensorboard": _start_tensorboard,
+    "wandb": _start_wandb,
+    "trackio": _start_trackio,
+}

@@ -7,14 +7,13 @@ from typing import Any
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from data_prep.common.command_line import UserError, first_line
+from data_prep.common.command_line import UserError
 from eval.common.models import from_pretrained
 from training.checkpointing.snapshot import load_training_state
 from training.checkpointing.storage import complete_checkpoints, load_state
 from training.engine.distributed import decide_on_main
 from training.loop.run import Run
 from training.records.step_metrics import LaunchedStep
-from training.records.trackers import restart_trackers
 from training.resilience.divergence import Diverged, check_step, locate_divergence
 from training.resilience.resume import newest_intact
 
@@ -76,11 +75,7 @@ def rollback(run: Run, diverged: Diverged) -> None:
     load_training_state(run.accelerator, run.model, run.optimizer, run.state, checkpoint)
     run.timer.take()  # the launched step is undone
     run.log.truncate(run.state.step)
-    try:
-        restart_trackers(run.config, run.accelerator, run.log, run.state.step)
-    except Exception as error:  # each tracker has errors of its own
-        run.accelerator.trackers = [run.log]
-        run.log.print(f"trackers are switched off: {type(error).__name__}: {first_line(error)}")
+    run.restart_trackers()
     run.log.print(f"{diverged.problem}; rolled back to step {run.state.step}, {_named(diverged.batch)} skipped")
 
 
