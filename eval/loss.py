@@ -57,11 +57,11 @@ def read_tokens(data: Path, tokenizer: Any) -> tuple[Tensor, int | None]:
 
     from data_prep.sharding.manifest import Manifest
     from data_prep.sharding.shards import open_shard
-    from data_prep.tokenization.tokenizer import encode, hf_tokenizer
+    from data_prep.tokenization.tokenizer import encode_document, hf_tokenizer
 
     if not data.is_dir():
         text = read_text(data)
-        return torch.tensor([tokenizer.eos_token_id, *encode(tokenizer, [text])[0]]), len(text.encode("utf-8"))
+        return torch.tensor(encode_document(tokenizer, text)), len(text.encode("utf-8"))
     manifest: Any = Manifest.read(data)
     if hf_tokenizer(data / "tokenizer").get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{data} was written with another tokenizer ({manifest.tokenizer.name}) than the model's")

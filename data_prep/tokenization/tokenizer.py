@@ -176,19 +176,13 @@ class HuggingFaceTokenizer:
         """Ids of a text without ends of text, each with the index of the character that it begins at."""
         parts, start, found = [text], 0, []
         if self.eos_token_id in self.backend.encode(text, add_special_tokens=False).ids:
-            parts = self._split_end_of_text(text)
+            parts = _split_end_of_text(self.tokenizer, text)
         for part in parts:
             encoded = self.backend.encode(part, add_special_tokens=False)
             pairs = zip(encoded.ids, encoded.offsets, strict=True)
             found += [(number, start + first) for number, (first, _) in pairs if number != self.eos_token_id]
             start += len(part)
         return found
-
-    def _split_end_of_text(self, text: str) -> list[str]:
-        """Cuts a text in the middle of each spelling of the end of text."""
-        spelling = self.tokenizer.eos_token
-        halves = re.escape(spelling[: len(spelling) // 2]), re.escape(spelling[len(spelling) // 2 :])
-        return re.split(f"(?<={halves[0]})(?={halves[1]})", text)
 
     def save(self, folder: Path) -> str:
         """As in `Tokenizer`."""
@@ -238,7 +232,35 @@ def gpt2_tokenizer() -> Tokenizer:
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of each text by a tokenizer of `hf_tokenizer`, as `prepare` writes them: its template adds no tokens, and
     spellings of special tokens are text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    documents, eos = ids_of(texts), tokenizer.eos_token_id
+    for i, ids in enumerate(documents):
+        if eos in ids:  # as in `HuggingFaceTokenizer.encode`
+            parts = ids_of(_split_end_of_text(tokenizer, texts[i]))
+            documents[i] = [number for part in parts for number in part if number != eos]
+    return documents
+
+
+def encode_document(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a document, which begins with an end of text; the rest as `encode`. Raises `UserError` for a tokenizer
+    without end of text."""
+    _check_end_of_text(tokenizer, tokenizer.name_or_path)
+    return [tokenizer.eos_token_id, *encode(tokenizer, [text])[0]]
+
+
+def _split_end_of_text(tokenizer: Any, text: str) -> list[str]:
+    """Cuts a text in the middle of each spelling of the end of text."""
+    spelling = tokenizer.eos_token
+    halves = re.escape(spelling[: len(spelling) // 2]), re.escape(spelling[len(spelling) // 2 :])
+    return re.split(f"(?<={halves[0]})(?={halves[1]})", text)
+
+
+def _check_end_of_text(tokenizer: Any, name: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name!r} has no end-of-text token (eos_token), which every document begins with")
 
 
 def hf_tokenizer(source: str | Path) -> Any:
@@ -286,8 +308,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if source == "gpt2":
         return gpt2_tokenizer()
     tokenizer, name = hf_tokenizer(source), str(source)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {name!r} has no end-of-text token (eos_token), which every document begins with")
+    _check_end_of_text(tokenizer, name)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"tokenizer {name!r} has no tokenizer.json; only those run by the tokenizers library are read")

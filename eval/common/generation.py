@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from data_prep.common.command_line import UserError
-from data_prep.tokenization.tokenizer import encode
+from data_prep.tokenization.tokenizer import encode_document
 from eval.common.models import evaluating
 from modeling import GPTModel
 
@@ -58,7 +58,7 @@ def generate(
     Args:
         compiled: compiles the model, with a cache of the whole context, so that all prompts have one shape.
     """
-    ids = [tokenizer.eos_token_id, *encode(tokenizer, [prompt])[0]]
+    ids = encode_document(tokenizer, prompt)
     kept = ids[-prompt_room(model, sampling) :]
     texts, new_tokens = generate_ids(model, tokenizer, kept, sampling, compiled=compiled, streamer=streamer)
     return Generated(texts, new_tokens, len(ids) - len(kept))

@@ -327,6 +327,7 @@ def test_a_compiled_model_generates_the_same(checkpoint):
         (["eval.generate", "CHECKPOINT", "--temperature", "-1"], "error: temperature and top_k must be at least 0"),
         (["eval.generate", "CHECKPOINT", "--top_p", "0"], "error: top_p=0.0 must be greater than 0 and at most 1"),
         (["eval.loss", "CHECKPOINT", "--data", "x", "--stride", "33"], "error: stride=33 must lie between 1 and"),
+        (["eval.generate", "ENDLESS", "--prompt", "x"], "endless' has no end-of-text token (eos_token)"),
         (["eval.loss", "BARE", "--data", "x"], "bare': no tokenizer in it; copy tokenizer.json"),
         (["eval.hellaswag", "CHECKPOINT", "--data", "x"], "error: [Errno 2] No such file or directory: 'x'"),
         (["eval.hellaswag", "CHECKPOINT", "--rules", "mine"], "invalid choice: 'mine'"),
@@ -344,7 +345,9 @@ def test_bad_input_gets_one_line(checkpoint, tmp_path, words, message, monkeypat
     monkeypatch.chdir(tmp_path)
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    named = {"CHECKPOINT": str(checkpoint), "BARE": str(bare)}
+    endless = shutil.copytree(checkpoint, tmp_path / "endless")
+    (endless / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    named = {"CHECKPOINT": str(checkpoint), "BARE": str(bare), "ENDLESS": str(endless)}
     monkeypatch.setattr("sys.argv", [named.get(word, word) for word in words])
     with pytest.raises(SystemExit) as ended:
         run(importlib.import_module(words[0]).main)

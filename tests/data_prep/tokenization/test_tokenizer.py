@@ -15,6 +15,7 @@ from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,
     ByteLevelTokenizer,
     HuggingFaceTokenizer,
+    encode_document,
     gpt2_tokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -177,6 +178,8 @@ def test_any_tokenizer_has_the_ids_of_autotokenizer(other_kinds, kind, tmp_path)
         expected = auto(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = ours.encode([text]).tolist()
         assert ids == [auto.eos_token_id, *expected] and auto.eos_token_id not in ids[1:], repr(text)
+    text = f"full width \uff1c/s\uff1e, spelled </s>, and more {looks_special}"
+    assert encode_document(auto, text) == ours.encode([text]).tolist()
     ours.save(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == auto.get_vocab()
 
