@@ -144,7 +144,8 @@ def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
         problems.append(f"{gpus}; start by accelerate launch -m training.chat, or set CUDA_VISIBLE_DEVICES=0")
     if os.path.lexists(output):
         problems.append(f"output_dir={output} exists; give another, or remove it")
-    if (begun := _unfinished(output)).exists() and read_json(begun / _SETTINGS, dict[str, Any]) != _identity(args):
+    begun = _unfinished(output)
+    if (begun / _SETTINGS).exists() and read_json(begun / _SETTINGS, dict[str, Any]) != _identity(args):
         problems.append(
             f"{begun} has an unfinished training with other settings; remove it, or give another output_dir"
         )

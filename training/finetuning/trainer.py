@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def finetune(
 
     Args:
         folder: for `Trainer`'s checkpoints, one after each tenth of the steps; the newest of an earlier call is resumed
-            from. None are made with LoRA, whose files lack the embeddings of `new_tokens`.
+            from.
         new_tokens: ids whose embeddings are trained beside LoRA's matrices.
 
     Returns:
@@ -83,6 +84,8 @@ def finetune(
     trainer.remove_callback(PrinterCallback)
     if settings.lora_r and new_tokens:
         _train_rows(trainer.model.get_input_embeddings().weight, new_tokens)
+        # Without it their checkpoints would lack the embeddings, of which PEFT does not know that they are trained.
+        trainer.model.save_pretrained = partial(trainer.model.save_pretrained, save_embedding_layers=True)
     trainer.train(resume_from_checkpoint=_newest_complete(folder))
     losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -128,7 +131,7 @@ def _config(max_length: int, settings: FinetuningSettings, output_dir: Path) -> 
             seed=settings.seed,
             eval_on_start=True,
             eval_strategy="epoch",
-            save_strategy="no" if settings.lora_r else "steps",
+            save_strategy="steps",
             save_steps=_SAVED,
             save_total_limit=1,
             report_to="none",

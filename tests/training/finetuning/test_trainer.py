@@ -68,12 +68,14 @@ def test_the_loss_is_that_of_stock_and_falls(lora_r, talks, data_folder, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_training_is_continued_by_the_same_command(data_folder, tmp_path):
+@pytest.mark.parametrize("lora_r", ["0", "4"])
+def test_a_killed_training_is_continued_by_the_same_command(lora_r, data_folder, tmp_path):
     model, tokenizer = base_model(data_folder, n_positions=128)
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     command = [sys.executable, "-m", "training.chat", "base", "--data", "builtin", "--max_train_samples", "100"]
-    command += ["--max_eval_samples", "20", "--max_steps", "30", "--mixed_precision", "no", "--output_dir"]
+    command += ["--max_eval_samples", "20", "--max_steps", "30", "--mixed_precision", "no", "--lora_r", lora_r]
+    command += ["--output_dir"]
     with subprocess.Popen([*command, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL) as killed:
         while not list(tmp_path.glob(".killed.training/state/checkpoint-*/trainer_state.json")):
             assert killed.poll() is None
