@@ -21,14 +21,13 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from data_prep.common.command_line import ArgumentParser, UserError, first_line, run, unknown_name
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, raise_all, run, unknown_name
 from data_prep.common.files import write_text
-from eval.common.models import check_folder, evaluating, read_config
+from eval.common.models import check_folder, evaluating
 from eval.reporting.run_records import harness_scores
 from modeling import GPTModel
 
 TASKS = Path(__file__).with_name("tasks")
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness takes any of them
 
 
 def check_installed() -> None:
@@ -64,12 +63,27 @@ def load_tasks(tasks: list[str], n_positions: int, include_path: str = str(TASKS
         loaded = manager.load(tasks)["tasks"]
     except (OSError, ImportError, ValueError, DatasetsError) as error:
         raise UserError(f"tasks {', '.join(tasks)}: {first_line(error)}") from error
-    for name, task in loaded.items():
-        asked = task.config.generation_kwargs or {}
-        wanted = max(int(asked.get(key, 0)) for key in _LENGTHS)
-        if task.OUTPUT_TYPE == "generate_until" and wanted >= n_positions:
-            raise UserError(f"task {name!r} generates {wanted} tokens, n_positions={n_positions} is less; leave it out")
+    check_generation(loaded, n_positions)
     return manager
+
+
+def check_generation(tasks: dict[str, Any], context: int, max_gen_toks: int = 0) -> None:
+    """Raises `UserError` for tasks that generate so many tokens that the context has no room for a prompt.
+
+    Args:
+        max_gen_toks: of tasks that do not say how many.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    generating = {name: task.config for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"}
+    raise_all(
+        [
+            f"task {name!r} generates {wanted} tokens, which leaves no room for a prompt in a context of {context}; "
+            f"leave it out"
+            for name, config in generating.items()
+            if (wanted := normalize_gen_kwargs(config.generation_kwargs or {}, max_gen_toks)["max_gen_toks"]) >= context
+        ]
+    )
 
 
 def evaluate_tasks(
@@ -119,13 +133,20 @@ def main() -> None:
     parser.add_option("output_path", help="results; by default beside the checkpoint")
     args, others = parser.parse_known_args()
     check_folder(args.model)
-    if "--gen_kwargs" not in others:  # which may ask for fewer tokens than a task does
-        named = [task for task in args.tasks.split(",") if not task.endswith(".yaml") and not Path(task).is_dir()]
-        load_tasks(named, read_config(args.model).n_positions, args.include_path)
+    check_installed()
+    from lm_eval import evaluator
     from lm_eval._cli.harness import HarnessCLI
 
     import eval.scoring.harness_model  # noqa: F401  registers "gpt-accelerate"
 
+    evaluate: Any = evaluator.evaluate
+
+    def check_and_evaluate(lm: Any, task_dict: dict[str, Any], **options: Any) -> Any:
+        check_generation(task_dict["tasks"], lm.max_length, lm.max_gen_toks)
+        return evaluate(lm=lm, task_dict=task_dict, **options)
+
+    # Here, as the settings of its tasks are known only once it has loaded them and applied its own options.
+    evaluator.evaluate = check_and_evaluate
     command = HarnessCLI()
     words = ["run", "--model", "hf" if args.stock else "gpt-accelerate", "--tasks", args.tasks]
     words += ["--model_args", ",".join(filter(None, [f"pretrained={args.model}", args.model_args]))]
@@ -133,7 +154,13 @@ def main() -> None:
     beside = folder if folder.is_dir() else Path(args.model.replace("/", "__"))  # here for a model on the Hub
     output = args.output_path or str(beside.with_name(f"{beside.name}.lm_eval.json"))
     words += ["--include_path", args.include_path, "--output_path", output]
-    command.execute(command._parser.parse_args([*words, *others]))
+    try:
+        command.execute(command._parser.parse_args([*words, *others]))
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        check_tasks(args.tasks.split(","), args.include_path)  # raises with the nearest known name
+        raise
 
 
 if __name__ == "__main__":

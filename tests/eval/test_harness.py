@@ -4,11 +4,11 @@ import json
 import os
 import pickle
 import runpy
+import subprocess
 import sys
 from functools import partial
 
 import pytest
-import yaml
 from conftest import ROOT, launch, run_command
 from plants import signalled_in_evaluation
 
@@ -101,16 +101,25 @@ def test_the_plain_command_works_on_a_checkpoint(plain):
 
 
 @pytest.mark.clients
-def test_a_task_that_generates_more_than_the_context_is_refused(tiny_run, folder, tmp_path):
-    task = {"task": "long", "dataset_path": "json", "output_type": "generate_until", "doc_to_text": "{{page}}"}
-    task |= {"dataset_kwargs": {"data_files": {"test": str(folder / "data/evaluation/wikitext2_test.jsonl")}}}
-    task |= {"test_split": "test", "doc_to_target": "", "generation_kwargs": {"until": ["x"], "max_gen_toks": 32}}
-    (tmp_path / "long.yaml").write_text(yaml.safe_dump(task))
-    command = [sys.executable, "-m", "eval.harness", tiny_run.checkpoints[-1], "--tasks", "long"]
-    done = run_command(*command, "--include_path", tmp_path, cwd=folder, exit_code=2)
-    with pytest.raises(UserError) as caught:
-        load_tasks(["long"], 32, str(tmp_path))
-    assert done.stderr.endswith(f"error: {caught.value}\n") and "generates 32 tokens" in str(caught.value)
+@pytest.mark.parametrize(("tokens", "words"), [(32, []), (256, ["--stock"])], ids=["of the task", "by default"])
+def test_a_task_that_generates_the_whole_context_is_refused_before_anything_runs(tiny_run, tmp_path, tokens, words):
+    """By the command as by a run, in the same words."""
+    (tmp_path / "data.jsonl").write_text('{"text": "a b"}\n')
+    count = "" if words else f"  max_new_tokens: {tokens}\n"
+    task = tmp_path / "long.yaml"
+    task.write_text(
+        f"task: long\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/data.jsonl}}\ntest_split: train\n"
+        f"output_type: generate_until\ndoc_to_text: text\ndoc_to_target: text\n"
+        f"generation_kwargs:\n  until: ['x']\n{count}"
+    )
+    expected = f"task 'long' generates {tokens} tokens, which leaves no room for a prompt in a context of 32"
+    if not words:
+        with pytest.raises(UserError, match=f"^{expected}; leave it out$"):
+            load_tasks([str(task)], n_positions=32)
+    command = [sys.executable, "-m", "eval.harness", str(tiny_run.checkpoints[-1]), "--tasks", str(task), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: {expected}; leave it out"
+    assert "Traceback" not in done.stderr and "Running" not in done.stderr
 
 
 @pytest.mark.clients
