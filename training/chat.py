@@ -144,11 +144,9 @@ def _check(args: Any, settings: FinetuningSettings, output: Path) -> None:
         problems.append(f"{gpus}; start by accelerate launch -m training.chat, or set CUDA_VISIBLE_DEVICES=0")
     if os.path.lexists(output):
         problems.append(f"output_dir={output} exists; give another, or remove it")
-    begun = _unfinished(output)
-    if (begun / _SETTINGS).exists() and read_json(begun / _SETTINGS, dict[str, Any]) != _identity(args):
-        problems.append(
-            f"{begun} has an unfinished training with other settings; remove it, or give another output_dir"
-        )
+    elif (begun := _unfinished(output) / _SETTINGS).exists() and read_json(begun, dict[str, Any]) != _identity(args):
+        unfinished = f"{begun.parent} has an unfinished training with other settings"
+        problems.append(f"{unfinished}; remove it, or give another output_dir")
     packages = ["trl", *(["peft"] if settings.lora_r else [])]
     if missing := [name for name in packages if find_spec(name) is None]:
         problems.append(f"{' and '.join(missing)} is not installed; pip install -e '.[chat]' -c constraints.txt")
