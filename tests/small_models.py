@@ -28,3 +28,9 @@ def as_ours(stock: GPT2LMHeadModel, folder, **options) -> GPTModel:
 
 def tokens(*shape, seed=1) -> torch.Tensor:
     return torch.randint(1, SMALL["vocab_size"] - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def as_in_nanogpt(model: GPTModel) -> dict[str, torch.Tensor]:
+    """The weights of a model by name, the matrices of its blocks in `nn.Linear`'s layout."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: w.T.contiguous() if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}
