@@ -13,6 +13,7 @@ import pytest
 from conftest import DATA, ROOT, TINY_MODEL, needs_compiler, run_command
 from forks import begin_command
 from project import WITH_COMMANDS
+from small_models import as_in_nanogpt
 
 from data_prep.common.command_line import first_line
 from training.settings.parsing import parse_config
@@ -169,7 +170,7 @@ def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> di
     model.save_pretrained(here / "gpt2")
     arguments = {"block_size": 8, "vocab_size": 50257, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
     saved = {
-        "model": {name: p.detach() for name, p in model.named_parameters()},
+        "model": as_in_nanogpt(model),
         "model_args": arguments,
         "iter_num": 7,
     }

@@ -18,6 +18,7 @@ from conftest import TINY_MODEL
 from forks import begin
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from small_models import as_in_nanogpt
 
 from data_prep.common.command_line import UserError
 
@@ -121,7 +122,7 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
     write_llmc(model, folder / "model.bin")
     sizes = {"block_size": 8, "vocab_size": 300, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
     torch.save(
-        {"model": {name: p.detach() for name, p in model.named_parameters()}, "model_args": sizes, "iter_num": 7},
+        {"model": as_in_nanogpt(model), "model_args": sizes, "iter_num": 7},
         folder / "ckpt.pt",
     )
     return folder
