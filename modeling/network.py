@@ -57,8 +57,10 @@ def eager_attention(
 
 
 class Projection(Conv1D):
-    """`x @ weight + bias` with GPT-2's weight `[in, out]`. It draws random numbers as `nn.Linear` does, so that a seed
-    stands for the same weights as in other trainers."""
+    """`x @ weight + bias`, `[..., in]` to `[..., out]`, with GPT-2's weight `[in, out]`.
+
+    It draws as many random numbers as an `nn.Linear`: a seed stands for the weights that it stood for with those.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         nn.Module.__init__(self)
@@ -160,9 +162,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         if hasattr(module, "adds_to_residual"):
             stds.append(stds[0] / math.sqrt(2 * self.config.n_layer))
         for std in stds:  # drawn `[out, in]`, and again, as for `nn.Linear`: a seed stands for the same weights
-            drawn = torch.empty(module.nf, module.nx, device=module.weight.device, dtype=module.weight.dtype).normal_(
-                0, std
-            )
+            drawn = module.weight.new_empty(module.nf, module.nx).normal_(0, std)
         init.copy_(module.weight, drawn.T)
         init.zeros_(module.bias)
 

@@ -118,9 +118,9 @@ def _compile_problems() -> list[str]:
     name = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if name == "no":
         return []
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if name not in known:
-        return [f"dynamo_backend={name}: torch.compile knows {', '.join(known)}, and no turns it off"]
+    if name not in torch._dynamo.list_backends(exclude_tags=()):  # with those for debugging, as eager
+        known = ", ".join(["no", "eager", *torch._dynamo.list_backends()])
+        return [f"dynamo_backend={name}: torch.compile has no such backend here; choose one of {known}"]
     mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
     if mode not in ("default", *(torch._inductor.list_mode_options() if name == "inductor" else ())):
         return [f"dynamo_mode={mode} does not go with dynamo_backend={name}; choose default, or backend inductor"]

@@ -45,7 +45,10 @@ ANSWERS = {
     ),
     "mpirun_config": ({}, {}),
     "dynamo_config": ({}, {}),
-    "dynamo_backend": ({}, {"no": WORKS, "eager": WORKS, "inductor": WORKS, "tensorrt": "torch.compile knows"}),
+    "dynamo_backend": (
+        {},
+        {"no": WORKS, "eager": WORKS, "inductor": WORKS, "tensorrt": "torch.compile has no such backend"},
+    ),
     "dynamo_mode": (
         {"dynamo_backend": "inductor"},
         {"default": WORKS, "reduce-overhead": WORKS, "max-autotune": WORKS, "fastest": "dynamo_mode=fastest"},
