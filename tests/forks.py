@@ -74,8 +74,8 @@ def _run(module: str, argv: list[str], cwd: Path, output: Path, plant: Plant | N
         plant()
     if module == "training.train":  # the very module that a plant has changed
         from data_prep.common.command_line import run
-        from training.train import main
+        from training.train import main, read_config
 
-        run(main)
+        run(lambda: main(read_config()))
     else:
         runpy.run_path(file, run_name="__main__")

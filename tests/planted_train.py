@@ -10,7 +10,7 @@ if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from data_prep.common.command_line import run
-    from training.train import main
+    from training.train import main, read_config
 
     pickle.loads(bytes.fromhex(os.environ["PLANT"]))()
-    run(record(main))
+    run(record(lambda: main(read_config())))

@@ -29,9 +29,8 @@ from training.loop.stopping import StopRequest
 from training.publishing.uploader import Uploads
 from training.records.environment import write_environment
 from training.records.run_log import RunLog
-from training.records.step_metrics import StepTimer
+from training.records.step_metrics import MetricsQueue
 from training.records.trackers import TRACKERS, start_tracker
-from training.records.versions import untested_versions
 from training.resilience.disk_space import room_for_checkpoints
 from training.resilience.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
 from training.settings.config import TrainingConfig
@@ -72,6 +71,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     prefetcher = Prefetcher(
         global_batches(config, batch_plan, accelerator, train_data, micro_batch), accelerator.device
     )
+    is_branch = checkpoint is not None and checkpoint.resolve().parent != config.checkpoints.resolve()
     log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), optimizer, state, micro_batch)
     state.num_processes = accelerator.num_processes
     saver = Saver(config.checkpoints, stop.request)
@@ -93,14 +93,16 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         saver=saver,
         uploads=Uploads(config.run_folder, saver, log.flush) if publishing else None,
         stop=stop,
-        timer=StepTimer(accelerator.device),
+        metrics=MetricsQueue(depth=1 if accelerator.device.type == "cuda" else 0),
+        first_step=state.step,
+        saved_step=None if checkpoint is None or is_branch else state.step,
     )
 
 
 def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data, Path | None, RunState]:
     """The data, the checkpoint to resume from (None for a new run), and the state at the start. Collective."""
     checkpoint, messages = decide_on_main(accelerator, lambda: find_checkpoint(config))
-    for line in [*untested_versions(), *messages] if accelerator.is_main_process else ():
+    for line in messages if accelerator.is_main_process else ():
         print(line)
     with accelerator.main_process_first():
         data = load_data(config)

@@ -8,25 +8,24 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
-from data_prep.common.command_line import prepare_process
+from data_prep.common.command_line import UserError, first_line, prepare_process
+from data_prep.common.command_line import run as run_command
+from training.settings.validation import read_config
 
 if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
+    prepare_process()
+    CONFIG = run_command(read_config)  # before torch is loaded: a wrong setting is reported within a second
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record as show_errors_in_launcher
 
-from data_prep.common.command_line import UserError, first_line
-from data_prep.common.command_line import run as run_command
 from data_prep.common.locks import locked
-from eval.common.launch import processes_launched
 from training.checkpointing.snapshot import take_snapshot
-from training.checkpointing.storage import checkpoint_folder, is_checkpoint, prune_checkpoints
+from training.checkpointing.storage import checkpoint_folder, prune_checkpoints
 from training.engine.batches import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
@@ -36,36 +35,23 @@ from training.loop.ending import print_ending, write_run_report
 from training.loop.run import EvaluationStopped, Run
 from training.loop.stopping import StopRequest, stop_requests
 from training.records import screen
-from training.records.gpu_state import read_gpu
-from training.records.step_metrics import LaunchedStep, gather_metrics
-from training.resilience.divergence import Diverged, is_skipped
-from training.resilience.preflight import apply_preflight_overrides, own_folder, preflight, remove_if_empty
-from training.resilience.recovery import handle_divergence, rollback
+from training.records.step_metrics import LaunchedStep, gather_metrics, read_gpu
+from training.resilience.divergence import Diverged, handle_divergence, is_skipped, rollback
+from training.resilience.preflight import own_folder, preflight, preflight_config
 from training.resilience.resume import AlreadyFinished
 from training.settings.config import TrainingConfig
-from training.settings.validation import load_config
 from training.setup import setup
 
 
-def main() -> None:
-    is_first = os.environ.get("RANK", "0") == "0"
+def main(config: TrainingConfig) -> None:
     screen.install()
-    try:
-        config = load_config(sys.argv[1:], processes_launched())
-    except UserError:
-        if not is_first:
-            sys.exit(2)  # the first rank prints the error for all
-        raise
+    is_first = os.environ.get("RANK", "0") == "0"
     if config.run.preflight:
-        apply_preflight_overrides(config)
+        config = preflight_config(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_requests(config.run.max_minutes))
         if is_first:
-            if config.run.preflight:
-                stack.callback(remove_if_empty, config.run_folder, config.run_folder.parent)
-            stack.enter_context(locked(config.run_folder))
-            if config.run.preflight:
-                stack.enter_context(own_folder(config.run_folder))
+            stack.enter_context((own_folder if config.run.preflight else locked)(config.run_folder))
         try:
             run_training(config, stop)
         except AlreadyFinished as finished:
@@ -79,7 +65,7 @@ def main() -> None:
 
 
 def run_training(config: TrainingConfig, stop: StopRequest) -> None:
-    """Runs a whole training, or the rest of it, until its end or a request to stop."""
+    """Runs a training, or the rest of it, to its end or to a request to stop."""
     run = setup(config, stop)
     failed = True
     try:
@@ -95,6 +81,12 @@ def run_training(config: TrainingConfig, stop: StopRequest) -> None:
             f"rank {run.accelerator.process_index} lost its connection to another rank, whose own message says why; "
             f"--resume_from_checkpoint continues from the last checkpoint"
         ) from error
+    except DataError as lost:
+        save_without_data(run)
+        raise UserError(
+            f"step {run.state.step}: {lost}; once the data can be read again, --resume_from_checkpoint continues from "
+            f"the last checkpoint"
+        ) from lost
     except KeyboardInterrupt:
         run.log.print(
             f"\nstopped in step {run.state.step}; --resume_from_checkpoint continues from the last checkpoint"
@@ -116,7 +108,12 @@ def train_and_report(run: Run) -> None:
     debug = run.config.debug
     folder = run.config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
     with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
-        training_loop(run, step_done)
+        while True:
+            try:
+                training_loop(run, step_done)
+                break
+            except Diverged as diverged:
+                rollback(run, diverged)
     run.saver.finish()
     print_saver_messages(run)
     if not run.stopping:
@@ -124,64 +121,43 @@ def train_and_report(run: Run) -> None:
 
 
 def training_loop(run: Run, step_done: Callable[[], None]) -> None:
-    """Trains, evaluates and saves. At the top of the loop `state.step` optimizer steps are done or launched.
+    """Trains to the last step or a request to stop. `step_done` is called after each step."""
+    save_and_evaluate(run)
+    while not run.is_over:
+        start_step(run)
+        step_done()
+        save_and_evaluate(run)
 
-    Args:
-        step_done: called after each step.
+
+def save_and_evaluate(run: Run) -> None:
+    """Saves and evaluates what is due after a step, or at the start.
+
+    Saves first, so that an evaluation that crashes or is killed loses no steps; then a new lowest validation loss is
+    saved too. A step is saved once.
     """
-    first = run.state.step  # of a checkpoint, or 0: nothing to save yet
-    while True:
-        step = run.state.step
-        last = step == run.config.max_steps
-        saving = last or (step > 0 and step % run.config.checkpointing.save_steps == 0)
-        due = run.due_evaluations(saving)
-        try:
-            if due:  # evaluations take longer than a step
-                finish_last_step(run)
-                run.agree_on_stopping()
-            if (saving or run.stopping) and step > first:
+    state = run.state
+    if due := run.due_evaluations():  # evaluations take longer than a step
+        finish_last_step(run)
+        run.agree_on_stopping()
+    if run.save_due or run.stopping:
+        save(run)
+    with contextlib.suppress(EvaluationStopped):
+        for evaluation in () if run.stopping else due:
+            metrics = evaluation.run(run)
+            run.log_metrics(metrics, state.step)
+            if run.is_own_step and state.update_best(metrics.get("val_loss", math.nan)):
                 save(run)
-            if run.stopping:
-                break
-            # The first checkpoint of a branch is another run's.
-            saved = saving and (step > first or is_checkpoint(checkpoint_folder(run.checkpoints, step)))
-            for evaluation in due:
-                try:
-                    metrics = evaluation.run(run)
-                except EvaluationStopped:
-                    break
-                run.log_metrics(metrics, step)
-                is_new = saved or step > first
-                if is_new and run.state.update_best(metrics.get("val_loss", math.nan)) and not saved:
-                    save(run)
-                    saved = True
-            if run.stopping and step > first and not saved:
-                save(run)
-            if (saving or saved) and run.accelerator.is_main_process:
-                publish_and_prune(run)
-            if last or run.stopping:
-                break
-            start_step(run)
-            step_done()
-        except Diverged as diverged:
-            rollback(run, diverged)
-            first = run.state.step
-        except DataError as lost:
-            if run.accelerator.num_processes == 1 and step > first:  # saving needs all ranks
-                save_without_data(run)
-            raise UserError(
-                f"step {run.state.step}: {lost}; once the data can be read again, --resume_from_checkpoint continues "
-                f"from the last checkpoint"
-            ) from lost
+    if run.stopping:
+        save(run)
+    elif state.step == run.saved_step and run.accelerator.is_main_process:
+        publish_and_prune(run)
 
 
 def start_step(run: Run) -> None:
     """Launches one optimizer step, then reads the metrics of the step before it, which the device worked on."""
-    accelerator, config, state = run.accelerator, run.config, run.state
+    config, state = run.config, run.state
     consumed = state.position * config.sequence_length
     batch_tokens = run.batch_plan.size(consumed)
-    factor = run.schedule.at(state.step, consumed, batch_tokens)
-    set_learning_rate(run.optimizer, factor)
     following = state.position + batch_tokens // config.sequence_length
     if is_skipped(state.skipped, state.position, following):
         finish_last_step(run)
@@ -189,39 +165,41 @@ def start_step(run: Run) -> None:
         state.step, state.position = state.step + 1, following
         return
 
-    run.timer.begin()
+    run.metrics.begin()
+    factor = run.schedule.at(state.step, consumed, batch_tokens)
+    set_learning_rate(run.optimizer, factor)
     started = time.perf_counter()
     micro_batches = run.prefetcher.take(state.position, following)
     waited = time.perf_counter() - started
     settings = config.optimizer
     results = training_step(
-        accelerator, run.model, run.optimizer, micro_batches, settings.max_grad_norm, settings.z_loss
+        run.accelerator, run.model, run.optimizer, micro_batches, settings.max_grad_norm, settings.z_loss
     )
-    before = run.timer.launch(
-        *gather_metrics(accelerator, results, waited, bool(run.stop)),
+    values, done = gather_metrics(run.accelerator, results, waited, bool(run.stop))
+    launched = LaunchedStep(
         step=state.step,
         batch=(state.position, following),
         tokens=consumed + batch_tokens,
         batch_tokens=batch_tokens,
         learning_rate=factor * settings.learning_rate,
+        values=values,
+        done=done,
     )
-    if before is not None:
-        finish_step(run, before)
     state.step, state.position = state.step + 1, following
-    if accelerator.device.type == "cpu":  # nothing runs behind the host
-        finish_last_step(run)
+    finish_step(run, run.metrics.push(launched))
     print_saver_messages(run)
 
 
 def finish_last_step(run: Run) -> None:
     """Reads and logs the metrics of the launched step, if there is one."""
-    if (launched := run.timer.take()) is not None:
-        finish_step(run, launched)
+    finish_step(run, run.metrics.pop())
 
 
-def finish_step(run: Run, launched: LaunchedStep) -> None:
+def finish_step(run: Run, launched: LaunchedStep | None) -> None:
     """Reads and logs the metrics of a step, and handles divergence. Only here does the host wait for the device."""
-    metrics, stop = launched.finish()
+    if launched is None:
+        return
+    metrics, stop = run.metrics.read(launched)
     run.stopping |= stop
     metrics["mfu"] = run.flops_utilization(metrics["tokens_per_second"])
     if run.accelerator.is_main_process and (launched.step + 1) % run.config.logging.logging_steps == 0:
@@ -233,22 +211,24 @@ def finish_step(run: Run, launched: LaunchedStep) -> None:
 
 
 def save(run: Run) -> None:
-    """Starts to write a checkpoint of the last step. Collective."""
+    """Starts to write a checkpoint of the last step, unless there is one, or nothing to save yet. Collective."""
+    if run.state.step in (run.first_step, run.saved_step):
+        return
     finish_last_step(run)
     run.log.flush()
     run.saver.wait()  # a second snapshot beside the first would need twice the memory
     snapshot = take_snapshot(run.accelerator, run.model, run.optimizer, run.state, run.tokenizer_files)
     if snapshot is not None:
         run.saver.save(snapshot)
+    run.saved_step = run.state.step
 
 
 def save_without_data(run: Run) -> None:
-    """Saves the steps that are done, if they are not saved yet, after the data could not be read any more."""
-    if not is_checkpoint(checkpoint_folder(run.checkpoints, run.state.step)):
+    """Saves the steps that are done after the data became unreadable; not with several ranks, which it would take."""
+    if run.accelerator.num_processes == 1:
         with contextlib.suppress(Diverged):  # a rollback would need data
             save(run)
     run.saver.finish()
-    print_saver_messages(run)
 
 
 def publish_and_prune(run: Run) -> None:
@@ -268,4 +248,4 @@ def print_saver_messages(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_command(show_errors_in_launcher(main))
+    run_command(partial(show_errors_in_launcher(main), CONFIG))

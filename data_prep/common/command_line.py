@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from data_prep.common.openmp import limit_spinning
 
@@ -20,6 +20,7 @@ class UserError(Exception):
     """An error that the user can fix. Only its text is shown: the value, the bound and the remedy."""
 
 
+T = TypeVar("T")
 EMPTY = "is empty; is a variable of the shell unset?"
 _MAY_BE_EMPTY = ("prompt", "sample_prompts", "model_args")
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
@@ -184,16 +185,17 @@ def _check_environment() -> None:
     raise_all([f"{setting} is not a whole number of seconds from 1; correct or unset it" for setting in wrong])
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command's `main`. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for Ctrl-C, 1 if the
+def run(main: Callable[[], T]) -> T:
+    """Runs a command's `main` and returns its result. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for Ctrl-C, 1 if the
     reader of the output has closed it."""
     if unreadable := [word for word in sys.argv[1:] if word != word.encode("utf-8", "replace").decode("utf-8")]:
         print(f"error: {unreadable[0]!r} is not UTF-8 text; rename what it names", file=sys.stderr)
         sys.exit(2)
     try:
         _check_environment()
-        main()
+        result = main()
         sys.stdout.flush()
+        return result
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         sys.exit(1)

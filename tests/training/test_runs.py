@@ -345,7 +345,7 @@ REFUSALS = [
 def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, monkeypatch, capsys):
     """In this process, for speed: one line, no traceback, and nothing made."""
     from data_prep.common.command_line import run
-    from training.train import main
+    from training.train import main, read_config
 
     root = tiny_run.folder.parents[1]
     monkeypatch.chdir(root)
@@ -365,7 +365,7 @@ def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, 
     monkeypatch.setattr("sys.argv", ["train.py", *given, *flags])
     before = sorted(root.rglob("*"))
     with pytest.raises(SystemExit) as ended:
-        run(main)
+        run(lambda: main(read_config()))
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1, error

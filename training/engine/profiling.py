@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 _BEFORE, _RECORDED = 3, 3  # steps: compilation and allocation are over after the first
 
@@ -32,7 +32,6 @@ def profiling(folder: Path | None) -> Iterator[Callable[[], None]]:
         (folder / "operations.txt").write_text(table + "\n", encoding="utf-8")
         print(f"profile of {_RECORDED} steps in {folder}: trace.json.gz (open it at ui.perfetto.dev), operations.txt")
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     steps = schedule(wait=_BEFORE - 1, warmup=1, active=_RECORDED, repeat=1)
-    with profile(activities=activities, schedule=steps, on_trace_ready=write) as recording:
+    with profile(schedule=steps, on_trace_ready=write) as recording:
         yield recording.step

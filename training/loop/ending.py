@@ -1,19 +1,15 @@
 """The end of a run: its report, and the last lines on screen."""
 
 import shlex
-from pathlib import Path
-
-from accelerate.tracking import GeneralTracker
 
 from data_prep.common.command_line import first_line
 from eval.report import PAGE_NAME
-from eval.reporting.sections import CAPTIONS
 from training.checkpointing.storage import checkpoint_folder
 from training.loop.run import Run
 
 
 def write_run_report(run: Run) -> None:
-    """Writes the report of the run, and sends its pictures to the trackers."""
+    """Writes the report of the run."""
     run.log.close()
     if not run.accelerator.is_main_process:
         return
@@ -21,35 +17,9 @@ def write_run_report(run: Run) -> None:
     from eval.reporting.run_records import read_run
 
     try:
-        folder = write_report([read_run(run.config.run_folder)], run.config.report_folder).parent
+        write_report([read_run(run.config.run_folder)], run.config.report_folder)
     except Exception as error:  # the records were changed meanwhile; the run itself has succeeded
         print(f"no report: {first_line(error)}")
-        return
-    pictures = [folder / name for name in CAPTIONS if (folder / name).exists()]
-    for tracker in run.accelerator.trackers:
-        try:
-            _log_pictures(tracker, pictures, run.state.step)
-        except Exception as error:  # each tracker has errors of its own
-            print(f"{tracker.name} does not take the report's pictures: {type(error).__name__}: {first_line(error)}")
-
-
-def _log_pictures(tracker: GeneralTracker, pictures: list[Path], step: int) -> None:
-    """Sends pictures to a tracker that shows them, as `report/NAME`: `loss` is the name of a metric."""
-    named = {f"report/{path.stem}": path for path in pictures}
-    if tracker.name == "trackio":
-        import trackio
-
-        tracker.log({name: trackio.Image(path) for name, path in named.items()}, step=step)
-        return
-    if not hasattr(tracker, "log_images"):
-        return
-    import numpy as np
-    from PIL import Image
-
-    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    for name, path in named.items():
-        with Image.open(path) as image:
-            tracker.log_images({name: np.array(image.convert("RGB"))[None]}, step=step, **options)
 
 
 def print_ending(run: Run) -> None:

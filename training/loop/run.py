@@ -18,9 +18,8 @@ from training.engine.data import Data
 from training.engine.distributed import describe_device
 from training.loop.stopping import StopRequest
 from training.publishing.uploader import Uploads
-from training.records.flops import peak_flops
 from training.records.run_log import RunLog
-from training.records.step_metrics import StepTimer
+from training.records.step_metrics import MetricsQueue, peak_flops
 from training.records.trackers import start_tracker
 from training.settings.config import TrainingConfig
 from training.settings.schedule import BatchPlan, Schedule
@@ -53,15 +52,17 @@ class Run:
     """Everything that the training loop works with.
 
     Attributes:
-        model: as `accelerator.prepare` returns it, in the wrappers of distribution if there are any.
+        model: as `accelerator.prepare` returns it, possibly wrapped.
         micro_batch: sequences in one forward pass of one process.
         batch_plan, schedule: batch size and learning rate of each step.
-        tokenizer_files: their contents by their names; they go into each checkpoint.
+        tokenizer_files: contents keyed by name; they go into each checkpoint.
         prefetcher: this rank's part of a global batch, by its position.
         evaluations: in the order in which they run.
-        uploads: to the Hub; None without them, and on other ranks than the first.
-        stop: the request to this process to end the run.
-        timer: of the steps; it holds the launched step whose metrics have not been read yet.
+        uploads: background uploader; None if disabled or rank != 0.
+        stop: request to this process to end the run.
+        metrics: launched steps whose metrics have not been read yet.
+        first_step: step at which this process began, or to which it rolled back: there is nothing to save at it.
+        saved_step: last step whose checkpoint is in this run's folder; None if there is none.
         stopping: whether the ranks have agreed to stop.
     """
 
@@ -81,7 +82,9 @@ class Run:
     saver: Saver
     uploads: Uploads | None
     stop: StopRequest
-    timer: StepTimer
+    metrics: MetricsQueue
+    first_step: int
+    saved_step: int | None
     stopping: bool = False
 
     @property
@@ -93,21 +96,30 @@ class Run:
         """The model without wrappers, for what needs no gradients."""
         return self.accelerator.unwrap_model(self.model)
 
-    def due_evaluations(self, saving: bool) -> list[Evaluation]:
-        """The evaluations that are due before the next step.
+    @property
+    def is_over(self) -> bool:
+        return self.stopping or self.state.step == self.config.max_steps
 
-        Args:
-            saving: whether a checkpoint is saved here.
-        """
+    @property
+    def save_due(self) -> bool:
         step = self.state.step
-        last = step == self.config.max_steps
+        return step == self.config.max_steps or (step > 0 and step % self.config.checkpointing.save_steps == 0)
+
+    @property
+    def is_own_step(self) -> bool:
+        """Whether the weights are those of a step of this run, not those that it began with."""
+        return self.state.step != self.first_step or self.state.step == self.saved_step
+
+    def due_evaluations(self) -> list[Evaluation]:
+        """Returns the evaluations that are due before the next step."""
+        step = self.state.step
         return [
             evaluation
             for evaluation in self.evaluations
             if evaluation.every
             and (
-                last
-                or (saving and evaluation.at_checkpoints)
+                step == self.config.max_steps
+                or (self.save_due and evaluation.at_checkpoints)
                 or (step % evaluation.every == 0 and (step > 0 or evaluation.at_start))
             )
         ]

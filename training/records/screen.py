@@ -1,81 +1,49 @@
 """Standard output that cannot end a run."""
 
-import io
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any
 
 
-class Screen(io.TextIOBase):
-    """A stream that ignores further output after the stream behind it fails: a closed pipe, full disk, lost terminal.
+class Screen:
+    """A stream that falls silent once the stream behind it fails: a closed pipe, a full disk, a lost terminal.
 
-    Args:
-        name: of the stream, for the message.
-        stream: None if the process was started without one.
+    Attributes:
+        failure: message about that, to be recorded once; None before and after.
     """
 
-    def __init__(self, name: str, stream: TextIO | None) -> None:
+    def __init__(self, name: str, stream: Any) -> None:
         self.name, self.stream = name, stream
-        self.message: str | None = None
+        self.failure: str | None = None
         if stream is None or stream.closed:
-            self.stream = None
-            self._note("it was closed at the start")
+            self._silence("it was closed at the start")
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self.stream, "encoding", None) or "utf-8"
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
-
-    def fileno(self) -> int:
-        if self.stream is None:
-            raise io.UnsupportedOperation("no stream")
-        return self.stream.fileno()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)  # such as `buffer`, which libraries may use
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
         # For terminals with ASCII only, the rest is escaped.
-        shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-        self._attempt(lambda stream: stream.write(shown))
+        self._attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        self._attempt(lambda stream: stream.flush())
+        self._attempt(self.stream.flush)
 
-    def _attempt(self, act: Callable[[TextIO], object]) -> None:
-        if self.stream is None:
-            return
+    def _attempt(self, act: Callable[..., Any], *arguments: Any) -> None:
         try:
-            act(self.stream)
+            act(*arguments)
         except (OSError, ValueError) as error:  # ValueError: it was closed
-            stream, self.stream = self.stream, None
-            _discard(stream)
-            self._note(str(error))
+            self._silence(str(error))
 
-    def _note(self, reason: str) -> None:
-        self.message = f"{self.name} is gone ({reason}); the run continues without it"
-
-    def take_message(self) -> str | None:
-        """The message about a failed stream, once; else None."""
-        message, self.message = self.message, None
-        return message
-
-
-def _discard(stream: TextIO) -> None:
-    """Redirects the rest of a stream's buffer, and everything that libraries still write to it, to the null device."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    except (OSError, ValueError):  # no descriptor: nothing can be written to it
-        return
+    def _silence(self, reason: str) -> None:
+        """Sends the rest of the output, that of libraries in C too, to the null device."""
+        before, self.stream = self.stream, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
+            os.dup2(self.stream.fileno(), before.fileno())
+        self.failure = f"{self.name} is gone ({reason}); the run continues without it"
 
 
 def install() -> None:
@@ -91,6 +59,10 @@ def install() -> None:
 
 
 def messages() -> list[str]:
-    """The messages about failed streams, each once."""
-    screens = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Screen)]
-    return [message for screen in screens if (message := screen.take_message()) is not None]
+    """Returns the messages about failed streams, each once."""
+    found: list[str] = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Screen) and stream.failure is not None:
+            found.append(stream.failure)
+            stream.failure = None
+    return found

@@ -1,8 +1,10 @@
 """Metrics of a training step, read without making the host wait for the next step."""
 
+import contextlib
+import re
 import time
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,38 +12,20 @@ from torch import Tensor
 
 from eval.common.devices import peak_memory
 
-
-class Event(Protocol):
-    """A point in the work of a device, as `torch.cuda.Event`."""
-
-    def record(self) -> None: ...
-    def synchronize(self) -> None: ...
-    def elapsed_time(self, end: Any) -> float: ...
-
-
-class HostEvent:
-    """A time stamp of the host, for devices without events."""
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        """Does nothing: the event has happened."""
-
-    def elapsed_time(self, end: "HostEvent") -> float:
-        """Milliseconds from this event to `end`."""
-        return 1000 * (end.time - self.time)
-
-
-def new_event(device: torch.device) -> Event:
-    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host; from CUDA it is complete after an event that is recorded after this call."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+# Dense tensor-core peaks at bf16 of the vendors' data sheets, in FLOP/s. A device that is not here has no known peak.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +36,10 @@ class LaunchedStep:
         step: its number, from 0.
         batch: its sequences, as the positions of the first and of the one after the last.
         tokens: consumed by the run, this step's included.
-        batch_tokens: of this step, over all ranks.
-        learning_rate: of this step; Muon's may have another peak.
-        start, end: of the device's work on it.
-        by_rank: by the name of each metric its values, `[P]`, one for each rank.
+        batch_tokens: tokens in this step, over all ranks.
+        learning_rate: AdamW's; Muon's may have another peak.
+        values: per-rank values keyed by metric, each `[world_size]` on the host once `done` has happened.
+        done: end of the device's work on it; None if the values are there already.
     """
 
     step: int
@@ -63,90 +47,113 @@ class LaunchedStep:
     tokens: int
     batch_tokens: int
     learning_rate: float
-    start: Event
-    end: Event
-    by_rank: dict[str, Tensor]
+    values: dict[str, Tensor]
+    done: torch.cuda.Event | None
 
-    def finish(self) -> tuple[dict[str, Any], bool]:
-        """Waits for this step, but not for later work; returns its metrics, and whether any rank is to stop.
 
-        Metrics that have no other rule here are means over the ranks.
+@dataclass
+class MetricsQueue:
+    """Launched steps, first in, first out: on CUDA the host reads a step while the device works on the next one.
+
+    Attributes:
+        depth: steps that may wait in it: 1 on CUDA, else 0.
+        started: when the device began with the oldest of them, on the host's clock.
+    """
+
+    depth: int
+    started: float = 0.0
+    steps: list[LaunchedStep] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Starts the clock of a step, unless an earlier one is still in the queue, at whose end it begins."""
+        if not self.steps:
+            self.started = time.perf_counter()
+
+    def push(self, step: LaunchedStep) -> LaunchedStep | None:
+        """Adds a step; returns the oldest if more than `depth` are in the queue."""
+        self.steps.append(step)
+        return self.pop() if len(self.steps) > self.depth else None
+
+    def pop(self) -> LaunchedStep | None:
+        """Removes the oldest step and returns it, None if the queue is empty."""
+        return self.steps.pop(0) if self.steps else None
+
+    def read(self, step: LaunchedStep) -> tuple[dict[str, Any], bool]:
+        """Waits for a popped step, but not for later work; returns its metrics, and whether any rank is to stop.
+
+        Metrics without a rule of their own here are means over the ranks.
         """
-        self.end.synchronize()
-        seconds = self.start.elapsed_time(self.end) / 1000
-        by_rank = {name: values.tolist() for name, values in self.by_rank.items()}
-        stop, memory, grad_norm = (by_rank.pop(name) for name in ("stop", "memory_bytes", "grad_norm"))
-        means = {name: sum(values) / len(values) for name, values in by_rank.items()}
+        if step.done is not None:
+            step.done.synchronize()
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        values = {name: by_rank.tolist() for name, by_rank in step.values.items()}
+        stop, memory, grad_norm = (values.pop(name) for name in ("stop", "memory_bytes", "grad_norm"))
+        means = {name: sum(by_rank) / len(by_rank) for name, by_rank in values.items()}
         waited, z_loss = means.pop("data_wait"), means.pop("z_loss")
         metrics = {
             **means,
             **({"z_loss": z_loss} if z_loss else {}),
-            "learning_rate": self.learning_rate,
+            "learning_rate": step.learning_rate,
             "grad_norm": grad_norm[0],  # of the global batch: the same on all ranks
-            "tokens": self.tokens,
-            "batch_tokens": self.batch_tokens,
-            "tokens_per_second": self.batch_tokens / seconds,
+            "tokens": step.tokens,
+            "batch_tokens": step.batch_tokens,
+            "tokens_per_second": step.batch_tokens / seconds,
             "data_wait": waited / seconds,
             "memory_bytes": int(max(memory)),
         }
         return metrics, any(stop)
 
 
-class StepTimer:
-    """Times steps by the device's clock, one after the other, and holds the last launched one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.launched: LaunchedStep | None = None
-        self.start = new_event(device)
-
-    def begin(self) -> None:
-        """Begins a step: at the end of the launched one, or now if there is none."""
-        if self.launched is None:
-            self.start = new_event(self.device)
-            self.start.record()
-        else:
-            self.start = self.launched.end
-
-    def launch(self, names: list[str], by_rank: Tensor, **step: Any) -> LaunchedStep | None:
-        """Notes that all work of the step is launched; returns the step before it, if there is one.
-
-        Args:
-            names, by_rank: metrics, as `gather_metrics` gives them.
-            step: the other attributes of `LaunchedStep`.
-        """
-        host = to_host(by_rank)
-        end = new_event(self.device)
-        end.record()
-        columns = dict(zip(names, host.unbind(dim=1), strict=True))
-        before, self.launched = self.launched, LaunchedStep(start=self.start, end=end, by_rank=columns, **step)
-        return before
-
-    def take(self) -> LaunchedStep | None:
-        """Returns the launched step, and forgets it."""
-        launched, self.launched = self.launched, None
-        return launched
-
-
 def gather_metrics(
     accelerator: Accelerator, results: dict[str, Tensor], waited: float, stop: bool
-) -> tuple[list[str], Tensor]:
-    """The metrics of a step from all ranks, without waiting for the device. Collective.
+) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Gathers the metrics of a step without waiting for the device. Collective.
 
     Args:
-        results: scalars on the device, by name, as `training_step` returns them.
+        results: scalars on the device, keyed by name, as `training_step` returns them.
         waited: seconds that this rank waited for data.
         stop: whether this rank is asked to stop.
 
     Returns:
-        Their N names, and `[P, N]` on the device.
+        `values` and `done` of `LaunchedStep`.
     """
-    on_host = {"data_wait": waited, "memory_bytes": peak_memory(accelerator.device), "stop": stop}
-    host = torch.tensor(list(on_host.values()), dtype=torch.float32)
-    if accelerator.device.type == "cuda":
-        host = host.pin_memory().to(accelerator.device, non_blocking=True)
-    mine = torch.cat(
-        (torch.stack([result.reshape(()) for result in results.values()]).float(), host.to(accelerator.device))
-    )
+    device = accelerator.device
+    on_host = {"data_wait": waited, "memory_bytes": peak_memory(device), "stop": stop}
+    host = torch.tensor(list(on_host.values()), dtype=torch.float32, pin_memory=device.type == "cuda")
+    scalars = torch.stack([result.reshape(()) for result in results.values()]).float()
+    mine = torch.cat((scalars, host.to(device, non_blocking=True)))
     names = [*results, *on_host]
-    return names, accelerator.gather(mine).view(-1, len(names))
+    gathered, done = accelerator.gather(mine).view(-1, len(names)), None
+    if device.type == "cuda":
+        gathered = torch.empty(gathered.shape, pin_memory=True).copy_(gathered, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+    return dict(zip(names, gathered.cpu().unbind(dim=1), strict=True)), done
+
+
+def peak_flops(device_name: str, mixed_precision: str) -> float | None:
+    """Returns the device's peak at a precision, in FLOP/s; None for an unknown device or precision, never a guess."""
+    name = next((name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)), None)
+    if name is None or mixed_precision not in ("bf16", "fp16"):
+        return None
+    return _PEAK_FLOPS[name]
+
+
+def read_gpu(device: torch.device) -> dict[str, float]:
+    """Returns utilization in %, temperature in °C and power in W of an NVIDIA GPU, as far as the driver tells them.
+
+    torch needs nvidia-ml-py for that.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {}
+    readings = {
+        "gpu_utilization": lambda: float(torch.cuda.utilization(device)),
+        "gpu_temperature": lambda: float(torch.cuda.temperature(device)),
+        "gpu_power": lambda: torch.cuda.power_draw(device) / 1000,
+    }
+    found = {}
+    for name, read in readings.items():
+        with contextlib.suppress(Exception):  # each driver, and a missing library, has errors of its own
+            found[name] = read()
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data_prep.common.command_line import UserError
-from data_prep.common.locks import LOCK_NAME
+from data_prep.common.locks import LOCK_NAME, locked
 from eval.common.devices import peak_memory
 from eval.common.launch import processes_launched
 from eval.common.models import from_pretrained
@@ -28,57 +28,54 @@ from training.resilience.disk_space import checkpoints_kept, gib, room_for_check
 from training.settings.config import TrainingConfig
 from training.settings.schema import NEWEST
 
-_SENTINEL = "made_by_preflight"
 _TIMED_STEPS = 3
 _HELLASWAG_ITEMS = 64
 
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Owns a locked folder during a preflight: empties it of what a killed preflight has left, and at the end.
-
-    A sentinel file shows that a preflight has made the content.
+    """Locks a folder for a preflight, empties it of what a killed one has left, and removes it at the end.
 
     Raises:
-        UserError: if something else is in it.
+        UserError: if another program, or a preflight that still runs, has made it.
     """
-    sentinel = folder / _SENTINEL
-    if not sentinel.is_file() and (others := sorted(set(os.listdir(folder)) - {LOCK_NAME})):
+    # A preflight locks its folder before anything else.
+    if folder.exists() and not (folder / LOCK_NAME).is_file() and (others := sorted(os.listdir(folder))):
         raise UserError(f"{folder}: {others[0]} is in the way of the preflight, which did not make it; move it")
-    _empty(folder)
-    sentinel.touch()
     try:
-        yield
-    finally:
-        if sentinel.is_file():
+        with locked(folder):
             _empty(folder)
-            sentinel.unlink()
-
-
-def remove_if_empty(*folders: Path) -> None:
-    """Removes the folders of a preflight, if nothing else is in them."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+            try:
+                yield
+            finally:
+                _empty(folder)
+    finally:
+        for path in (folder, folder.parent):
+            with contextlib.suppress(OSError):  # something else is in it
+                path.rmdir()
 
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (LOCK_NAME, _SENTINEL):
+        elif path.name != LOCK_NAME:
             path.unlink()
 
 
-def apply_preflight_overrides(config: TrainingConfig) -> None:
-    """Makes the run write into a folder beside its own, on the same disk, report to no tracker, and evaluate little."""
+def preflight_config(config: TrainingConfig) -> TrainingConfig:
+    """Returns the settings of a run in a folder beside its own, on the same disk, without trackers, that evaluates
+    little."""
     run, evaluation = config.run, config.evaluation
-    run.output_dir = str(config.run_folder.parent / ".preflight" / config.run_folder.name)
-    run.auto_resume, config.logging.report_to = False, "none"
-    run.resume_from_checkpoint = None if run.resume_from_checkpoint == NEWEST else run.resume_from_checkpoint
-    evaluation.val_tokens = min(evaluation.val_tokens, config.optimizer.batch_tokens)
-    evaluation.hellaswag_limit = min(evaluation.hellaswag_limit or _HELLASWAG_ITEMS, _HELLASWAG_ITEMS)
-    evaluation.lm_eval_limit = min(evaluation.lm_eval_limit or processes_launched(), processes_launched())
+    return config.replace(
+        output_dir=str(config.run_folder.parent / ".preflight" / config.run_folder.name),
+        auto_resume=False,
+        report_to="none",
+        resume_from_checkpoint=None if run.resume_from_checkpoint == NEWEST else run.resume_from_checkpoint,
+        val_tokens=min(evaluation.val_tokens, config.optimizer.batch_tokens),
+        hellaswag_limit=min(evaluation.hellaswag_limit or _HELLASWAG_ITEMS, _HELLASWAG_ITEMS),
+        lm_eval_limit=min(evaluation.lm_eval_limit or processes_launched(), processes_launched()),
+    )
 
 
 @dataclass(frozen=True)

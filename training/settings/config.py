@@ -135,6 +135,15 @@ class TrainingConfig:
         """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
+    def replace(self, **settings: Any) -> "TrainingConfig":
+        """Returns a copy with other values of some settings."""
+        groups = {}
+        for group in dataclasses.fields(self):
+            old = getattr(self, group.name)
+            own = {f.name for f in dataclasses.fields(old)}
+            groups[group.name] = dataclasses.replace(old, **{n: v for n, v in settings.items() if n in own})
+        return dataclasses.replace(self, **groups)
+
     def result_affecting_settings(self, mixed_precision: str) -> dict[str, Any]:
         """The settings that change the result of a run; those of its data are in `Data.identity`.
 

@@ -1,16 +1,27 @@
 """Checks the settings of a run before anything is loaded: all problems at once."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from data_prep.common.command_line import raise_all, unknown_name
+from data_prep.common.command_line import UserError, raise_all, unknown_name
 from data_prep.common.hub import is_on_hub, repository_problem
-from eval.common.launch import launch_problems, on_cpu, uses_fsdp
+from eval.common.launch import launch_problems, on_cpu, processes_launched, uses_fsdp
 from eval.hellaswag import RULES
 from training.settings.config import TrainingConfig
 from training.settings.parsing import read_settings
 from training.settings.schema import QUICKSTART_DATA, EvaluationSettings
+
+
+def read_config() -> TrainingConfig:
+    """Reads the settings of this process's command line, as `load_config`; the first rank prints errors for all."""
+    try:
+        return load_config(sys.argv[1:], processes_launched())
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)
+        raise
 
 
 def load_config(argv: list[str], num_processes: int) -> TrainingConfig:

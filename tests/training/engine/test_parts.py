@@ -5,7 +5,7 @@ import torch
 
 from modeling import GPTConfig, GPTModel
 from training.engine.optimizer import make_optimizer
-from training.records.flops import peak_flops
+from training.records.step_metrics import peak_flops
 from training.settings.schema import OptimizerSettings
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.engine.optimizer import describe, make_optimizer
-from training.records.gpu_state import read_gpu
+from training.records.step_metrics import read_gpu
 from training.records.run_log import progress
 from training.settings.schema import OptimizerSettings
 

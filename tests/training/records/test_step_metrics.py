@@ -1,10 +1,12 @@
-"""The step timer on a simulated stream: a device that works behind the host, and two clocks."""
+"""The queue of launched steps on a simulated device that works behind the host."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from training.records import step_metrics
-from training.records.step_metrics import StepTimer
+from training.records.step_metrics import LaunchedStep, MetricsQueue
 
 
 class Stream:
@@ -21,76 +23,67 @@ class Stream:
         self.host = max(self.host, self.done)
 
 
-class Event:
-    def __init__(self, stream):
-        self.stream = stream
-
-    def record(self):
-        self.time = max(self.stream.done, self.stream.host)
-
-    def synchronize(self):
-        self.stream.host = max(self.stream.host, self.time)
-
-    def elapsed_time(self, end):
-        return 1000 * (end.time - self.time)
-
-
 @pytest.fixture
 def stream(monkeypatch):
     stream = Stream()
-    monkeypatch.setattr(step_metrics, "new_event", lambda device: Event(stream))
+    monkeypatch.setattr(step_metrics, "time", SimpleNamespace(perf_counter=lambda: stream.host))
     return stream
 
 
-def launch(steps, step, loss=1.0, stop=0.0):
+def launched(stream, step, loss=1.0, stop=0.0):
+    """A step of two ranks whose end is the end of all that the device has been given so far."""
     names = ["loss", "z_loss", "grad_norm", "data_wait", "memory_bytes", "stop"]
     by_rank = torch.tensor([[loss, 0.0, 2.0, 0.01, 5e9, stop], [loss + 1, 0.0, 2.0, 0.03, 7e9, 0.0]])
-    about = {"step": step, "batch": (0, 1), "tokens": 0, "batch_tokens": 1000, "learning_rate": 0.1}
-    return steps.launch(names, by_rank, **about)
+    end = stream.done
+
+    def synchronize():
+        stream.host = max(stream.host, end)
+
+    values = dict(zip(names, by_rank.unbind(dim=1), strict=True))
+    return LaunchedStep(step, (0, 1), 0, 1000, 0.1, values, SimpleNamespace(synchronize=synchronize))
 
 
-def test_the_throughput_of_each_step_is_right_before_and_after_evaluations(stream):
-    steps, seconds, seen = StepTimer(torch.device("cpu")), [0.5, 0.1, 0.2, 0.3, 0.2, 0.4], {}
+@pytest.mark.parametrize("depth", [0, 1])
+def test_throughput_excludes_evaluations_at_any_depth(stream, depth):
+    queue, seconds, seen = MetricsQueue(depth), [0.5, 0.1, 0.2, 0.3, 0.2, 0.4], {}
 
-    def finish(done):
-        if done is not None:
-            metrics, _ = done.finish()
-            seen[done.step] = metrics["tokens_per_second"]
+    def read(step):
+        if step is not None:
+            seen[step.step] = queue.read(step)[0]["tokens_per_second"]
 
     for step, took in enumerate(seconds):
-        if step in (2, 4):  # an evaluation, which begins when all that was launched has been recorded
-            finish(steps.take())
+        if step in (2, 4):  # an evaluation, which begins when all that was launched has been read
+            read(queue.pop())
             stream.enqueue(10)
             stream.wait()
             stream.host += 3
-        steps.begin()
+        queue.begin()
         stream.host += 0.01  # that it takes to launch a step
         stream.enqueue(took)
-        finish(launch(steps, step))
-        if step == 5:
-            finish(steps.take())
+        read(queue.push(launched(stream, step)))
+    read(queue.pop())
     # A step that nothing is in front of waits for its launch.
-    launched = [0.01 if step in (0, 2, 4) else 0 for step in range(6)]
-    assert seen == pytest.approx({n: 1000 / (seconds[n] + launched[n]) for n in range(6)}, rel=0.01)
+    delays = [0.01 if depth == 0 or step in (0, 2, 4) else 0 for step in range(6)]
+    assert seen == pytest.approx({n: 1000 / (seconds[n] + delays[n]) for n in range(6)}, rel=0.01)
 
 
 def test_the_host_does_not_wait_for_the_step_behind(stream):
     """It reads a step's numbers when that one is done, with the next one's work still before it."""
-    steps = StepTimer(torch.device("cpu"))
+    queue = MetricsQueue(depth=1)
     for step in range(2):
-        steps.begin()
+        queue.begin()
         stream.enqueue(1.0)
-        done = launch(steps, step)
-    done.finish()
+        done = queue.push(launched(stream, step))
+    queue.read(done)
     assert (stream.host, stream.done) == (1.0, 2.0)
 
 
 def test_metrics_of_all_ranks(stream):
-    steps = StepTimer(torch.device("cpu"))
-    steps.begin()
+    queue = MetricsQueue(depth=1)
+    queue.begin()
     stream.enqueue(2.0)
-    assert launch(steps, 0, stop=1.0) is None
-    metrics, stop = steps.take().finish()
-    assert stop and steps.take() is None
+    assert queue.push(launched(stream, 0, stop=1.0)) is None
+    metrics, stop = queue.read(queue.pop())
+    assert stop and queue.pop() is None
     assert metrics["loss"] == 1.5 and next(iter(metrics)) == "loss" and metrics["grad_norm"] == 2.0
     assert metrics["data_wait"] == pytest.approx(0.01) and metrics["memory_bytes"] == 7e9
