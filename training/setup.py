@@ -20,10 +20,7 @@ from training.engine.data import Data, load_data
 from training.engine.distributed import decide_on_main, describe_device, make_accelerator
 from training.engine.model import check_initial_model, find_micro_batch, make_model
 from training.engine.optimizer import describe, make_optimizer
-from training.evaluations.harness import HarnessEvaluation
-from training.evaluations.hellaswag import HellaSwagEvaluation
-from training.evaluations.samples import Samples
-from training.evaluations.validation import Validation
+from training.evaluations import HarnessEvaluation, HellaSwagEvaluation, Samples, Validation
 from training.loop.run import Evaluation, Run
 from training.loop.stopping import StopRequest
 from training.publishing.uploader import Uploads

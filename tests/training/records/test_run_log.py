@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from training.engine.optimizer import describe, make_optimizer
-from training.records.step_metrics import read_gpu
 from training.records.run_log import progress
+from training.records.step_metrics import read_gpu
 from training.settings.schema import OptimizerSettings
 
 STEP = {"loss": 4.56789, "learning_rate": 3e-3, "grad_norm": 0.987, "batch_tokens": 2048, "tokens_per_second": 8192.0}

@@ -1,0 +1,178 @@
+"""What is evaluated during a run: validation loss, HellaSwag, the lm-evaluation-harness, samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from eval.common.generation import Sampling, generate, isolated_random_state
+from eval.common.scores import bits_per_byte
+from eval.harness import evaluate_tasks, load_tasks
+from eval.hellaswag import HellaSwag, read_items
+from eval.loss import summed_loss
+from training.engine.batches import Batches
+from training.engine.data import Data, validation_sequences
+from training.loop.run import Run
+from training.settings.config import TrainingConfig
+from training.settings.schema import EvaluationSettings
+
+
+@dataclass
+class Validation:
+    """The loss on the same first sequences of the validation split each time.
+
+    Attributes:
+        val_data, train_data: the batches of both splits.
+        sequences: of one validation.
+        text_bytes: of the text that their labels stand for; None if neither the tokens nor the manifests tell it.
+    """
+
+    every: int
+    val_data: Batches
+    train_data: Batches
+    sequences: int
+    text_bytes: int | None
+    at_start: bool = True
+    at_checkpoints: bool = True
+
+    @classmethod
+    def prepare(cls, config: TrainingConfig, data: Data, train_data: Batches, tokenizer: Any) -> "Validation":
+        """Reads the labels once, for the size of their text."""
+        val_data = data.batches(config, "val")
+        sequences = validation_sequences(val_data, config.evaluation.val_tokens)
+        text_bytes = data.val_text_bytes(val_data, sequences, tokenizer)
+        return cls(config.evaluation.eval_steps, val_data, train_data, sequences, text_bytes)
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Loss in nats per token, and bits per byte of text. Collective: each rank takes its part of the sequences."""
+        accelerator, step = run.accelerator, run.state.step
+        batches = self.val_data.for_rank(
+            self.sequences, run.micro_batch, accelerator.process_index, accelerator.num_processes
+        )
+        nats, tokens = run.sum_over_processes(*summed_loss(run.bare_model, batches, run.check_stop))
+        losses = {"val_loss": nats / tokens}
+        shown = "bits per byte not available"
+        if self.text_bytes:
+            losses["val_bits_per_byte"] = bits_per_byte(nats, self.text_bytes)
+            shown = f"{losses['val_bits_per_byte']:.3f} bits per byte"
+        run.log.print(f"step {step:>6}  validation loss {losses['val_loss']:.4f}, {shown}")
+        consumed = run.data.consumed(self.train_data, run.state.position)
+        for folder, read in consumed.items() if len(consumed) > 1 else ():
+            run.log.print(
+                f"{'':13}{folder}: {read['share']:.1%}, {read['tokens']:,} tokens, {read['epochs']:.2f} epochs"
+            )
+        run.log.note(data=consumed)
+        return losses
+
+
+@dataclass
+class HellaSwagEvaluation:
+    """Accuracy under one rule of scoring."""
+
+    every: int
+    task: HellaSwag
+    at_start: bool = True
+    at_checkpoints: bool = False
+
+    @classmethod
+    def prepare(cls, settings: EvaluationSettings, tokenizer: Any) -> list["HellaSwagEvaluation"]:
+        """One evaluation for each rule; none if the run does not evaluate on HellaSwag."""
+        if not settings.hellaswag_every:
+            return []
+        file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
+        items = read_items(file)[: settings.hellaswag_limit]
+        return [
+            cls(settings.hellaswag_every, HellaSwag.prepare(items, rule, tokenizer))
+            for rule in settings.hellaswag_rules
+        ]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """`acc` and `acc_norm`. Collective: the ranks share the items."""
+        result = self.task.evaluate(run.accelerator, run.bare_model, before_batch=run.check_stop)
+        run.log.print(f"step {run.state.step:>6}  HellaSwag ({result.rule}) {result}")
+        return result.metrics()
+
+
+@dataclass
+class HarnessEvaluation:
+    """The harness on some of its tasks, whose full results are kept beside the checkpoints.
+
+    Attributes:
+        task_manager: the harness's index of its tasks.
+    """
+
+    every: int
+    tokenizer: Any
+    task_manager: Any
+    at_start: bool = False
+    at_checkpoints: bool = False
+
+    @classmethod
+    def prepare(cls, config: TrainingConfig, tokenizer: Any) -> list["HarnessEvaluation"]:
+        """The evaluation, with its tasks loaded; none if the run does not use the harness."""
+        settings = config.evaluation
+        if not settings.lm_eval_every:
+            return []
+        return [cls(settings.lm_eval_every, tokenizer, load_tasks(settings.lm_eval_tasks, config.model.n_positions))]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """The score of each task and metric. Collective."""
+        settings, step = run.config.evaluation, run.state.step
+        run.checkpoints.mkdir(exist_ok=True)
+        device = run.accelerator.device
+        with isolated_random_state(run.config.run.seed, device), torch.compiler.set_stance("force_eager"):
+            scores = evaluate_tasks(
+                run.accelerator,
+                run.bare_model,
+                self.tokenizer,
+                settings.lm_eval_tasks,
+                self.task_manager,
+                output=run.checkpoints / f"step_{step:08d}.lm_eval.json",
+                limit=settings.lm_eval_limit,
+                check_stop=run.check_stop,
+            )
+        for name, score in scores.items():
+            run.log.print(f"step {step:>6}  {name} {score:.4f}")
+        return scores
+
+
+@dataclass
+class Samples:
+    """Continuations of the prompts in the settings, drawn with random numbers that training does not share."""
+
+    every: int
+    tokenizer: Any
+    at_start: bool = False
+    at_checkpoints: bool = False
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """The texts, each with its prompt: the same ones for any number of processes. Collective.
+
+        Each process generates its share. All ranks of a sharded model generate all texts, as none can without the rest.
+        """
+        settings, accelerator = run.config.evaluation, run.accelerator
+        prompts = [prompt for prompt in settings.sample_prompts for _ in range(settings.samples_per_prompt)]
+        rank, turns = (0, 1) if accelerator.is_fsdp2 else (accelerator.process_index, accelerator.num_processes)
+        mine = []
+        for first in range(0, len(prompts), turns):
+            run.check_stop()
+            if (number := first + rank) < len(prompts):
+                mine.append((number, self._sample(run, number, prompts[number])))
+        texts = dict(gather_object(mine))
+        for number, prompt in enumerate(prompts):
+            run.log.sample(run.state.step, prompt, texts[number])
+        return {f"sample/{number}": prompt + texts[number] for number, prompt in enumerate(prompts)}
+
+    def _sample(self, run: Run, number: int, prompt: str) -> str:
+        settings = run.config.evaluation
+        sampling = Sampling(
+            max_new_tokens=settings.sample_tokens,
+            temperature=settings.sample_temperature,
+            top_k=settings.sample_top_k,
+            seed=run.config.run.seed + number,
+        )
+        # Generation would recompile for every length; past torch's limit training would lose its own code.
+        with torch.compiler.set_stance("force_eager"):
+            return generate(run.bare_model, self.tokenizer, prompt, sampling).texts[0]
