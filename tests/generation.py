@@ -1,16 +1,9 @@
-"""Generation by stock GPT-2, by `GPTModel` and by a loop without any cache: the same tokens three times.
+"""Generation by stock GPT-2, by `GPTModel` and by a loop without any cache: the same tokens three times."""
 
-PYTHONPATH=. python tests/generation.py runs/quickstart/checkpoints/step_00001000
-"""
-
-import itertools
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
-from transformers.utils import logging
 
 from modeling import GPTModel
 
@@ -65,19 +58,3 @@ def three_ways(
             )
     torch.manual_seed(5)
     return [*texts, without_cache(ours, ids, mask, sample)]
-
-
-def main() -> None:
-    logging.set_verbosity_error()  # of the end of text, which is switched off
-    folder = Path(sys.argv[1])
-    stock, ours = (cls.from_pretrained(folder, dtype=torch.float32).eval() for cls in (GPT2LMHeadModel, GPTModel))
-    for kind, sample, name in itertools.product(KINDS, SAMPLING, LENGTHS):
-        first, second, third = three_ways(stock, ours, kind, sample, LENGTHS[name])
-        same = torch.equal(first, second) and torch.equal(second, third)
-        print(f"{kind:8} {'sampled' if sample else 'greedy':8} {name:12} {'equal' if same else 'DIFFERENT'}")
-        if not same:
-            sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
