@@ -38,14 +38,14 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
     """
     output = Path(config.output)
     work, report = output / "work", output / CLEANING_REPORT
-    reader = _claim(config, output)
+    stages = _claim(config, output)
     with locked(output):
         if not report.exists():
             work.mkdir(exist_ok=True)
             if (work / QUEUED).exists():
                 return None
             with _stderr_to(work / "log"):
-                _run_stages(config, reader, work)
+                _run_stages(config, stages, work)
             if config.executor == "slurm":
                 (work / QUEUED).touch()
                 return None
@@ -58,15 +58,10 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
     return read_json(report, list[CleaningStep])
 
 
-def _run_stages(config: CleanConfig, reader: Any, work: Path) -> None:
-    from data_prep.cleaning.stages import stages
-
-    problems: list[str] = []
-    planned = stages(config, reader, problems)
-    raise_all(problems)
+def _run_stages(config: CleanConfig, stages: list[Any], work: Path) -> None:
     executor = None
-    for number, stage in enumerate(planned, start=1):
-        print(f"{number}/{len(planned)} {stage.name}", flush=True)
+    for number, stage in enumerate(stages, start=1):
+        print(f"{number}/{len(stages)} {stage.name}", flush=True)
         executor = executor_class(config.executor)(
             pipeline=stage.pipeline,
             tasks=stage.tasks,
@@ -97,16 +92,16 @@ def _stderr_to(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _claim(config: CleanConfig, output: Path) -> Any:
+def _claim(config: CleanConfig, output: Path) -> list[Any]:
     """Writes all that determines the result into the output folder, or checks that it is the same as there; returns the
-    reader of the sources, of the same commits on the Hub."""
-    from data_prep.cleaning.stages import make_reader
+    passes, over the same commits on the Hub."""
+    from data_prep.cleaning.stages import plan
 
     path = output / CLEANING_CONFIG
     stored = read_json(path, dict[str, Any]) if path.exists() else None
     commits = {name: found.get("commit") for name, found in (stored or {}).get("found", {}).items()}
     problems: list[str] = []
-    reader, corpora = make_reader(config, commits, problems)
+    corpora, stages = plan(config, commits, problems)
     raise_all(problems)
     for name, corpus in corpora.items():
         if corpus.not_read:
@@ -120,13 +115,13 @@ def _claim(config: CleanConfig, output: Path) -> Any:
         if different := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
             changes = (f"{name}={before.get(name)!r:.60} (now: {now.get(name)!r:.60})" for name in different)
             raise UserError(f"{output} was made with {', '.join(changes)}; choose another output, or remove this one")
-        return reader
+        return stages
     ours = (partial_name(path.name), LOCK_NAME)
     if output.exists() and any(found.name not in ours for found in output.iterdir()):
         raise UserError(f"{output} exists and was not made by this program (no {path.name}); choose another output")
     output.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(wanted, indent=2) + "\n")
-    return reader
+    return stages
 
 
 def _flat(settings: Any, where: str = "") -> dict[str, Any]:

@@ -56,14 +56,14 @@ def read_config(path: Path) -> CleanConfig:
     settings = read_yaml(path)
     if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
         raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
-    from data_prep.cleaning.stages import make_reader, stages
+    from data_prep.cleaning.stages import plan
 
     found = find_problems(settings, CleanConfig, str(path))
     problems, wrong = [problem for _, problem in found], {name for name, _ in found}
     config = validate({name: settings[name] for name in settings if name not in wrong}, CleanConfig, str(path))
     if "executor" not in wrong:
         check(executor_class(config.executor), config.executor_settings, "executor_settings", problems)
-    stages(config, make_reader(config, {}, problems)[0], problems)
+    plan(config, {}, problems)
     raise_all(list(dict.fromkeys(problems)), "problems", f"{path}: ")
     return config
 

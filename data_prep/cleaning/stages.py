@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 import re
 from collections import Counter, defaultdict
 from functools import partial
@@ -15,7 +16,6 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from data_prep.cleaning import steps
 from data_prep.cleaning.configuration import CleanConfig, construct
-from data_prep.cleaning.quality import Classifier
 from data_prep.cleaning.steps import Stage, Step
 from data_prep.common.command_line import UserError, unknown_name
 from data_prep.common.files import write_text
@@ -32,13 +32,14 @@ def _classes(*modules: Any) -> dict[str, Any]:
     return {name: k for name, k in found.items() if issubclass(k, PipelineStep) and not inspect.isabstract(k)}
 
 
-def make_reader(
+def plan(
     config: CleanConfig, commits: dict[str, str | None], problems: list[str]
-) -> tuple[steps.SourceReader, dict[str, Corpus]]:
-    """The reader of all sources, and what those consist of that it reads itself; adds to `problems`.
+) -> tuple[dict[str, Corpus], list[Stage]]:
+    """What the sources consist of, unless a reader of datatrove reads them, and the passes over them.
 
     Args:
-        commits: of the sources on the Hub.
+        commits: of the sources on the Hub, from an earlier call.
+        problems: gets all that is wrong with the sources and steps.
     """
     problems += [] if config.sources else ["sources: none is named"]
     problems += [] if config.output else ["output: no folder is named"]
@@ -64,14 +65,13 @@ def make_reader(
                     problems.append(f"{where}: {place!r}: there is nothing in it")
             except UserError as error:
                 problems.append(f"{where}: {error}")
-    return steps.SourceReader(found, config.tasks), corpora
+    return corpora, _stages(config, steps.SourceReader(found, config.tasks), problems)
 
 
-def stages(config: CleanConfig, reader: steps.SourceReader, problems: list[str]) -> list[Stage]:
+def _stages(config: CleanConfig, reader: steps.SourceReader, problems: list[str]) -> list[Stage]:
     """The passes of a cleaning, in order. The last one, a single task, moves the result to its final folder.
 
-    Steps that look at one document share a pass; the others read the output of a pass in passes of their own. Adds to
-    `problems` all that is wrong with the steps.
+    Steps that look at one document share a pass; the others read the output of a pass in passes of their own.
     """
     work, names, tasks = Path(config.output) / "work", list(config.sources), config.tasks * len(config.sources)
     ours = {name: getattr(steps, name) for name in ("Trafilatura", "LanguageFilter", "QualityClassifier", *TOGETHER)}
@@ -80,11 +80,8 @@ def stages(config: CleanConfig, reader: steps.SourceReader, problems: list[str])
     pipeline: list[Any] = [reader, Step("raw")]
     running: list[str] = []
     for number, step in enumerate(config.steps):
-        where, folder, own = (
-            f"steps.{step.step}",
-            work / f"{number:02d}",
-            names if step.sources is None else step.sources,
-        )
+        where, folder = f"steps.{step.step}", work / f"{number:02d}"
+        own = names if step.sources is None else step.sources
         problems += [f"{where}: sources: {unknown_name(name, names)}" for name in own if name not in names]
         if step.step not in known:
             problems.append(f"steps: {unknown_name(step.step, known)}")
@@ -142,7 +139,7 @@ def report(config: CleanConfig, work: Path) -> list[dict[str, Any]]:
         after = f"{number:02d}"
         settings = step.model_dump(exclude={"step"}, exclude_none=True)
         if step.step == "QualityClassifier":
-            settings["alpha"] = Classifier.load(work / after / steps.MODEL).alpha
+            settings["alpha"] = pickle.loads((work / after / steps.MODEL).read_bytes()).alpha
         total = sum((counts[after, source] for source in names), Counter())
         examples: dict[str, str] = {}
         for path in sorted((work / after / "examples").glob("*.jsonl")):

@@ -2,8 +2,8 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from data_prep.cleaning.quality import Classifier, keep
 from data_prep.common.command_line import UserError, unknown_name
 from data_prep.common.schema import Positive
 
-MODEL = "model.npz"  # of the quality classifier, in the folder of its step
+MODEL = "model.pickle"  # of the quality classifier, in the folder of its step
 _EXAMPLE_CHARACTERS = 600
 _MAX_PROB_EXCESS = 0.05  # fasttext adds 1e-5 to each of some hundred probabilities
 _REASONS = ("timeout", "broken_process", "clean_error")  # for what datatrove's extractors leave out
@@ -201,10 +201,10 @@ class QualityClassifier(BaseFilter):
     ) -> None:
         if unknown := [name for name in curated + raw if name not in reader.sources]:
             raise UserError(f"curated and raw are names of sources: {unknown_name(unknown[0], reader.sources)}")
-        super().__init__(exclusion_writer)
+        super().__init__(exclusion_writer, batch_size=64)
         self.curated, self.raw, self.documents, self.alpha, self.seed = curated, raw, documents, alpha, seed
         self.reader, self.model = reader, folder / MODEL
-        self.classifier: Classifier | None = None
+        self.classifier: Any = None
 
     def passes(self, tasks: int) -> list[Stage]:
         """The pass before this step."""
@@ -213,8 +213,8 @@ class QualityClassifier(BaseFilter):
     def train(self, data: DocumentsPipeline, rank: int, world_size: int) -> None:
         """Trains the classifier, and saves it."""
         self.model.parent.mkdir(parents=True, exist_ok=True)
-        classifier = Classifier.train(self._texts(self.curated), self._texts(self.raw))
-        (classifier if self.alpha is None else replace(classifier, alpha=self.alpha)).save(self.model)
+        classifier = Classifier.train(self._texts(self.curated), self._texts(self.raw), self.alpha)
+        self.model.write_bytes(pickle.dumps(classifier))
 
     def _texts(self, names: list[str]) -> Iterator[str]:
         """The first documents of each part: those of one are not like those of all."""
@@ -222,11 +222,18 @@ class QualityClassifier(BaseFilter):
         for name, part in itertools.product(names, range(self.reader.parts)):
             yield from (document.text for document in itertools.islice(self.reader.read(name, part), count))
 
-    def filter(self, doc: Document) -> bool:
+    def filter(self, doc: Document) -> Any:
         """As in datatrove."""
-        self.classifier = self.classifier or Classifier.load(self.model)
-        doc.metadata["quality_score"] = score = self.classifier.score(doc.text)
-        return keep(score, doc.text, self.classifier.alpha, self.seed)
+        return self.filter_batch([doc])[0]
+
+    def filter_batch(self, batch: list[Document]) -> list[Any]:
+        """As in datatrove."""
+        self.classifier = self.classifier or pickle.loads(self.model.read_bytes())
+        kept = []
+        for document, score in zip(batch, self.classifier.scores([one.text for one in batch]), strict=True):
+            document.metadata["quality_score"] = score
+            kept.append(keep(score, document.text, self.classifier.alpha, self.seed))
+        return kept
 
 
 class Decontamination(PipelineStep):

@@ -126,7 +126,10 @@ def test_language_is_that_of_fasttext(tmp_path, monkeypatch):
     flat = [f"__label__{label} {' '.join(text.split())}\n" for label in texts for text in texts[label]]
     (tmp_path / "train.txt").write_text("".join(flat))
     for _ in range(20):  # training sometimes fails, whatever the text: both labels get a probability of 1
-        model = fasttext.train_supervised(str(tmp_path / "train.txt"), lr=0.5, epoch=50, thread=1, verbose=0)
+        try:
+            model = fasttext.train_supervised(str(tmp_path / "train.txt"), lr=0.5, epoch=50, thread=1, verbose=0)
+        except RuntimeError:  # "Encountered NaN"
+            continue
         found = {text: dict(map(reversed, model.f.predict(f"{' '.join(text.split())}\n", -1, 0.0, "strict")))
                  for label in texts for text in texts[label]}  # fmt: skip
         if all((found[text]["__label__en"] < 0.5) == (label == "de") for label in texts for text in texts[label]):
