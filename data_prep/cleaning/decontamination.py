@@ -80,9 +80,8 @@ def _spans(text: str) -> np.ndarray:
     return np.array([found.span() for found in re.finditer(r"\S+", text) if split_words(found[0])])
 
 
-def _ngrams(text: str, lengths: Iterable[int]) -> Iterator[np.ndarray]:
+def _ngrams(words: list[str], lengths: Iterable[int]) -> Iterator[np.ndarray]:
     """For each length, in ascending order, the hash of so many words from each word on, `[n-grams]` uint64."""
-    words = split_words(text)
     values = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
     hashes, done = np.zeros(len(words) + 1, dtype=np.uint64), 0
     for length in lengths:
@@ -112,8 +111,9 @@ class Index:
         """
         found, lengths = [np.empty(0, dtype=np.uint64)], set()
         for text in texts:
-            if (own := min(len(split_words(text)), length)) >= SHORTEST_NGRAM:
-                found += _ngrams(text, [own])
+            words = split_words(text)
+            if (own := min(len(words), length)) >= SHORTEST_NGRAM:
+                found += _ngrams(words, [own])
                 lengths.add(own)
         return cls(np.unique(np.concatenate(found)), tuple(sorted(lengths)))
 
@@ -124,7 +124,7 @@ class Index:
             For each occurrence, its index in `hashes`, `[found]`, and its first and last character, `[found, 2]`.
         """
         indices, words = [np.empty(0, dtype=np.int64)], [np.empty((0, 2), dtype=np.int64)]
-        for length, ngrams in zip(self.lengths, _ngrams(text, self.lengths), strict=True):
+        for length, ngrams in zip(self.lengths, _ngrams(split_words(text), self.lengths), strict=True):
             hits = np.flatnonzero(self._prefixes[ngrams >> np.uint64(40)])
             index = np.minimum(np.searchsorted(self.hashes, ngrams[hits]), len(self.hashes) - 1)
             equal = self.hashes[index] == ngrams[hits]

@@ -1,6 +1,5 @@
 """Cleaning: what was planted is what the report counts, whoever does the work and however often it is interrupted."""
 
-import itertools
 import json
 import os
 import random
@@ -114,20 +113,6 @@ def test_each_step_drops_what_was_planted_for_it(everything):
     assert report["FineWebQualityFilter"].dropped == {"line_punct_ratio": 1}
 
 
-def test_counts_follow_from_each_other_and_from_the_files(everything):
-    folder, report, _, _ = everything
-    steps = list(report.values())
-    raw = [text for name in ("web", "books") for text in Source(str(folder / name)).resolve().documents()]
-    assert steps[0].documents_in == len(raw) and steps[0].characters_in == sum(map(len, raw))
-    for before, after in itertools.pairwise(steps):
-        assert before.documents_out == after.documents_in
-        assert before.characters_out == after.characters_in
-    for name, records in read(folder / "out").items():
-        counts = steps[-1].sources[name]
-        assert counts.documents_out == len(records)
-        assert counts.characters_out == sum(len(record["text"]) for record in records)
-
-
 def test_good_documents_come_out_as_they_went_in(everything):
     folder, _, _, good = everything
     records = read(folder / "out")
@@ -172,46 +157,26 @@ def pairs(tmp_path_factory):
     copies = []
     for number, text in enumerate(originals):
         words = text.split()
-        # Every changed word changes the five 5-grams that it is in.
-        for index in range(0, len(words), [60, 6][number % 2]):
+        for index in range(0, len(words), [60, 6][number % 2]):  # half of them are near duplicates
             words[index] = f"other{index}x"
         copies.append(" ".join(words))
     write_sources(folder, left=originals, right=copies)
     write_sources(folder, noise=[f"cheap offer {i} " * 100 for i in range(60)])
     classifier = {"step": "QualityClassifier", "curated": ["left"], "raw": ["noise"]}
     steps = [{"step": "MinhashDedup", "hashes_per_bucket": 9}, classifier]
-    report = clean(config(folder, steps=steps))
-    return folder, steps, report, list(zip(originals, copies, strict=True))
-
-
-def jaccard(first, second, n=5) -> float:
-    sets = []
-    for text in (first, second):
-        words = text.lower().replace(".", " . ").split()
-        words = [word for word in words if word != "."]
-        sets.append({tuple(words[i : i + n]) for i in range(len(words) - n + 1)})
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-def test_minhash_finds_near_duplicates_across_sources_and_keeps_the_others(pairs):
-    _, _, report, texts = pairs
-    alike = [jaccard(*pair) for pair in texts]
-    assert min(alike[::2]) > 0.8 and max(alike[1::2]) < 0.3, "the pairs are what they are meant to be"
-    assert report[0].step == "MinhashDedup"
-    counts = [report[0].sources[name] for name in ("left", "right")]
-    assert sum(one.documents_in for one in counts) == 16 and sum(one.documents_out for one in counts) == 12
+    return folder, steps, clean(config(folder, steps=steps))
 
 
 def test_any_number_of_workers_writes_the_same_bytes(pairs):
-    folder, steps, report, _ = pairs
+    folder, steps, report = pairs
     assert clean(config(folder, output="out2", steps=steps, workers=2)) == report
     assert files(folder / "out2") == files(folder / "out")
-    assert 0 < report[1].documents_out < report[1].documents_in
+    assert all(0 < step.documents_out < step.documents_in for step in report)
 
 
 @pytest.mark.processes
 def test_a_killed_cleaning_goes_on_to_the_same_result(pairs):
-    folder, steps, report, _ = pairs
+    folder, steps, report = pairs
     config(folder, output="out3", steps=steps)
     words = [sys.executable, "-m", "data_prep.clean", str(folder / "out3.yaml")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -302,20 +267,12 @@ def test_slurm_says_what_its_executor_needs(tmp_path):
         assert f"executor_settings: {problem}" in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"body": "x"}', r"0\.jsonl, line 2: no field 'text'"),
-        ("not JSON", r"line 2: not JSON"),
-        ("[]", "not a JSON object"),
-    ],
-)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_record_ends_it_with_one_line_and_no_output(tmp_path, capfd, line, message, workers):
+def test_a_bad_record_ends_it_with_one_line_and_no_output(tmp_path, capfd, workers):
     write_sources(tmp_path, web=["a" * 300, "b" * 300])
     with open(tmp_path / "web" / "0.jsonl", "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=message):
+        file.write('{"body": "x"}\n')
+    with pytest.raises(UserError, match=r"0\.jsonl, line 2: no field 'text'"):
         clean(config(tmp_path, steps=[MIN_LENGTH], workers=workers))
     assert not list((tmp_path / "out").glob("*/*.zst")) and not (tmp_path / "out" / "cleaning.json").exists()
     assert capfd.readouterr().err == ""
