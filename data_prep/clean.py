@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.configuration import CleanConfig, executor_class, read_config
+from data_prep.cleaning.configuration import CleanConfig, make_executor, read_config
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import partial_name, write_text
 from data_prep.common.locks import LOCK_NAME, locked
@@ -59,17 +59,11 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
 
 
 def _run_stages(config: CleanConfig, stages: list[Any], work: Path) -> None:
-    executor = None
+    executor, problems = None, list[str]()
     for number, stage in enumerate(stages, start=1):
         print(f"{number}/{len(stages)} {stage.name}", flush=True)
-        executor = executor_class(config.executor)(
-            pipeline=stage.pipeline,
-            tasks=stage.tasks,
-            workers=min(config.workers, stage.tasks),
-            logging_dir=str(work / "logs" / f"{number:02d}_{stage.name}"),
-            depends=executor,
-            **config.executor_settings,
-        )
+        executor = make_executor(config, stage, work / "logs" / f"{number:02d}_{stage.name}", executor, problems)
+        raise_all(problems)
         try:
             executor.run()
         except UserError:

@@ -15,8 +15,6 @@ from data_prep.common.command_line import UserError, first_line, raise_all
 from data_prep.common.schema import STRICT, Positive, find_problems, read_yaml, validate
 
 INSTALL = 'pip install "gpt-accelerate[clean]"'
-# Parameters of datatrove's executors that are not settings of `executor_settings`.
-_EXECUTOR_ARGUMENTS = ("pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed")
 
 
 class CleaningSource(BaseModel):
@@ -57,20 +55,25 @@ def read_config(path: Path) -> CleanConfig:
     if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
         raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
     from data_prep.cleaning.stages import plan
+    from data_prep.cleaning.steps import Stage
 
     found = find_problems(settings, CleanConfig, str(path))
     problems, wrong = [problem for _, problem in found], {name for name, _ in found}
     config = validate({name: settings[name] for name in settings if name not in wrong}, CleanConfig, str(path))
     if "executor" not in wrong:
-        check(executor_class(config.executor), config.executor_settings, "executor_settings", problems)
+        make_executor(config, Stage("", [], 1), Path("logs"), None, problems)
     plan(config, {}, problems)
     raise_all(list(dict.fromkeys(problems)), "problems", f"{path}: ")
     return config
 
 
-def executor_class(name: str) -> type:
-    """datatrove's executor: `local`, `slurm` or `ray`."""
-    return pkgutil.resolve_name(f"datatrove.executor.{name}:{name.capitalize()}PipelineExecutor")
+def make_executor(config: CleanConfig, stage: Any, logs: Path, depends: Any, problems: list[str]) -> Any:
+    """datatrove's executor of a pass, after the one that it depends on; adds to `problems` as `construct` does."""
+    name = config.executor
+    kind = pkgutil.resolve_name(f"datatrove.executor.{name}:{name.capitalize()}PipelineExecutor")
+    ours = {"pipeline": stage.pipeline, "tasks": stage.tasks, "workers": min(config.workers, stage.tasks)}
+    ours |= {"logging_dir": str(logs), "depends": depends, "skip_completed": True}
+    return construct(kind, config.executor_settings, "executor_settings", problems, **ours)
 
 
 def construct(kind: Callable[..., Any], settings: dict[str, Any], where: str, problems: list[str], **ours: Any) -> Any:
@@ -80,9 +83,16 @@ def construct(kind: Callable[..., Any], settings: dict[str, Any], where: str, pr
         where: the name of the settings, for messages.
         ours: arguments that are no settings, for those parameters that `kind` has.
     """
-    if not check(kind, settings, where, problems, tuple(ours)):
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    fields: dict[str, Any] = {
+        name: (_with_lists(parameter.annotation), ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in parameters.items()
+        if name not in ours and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    schema = create_model(kind.__name__, __config__={**STRICT, "arbitrary_types_allowed": True}, **fields)
+    if found := find_problems(settings, schema, where):
+        problems += [f"{where}: {problem}" for _, problem in found]
         return None
-    parameters = inspect.signature(kind).parameters
     try:
         if "language" in parameters:
             language = settings.get("language", parameters["language"].default)
@@ -91,29 +101,6 @@ def construct(kind: Callable[..., Any], settings: dict[str, Any], where: str, pr
     except Exception as error:  # datatrove's constructors raise many types
         problems.append(f"{where}: {first_line(error)}")
         return None
-
-
-def check(
-    kind: Callable[..., Any],
-    settings: dict[str, Any],
-    where: str,
-    problems: list[str],
-    without: tuple[str, ...] = _EXECUTOR_ARGUMENTS,
-) -> bool:
-    """Whether the settings are arguments of `kind`, by name and type; adds to `problems` if not.
-
-    Args:
-        without: parameters that are no settings.
-    """
-    fields: dict[str, Any] = {
-        name: (_with_lists(parameter.annotation), ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(kind, eval_str=True).parameters.items()
-        if name not in without and parameter.kind is not parameter.VAR_KEYWORD
-    }
-    schema = create_model(kind.__name__, __config__={**STRICT, "arbitrary_types_allowed": True}, **fields)
-    found = find_problems(settings, schema, where)
-    problems += [f"{where}: {problem}" for _, problem in found]
-    return not found
 
 
 def _with_lists(hint: Any) -> Any:
