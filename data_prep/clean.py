@@ -8,14 +8,13 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.configuration import CleanConfig, executor_class, read_config
-from data_prep.cleaning.step_settings import STEPS
-from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.cleaning.configuration import CleanConfig, make_executor, read_config
+from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import partial_name, write_text
 from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import CleaningStep
@@ -39,20 +38,19 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
     """
     output = Path(config.output)
     work, report = output / "work", output / CLEANING_REPORT
-    commits = _claim(config, output)
+    stages = _claim(config, output)
     with locked(output):
         if not report.exists():
             work.mkdir(exist_ok=True)
             if (work / QUEUED).exists():
                 return None
             with _stderr_to(work / "log"):
-                _run_stages(config, commits, work)
+                _run_stages(config, stages, work)
             if config.executor == "slurm":
                 (work / QUEUED).touch()
                 return None
-        for name in ("logs", "out", *STEPS):
-            if (work / name).is_dir():
-                shutil.rmtree(work / name)
+        for name in ("logs", "out", *(f"{number:02d}" for number in range(len(config.steps)))):
+            shutil.rmtree(work / name, ignore_errors=True)
         for name in ("log", QUEUED):
             (work / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # missing, or with files of others in it
@@ -60,21 +58,12 @@ def clean(config: CleanConfig) -> list[CleaningStep] | None:
     return read_json(report, list[CleaningStep])
 
 
-def _run_stages(config: CleanConfig, commits: dict[str, str | None], work: Path) -> None:
-    from data_prep.cleaning.stages import stages
-
-    planned = stages(config, commits)
-    executor = None
-    for number, stage in enumerate(planned, start=1):
-        print(f"{number}/{len(planned)} {stage.name}", flush=True)
-        executor = executor_class(config.executor)(
-            pipeline=stage.pipeline,
-            tasks=stage.tasks,
-            workers=min(config.workers, stage.tasks),
-            logging_dir=str(work / "logs" / f"{number:02d}_{stage.name}"),
-            depends=executor,
-            **config.executor_settings,
-        )
+def _run_stages(config: CleanConfig, stages: list[Any], work: Path) -> None:
+    executor, problems = None, list[str]()
+    for number, stage in enumerate(stages, start=1):
+        print(f"{number}/{len(stages)} {stage.name}", flush=True)
+        executor = make_executor(config, stage, work / "logs" / f"{number:02d}_{stage.name}", executor, problems)
+        raise_all(problems)
         try:
             executor.run()
         except UserError:
@@ -87,56 +76,54 @@ def _run_stages(config: CleanConfig, commits: dict[str, str | None], work: Path)
 @contextlib.contextmanager
 def _stderr_to(path: Path) -> Iterator[None]:
     """Appends the stderr of this process and its children, which is datatrove's log, to a file."""
-    sys.stderr.flush()
-    descriptor, stream = os.dup(2), sys.stderr
-    with open(path, "a", encoding="utf-8") as file:
+    descriptor = os.dup(2)
+    with open(path, "a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
-        sys.stderr = file
         try:
             yield
         finally:
-            sys.stderr = stream
             os.dup2(descriptor, 2)
             os.close(descriptor)
 
 
-def _claim(config: CleanConfig, output: Path) -> dict[str, str | None]:
-    """Writes the configuration into the output folder, or checks that it is the same as there; returns the commits of
-    the data sets on the Hub, by the names of `CleanConfig.requests`."""
+def _claim(config: CleanConfig, output: Path) -> list[Any]:
+    """Writes all that determines the result into the output folder, or checks that it is the same as there; returns the
+    passes, over the same commits on the Hub."""
+    from data_prep.cleaning.stages import plan
+
     path = output / CLEANING_CONFIG
     stored = read_json(path, dict[str, Any]) if path.exists() else None
-    found: Any = stored.get("found", {}) if stored else {}
-    commits = {name: found.get(name, {}).get("commit") for name in config.requests()}
-    corpora = {name: source.resolve(commits[name]) for name, source in config.requests().items()}
+    commits = {name: found.get("commit") for name, found in (stored or {}).get("found", {}).items()}
+    problems: list[str] = []
+    corpora, stages = plan(config, commits, problems)
+    raise_all(problems)
     for name, corpus in corpora.items():
         if corpus.not_read:
             print(f"{name}: {files_read(len(corpus.paths), corpus.not_read, {})}")
-    commits = {name: corpus.commit for name, corpus in corpora.items()}
-    wanted = json.loads(json.dumps(config.identity(corpora)))  # compared as it was written
+    wanted = config.model_dump(mode="json", exclude={"executor", "executor_settings", "workers"})
+    wanted["found"] = {name: asdict(corpus.describe()) for name, corpus in corpora.items()}
+    evaluation_sets = (name for step in config.steps for name in (step.model_extra or {}).get("against", []))
+    wanted["bytes"] = {name: os.path.getsize(name) for name in evaluation_sets}
     if stored is not None:
         before, now = _flat(stored), _flat(wanted)
         if different := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
-            changes = (f"{name}={_short(before.get(name))} (now: {_short(now.get(name))})" for name in different)
+            changes = (f"{name}={before.get(name)!r:.60} (now: {now.get(name)!r:.60})" for name in different)
             raise UserError(f"{output} was made with {', '.join(changes)}; choose another output, or remove this one")
-        return commits
+        return stages
     ours = (partial_name(path.name), LOCK_NAME)
     if output.exists() and any(found.name not in ours for found in output.iterdir()):
         raise UserError(f"{output} exists and was not made by this program (no {path.name}); choose another output")
     output.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(wanted, indent=2) + "\n")
-    return commits
+    return stages
 
 
-def _flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) and value else {f"{where}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _flat(settings: Any, where: str = "") -> dict[str, Any]:
+    """Values by their names, as in `steps.0.min_doc_words`."""
+    if not settings or not isinstance(settings, dict | list):
+        return {where: settings}
+    pairs = settings.items() if isinstance(settings, dict) else enumerate(settings)
+    return {key: value for name, one in pairs for key, value in _flat(one, f"{where}.{name}".lstrip(".")).items()}
 
 
 def table(report: list[CleaningStep]) -> str:

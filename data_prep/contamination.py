@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.cleaning.decontamination import COMMON_DOCUMENTS, NGRAM, SHORTEST_NGRAM, Index, ngram_length, split_words
-from data_prep.cleaning.evaluation_sets import read_items
+from data_prep.cleaning.decontamination import COMMON_DOCUMENTS, NGRAM, SHORTEST_NGRAM, Index, read_items, split_words
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import write_text
 from data_prep.common.hub import local_folder
@@ -90,9 +89,9 @@ class _Search:
         self.path, self.items = path, list(read_items(path, fields))
         if not self.items:
             raise UserError(f"evaluation set {path}: there is nothing in it")
-        words = [len(split_words(max(item, key=len, default="")).hashes) for item in self.items]
+        words = [len(split_words(max(item, key=len, default=""))) for item in self.items]
         self.ngram = item_ngram(words)
-        self.short_items = sum(ngram_length(count, self.ngram) is None for count in words)
+        self.short_items = sum(count < SHORTEST_NGRAM for count in words)
         self.index = Index.build(itertools.chain.from_iterable(self.items), self.ngram)
         self.counts = np.zeros(len(self.index.hashes), dtype=np.int64)
         self.seen: list[np.ndarray] = []
@@ -104,10 +103,13 @@ class _Search:
             self.seen.append(indices)
 
     def result(self) -> Contamination:
-        found = (self.counts > 0) & (self.counts <= COMMON_DOCUMENTS)
+        common = self.counts > COMMON_DOCUMENTS
+        found = (self.counts > 0) & ~common
         examples = []
         for number, item in enumerate(self.items if found.any() else [], start=1):
-            if hits := [hit for text in item for hit in self._hits(text, found)]:
+            places = [(text, *place) for text in item for place in zip(*self.index.find(text), strict=True)]
+            hits = [(int(self.counts[i]), text[first:last]) for text, i, (first, last) in places if found[i]]
+            if hits:
                 documents, ngram = max(hits, key=lambda hit: hit[0])
                 examples.append((number, ngram, documents))
         return Contamination(
@@ -118,16 +120,10 @@ class _Search:
             found_items=len(examples),
             ngrams=len(found),
             found_ngrams=int(found.sum()),
-            common_ngrams=int((self.counts > COMMON_DOCUMENTS).sum()),
+            common_ngrams=int(common.sum()),
             documents=sum(bool(found[indices].any()) for indices in self.seen),
             examples=sorted(examples, key=lambda example: -example[2])[:EXAMPLES],
         )
-
-    def _hits(self, text: str, found: np.ndarray) -> list[tuple[int, str]]:
-        """Found n-grams of an item's text, each with its number of documents."""
-        indices, spans = self.index.find(text)
-        pairs = zip(indices.tolist(), spans.tolist(), strict=True)
-        return [(int(self.counts[index]), text[first:last]) for index, (first, last) in pairs if found[index]]
 
 
 def item_ngram(words: list[int]) -> int:

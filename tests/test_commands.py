@@ -95,7 +95,7 @@ sources: {{mine: {texts}/*.txt}}
 output: cleaned
 tasks: 1
 workers: 1
-steps: {{exact_dedup: true}}
+steps: [SymbolLinesFormatter]
 """
 TINY_RUN = """\
 {n_layer: 1, n_embd: 32, n_head: 2, n_positions: 32, batch_tokens: 32, per_device_train_batch_size: 1,

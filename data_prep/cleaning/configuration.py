@@ -1,208 +1,110 @@
 """Configuration of a cleaning: read from YAML, and checked completely before anything runs."""
 
-import dataclasses
 import importlib.util
+import inspect
 import pkgutil
-import re
-from dataclasses import dataclass, field
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from data_prep.cleaning.evaluation_sets import SUFFIXES
-from data_prep.cleaning.step_settings import (
-    STEPS,
-    TOGETHER,
-    Documents,
-    Educational,
-    check_packages,
-    parameters,
-    schema_of,
-)
-from data_prep.common.command_line import UserError, raise_all, unknown_name
-from data_prep.common.schema import STRICT, Count, Positive, find_problems, read_yaml, validate
-from data_prep.reading.corpus import Corpus
-from data_prep.reading.files import CLEANING_REPORT
-from data_prep.reading.sources import Source
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from data_prep.common.command_line import UserError, first_line, raise_all
+from data_prep.common.schema import STRICT, Positive, find_problems, read_yaml, validate
 
 INSTALL = 'pip install "gpt-accelerate[clean]"'
-# Parameters of datatrove's executors that are not settings of `executor_settings`.
-_EXECUTOR_ARGUMENTS = ("pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed")
 
 
-@dataclass(frozen=True)
-class CleaningSource(Documents):
-    """A source, and steps that are other ones for it: settings, or false."""
+class CleaningSource(BaseModel):
+    """Parameters of `data_prep.reading.sources.Source`, or a reader of datatrove and its parameters."""
 
-    __pydantic_config__ = STRICT
-
-    steps: dict[str, Any] = field(default_factory=dict)
+    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+    reader: str | None = None
 
 
-@dataclass(frozen=True)
-class CleanConfig:
-    """A cleaning; `data_prep/configs/clean.yaml` explains each setting.
+class StepSettings(BaseModel):
+    """A step and its parameters; `sources` are those that it is for, None for all."""
 
-    Once read, all `steps` have the settings of those that run, each a dataclass of `STEPS` or parameters of datatrove's
-    block; those of a source also None for one that does not run for it.
-    """
+    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+    step: str
+    sources: list[str] | None = None
 
-    __pydantic_config__ = STRICT
 
-    sources: dict[str, CleaningSource] = field(default_factory=dict)
+def _named(key: str) -> BeforeValidator:
+    return BeforeValidator(lambda given: {key: given} if isinstance(given, str) else given)
+
+
+class CleanConfig(BaseModel):
+    """A cleaning; `data_prep/configs/clean.yaml` explains each setting."""
+
+    model_config = STRICT
+    sources: dict[str, Annotated[CleaningSource, _named("source")]] = Field(default_factory=dict)
     output: str = ""
-    steps: dict[str, Any] = field(default_factory=dict)
-    text_column: str = "text"
-    language: str = "eng"
+    steps: list[Annotated[StepSettings, _named("step")]] = Field(default_factory=list)
     executor: Literal["local", "slurm", "ray"] = "local"
-    executor_settings: dict[str, Any] = field(default_factory=dict)
+    executor_settings: dict[str, Any] = Field(default_factory=dict)
     tasks: Positive = 1
     workers: Positive = 1
-    seed: Count = 0
-
-    def requests(self) -> dict[str, Source]:
-        """All requests for documents, by the names of their settings."""
-        found = {f"sources.{name}": source.request(self.text_column) for name, source in self.sources.items()}
-        for kind in ("curated", "raw"):
-            for number, documents in enumerate(getattr(self.steps.get("quality_classifier"), kind, [])):
-                name = f"steps.quality_classifier.{kind}.{number}"
-                found[name] = documents.request(self.text_column)
-        return found
-
-    def settings_of(self, step: str) -> dict[str, Any]:
-        """The settings of a step for each source; None where it does not run."""
-        return {name: source.steps.get(step, self.steps.get(step)) for name, source in self.sources.items()}
-
-    def running_steps(self) -> list[str]:
-        """The steps that run for any source, in order."""
-        return [name for name in STEPS if any(settings is not None for settings in self.settings_of(name).values())]
-
-    def identity(self, corpora: dict[str, Corpus]) -> dict[str, Any]:
-        """All that determines the result: the settings except for the executor's, and the files that were found."""
-        execution = ("executor", "executor_settings", "workers")
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in execution}
-        found = {name: dataclasses.asdict(corpus.describe()) for name, corpus in corpora.items()}
-        against = getattr(self.steps.get("decontamination"), "against", [])
-        return {**fields, "found": found, "bytes": {name: Path(name).stat().st_size for name in against}}
 
 
 def read_config(path: Path) -> CleanConfig:
     """Reads and checks a configuration (`UserError` with all problems)."""
-    settings = _with_full_sources(read_yaml(path))
+    settings = read_yaml(path)
     if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
         raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
+    from data_prep.cleaning.stages import plan
+    from data_prep.cleaning.steps import Stage
+
     found = find_problems(settings, CleanConfig, str(path))
     problems, wrong = [problem for _, problem in found], {name for name, _ in found}
     config = validate({name: settings[name] for name in settings if name not in wrong}, CleanConfig, str(path))
-    config = _with_checked_steps(config, problems)
     if "executor" not in wrong:
-        schema = parameters(executor_class(config.executor), _EXECUTOR_ARGUMENTS)
-        _check(config.executor_settings, schema, "executor_settings", problems)
-    try:
-        pkgutil.resolve_name("datatrove.utils.word_tokenizers:load_word_tokenizer")(config.language)
-    except (ValueError, ImportError) as error:
-        problems.append(f"language={config.language!r}: {' '.join(str(error).split())}")
-    problems += _file_problems(config)
-    raise_all(problems, "problems", f"{path}: ")
+        make_executor(config, Stage("", [], 1), Path("logs"), None, problems)
+    plan(config, {}, problems)
+    raise_all(list(dict.fromkeys(problems)), "problems", f"{path}: ")
     return config
 
 
-def _with_full_sources(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with `{source: NAME}` for sources that are given by their names alone."""
-    if isinstance(sources := settings.get("sources"), dict):
-        settings["sources"] = {name: _full_source(source) for name, source in sources.items()}
-    quality = settings["steps"].get("quality_classifier") if isinstance(settings.get("steps"), dict) else None
-    for kind in ("curated", "raw"):
-        if isinstance(quality, dict) and isinstance(quality.get(kind), list):
-            quality[kind] = [_full_source(source) for source in quality[kind]]
-    return settings
+def make_executor(config: CleanConfig, stage: Any, logs: Path, depends: Any, problems: list[str]) -> Any:
+    """datatrove's executor of a pass, after the one that it depends on; adds to `problems` as `construct` does."""
+    name = config.executor
+    kind = pkgutil.resolve_name(f"datatrove.executor.{name}:{name.capitalize()}PipelineExecutor")
+    ours = {"pipeline": stage.pipeline, "tasks": stage.tasks, "workers": min(config.workers, stage.tasks)}
+    ours |= {"logging_dir": str(logs), "depends": depends, "skip_completed": True}
+    return construct(kind, config.executor_settings, "executor_settings", problems, **ours)
 
 
-def _full_source(source: Any) -> Any:
-    return {"source": source} if isinstance(source, str) else source
+def construct(kind: Callable[..., Any], settings: dict[str, Any], where: str, problems: list[str], **ours: Any) -> Any:
+    """Calls `kind` with the settings as arguments; returns None, and says why in `problems`, if it does not take them.
 
-
-def _with_checked_steps(config: CleanConfig, problems: list[str]) -> CleanConfig:
-    steps = {
-        name: settings
-        for name, settings in _read_steps(config.steps, "steps", problems).items()
-        if settings is not None
+    Args:
+        where: the name of the settings, for messages.
+        ours: arguments that are no settings, for those parameters that `kind` has.
+    """
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    fields: dict[str, Any] = {
+        name: (_with_lists(parameter.annotation), ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in parameters.items()
+        if name not in ours and parameter.kind is not parameter.VAR_KEYWORD
     }
-    sources = {}
-    for name, source in config.sources.items():
-        where = f"sources.{name}.steps"
-        for step, settings in source.steps.items():
-            if step in TOGETHER:
-                problems.append(f"{where}: {step} compares documents of all sources; it cannot differ for one")
-            elif step == "quality_classifier" and settings not in (None, False):
-                problems.append(f"{where}: {step} has one model for all sources; one can only be exempt, by false")
-        sources[name] = dataclasses.replace(source, steps=_read_steps(source.steps, where, problems))
-    config = dataclasses.replace(config, steps=steps, sources=sources)
-    if not problems and not config.running_steps():
-        problems.append(f"steps: none is switched on; known: {', '.join(STEPS)}")
-    return config
-
-
-def _read_steps(given: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
-    """Steps with their settings, None for those that are switched off, in order of execution."""
-    problems += [f"{where}: {unknown_name(name, STEPS)}" for name in given if name not in STEPS]
-    steps: dict[str, Any] = {}
-    for name in filter(given.__contains__, STEPS):
-        settings = {} if given[name] is True else given[name]
-        if settings is None or settings is False:
-            steps[name] = None
-        elif not isinstance(settings, dict):
-            problems.append(f"{where}.{name}={settings!r}: true, false, or lines of `name: value`")
-        elif _check(settings, schema := schema_of(name), f"{where}.{name}", problems):
-            # datatrove's defaults are left to datatrove.
-            steps[name] = settings if STEPS[name] is None else validate(settings, schema, f"{where}.{name}")
-            if problem := _cannot_run(name, steps[name]):
-                problems.append(f"{where}.{name}: {problem}")
-    return steps
-
-
-def _cannot_run(name: str, settings: Any) -> str | None:
-    """What a step lacks: packages of datatrove's block, or a model of the right kind."""
+    schema = create_model(kind.__name__, __config__={**STRICT, "arbitrary_types_allowed": True}, **fields)
+    if found := find_problems(settings, schema, where):
+        problems += [f"{where}: {problem}" for _, problem in found]
+        return None
     try:
-        if isinstance(settings, Educational):
-            pkgutil.resolve_name("data_prep.cleaning.educational:check")(settings)
-        elif STEPS[name] is None:
-            check_packages(name)
-    except (UserError, ImportError) as error:
-        return " ".join(str(error).split())
-    return None
+        if "language" in parameters:
+            language = settings.get("language", parameters["language"].default)
+            pkgutil.resolve_name("datatrove.utils.word_tokenizers:load_word_tokenizer")(language)
+        return kind(**settings, **{name: value for name, value in ours.items() if name in parameters})
+    except Exception as error:  # datatrove's constructors raise many types
+        problems.append(f"{where}: {first_line(error)}")
+        return None
 
 
-def _check(settings: dict[str, Any], schema: Any, where: str, problems: list[str]) -> bool:
-    found = find_problems(settings, schema, where)
-    problems += [f"{where}: {problem}" for _, problem in found]
-    return not found
-
-
-def executor_class(name: str) -> type:
-    """datatrove's executor: `local`, `slurm` or `ray`."""
-    return pkgutil.resolve_name(f"datatrove.executor.{name}:{name.capitalize()}PipelineExecutor")
-
-
-def _file_problems(config: CleanConfig) -> list[str]:
-    problems = [] if config.sources else ["sources: none is named"]
-    problems += [] if config.output else ["output: no folder is named"]
-    for name, source in config.sources.items():
-        where, pattern = f"sources.{name}", source.source
-        # The name becomes that of a folder beside cleaning.json and work/.
-        if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or name in ("work", CLEANING_REPORT):
-            problems.append(f"{where}: a name is made of letters, digits, '_', '-' and '.', and is not 'work'")
-        if config.output and Path(config.output).resolve().is_relative_to(Path(pattern).resolve()):
-            problems.append(f"output={config.output!r} lies within {where}={pattern!r}; choose a folder beside it")
-    for where, request in config.requests().items():
-        try:
-            corpus = request.resolve()
-        except UserError as error:
-            problems.append(f"{where}: {error}")
-            continue
-        if corpus.sizes and not corpus.bytes:
-            problems.append(f"{where}: {request.source!r}: there is nothing in it")
-    for name in getattr(config.steps.get("decontamination"), "against", []):
-        if not Path(name).is_file() or not name.endswith(SUFFIXES):
-            suffixes = " or ".join(SUFFIXES)
-            problems.append(f"steps.decontamination.against: {name!r} is not a file that ends in {suffixes}")
-    return problems
+def _with_lists(hint: Any) -> Any:
+    """A type hint with lists for tuples: datatrove annotates tuples of any length as `tuple[int]`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return typing.Union[tuple(map(_with_lists, typing.get_args(hint)))]  # noqa: UP007
+    return list if tuple in (hint, typing.get_origin(hint)) else hint

@@ -1,17 +1,23 @@
 """Removes evaluation items from training text, as GPT-3 did (Brown et al. 2020, arXiv:2005.14165, appendix C).
 
 A word is a lower-cased text between white space, without punctuation. Texts are compared by n-grams of 13 words, as
-64-bit rolling hashes: the time is linear in the text for any n.
+64-bit hashes.
 """
 
 import functools
-import sys
-import unicodedata
-from collections.abc import Iterable
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from data_prep.common.command_line import UserError
+from data_prep.common.files import read_text
+from data_prep.reading.formats import parse_record
 
 NGRAM = 13  # words
 SHORTEST_NGRAM = 8  # words; below, appendix C found too many collisions by chance
@@ -20,87 +26,69 @@ SHORTEST_PIECE = 200  # characters
 MOST_PIECES = 10  # a document cut into more is dropped
 COMMON_DOCUMENTS = 10  # n-grams in more documents than these are common phrases, and are kept
 
-# Odd, and so invertible modulo 2**64.
-_CHARACTER_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
-_SEPARATOR, _IGNORED = 0xFFFFFFFF, 0xFFFFFFFE
-_CACHED_POWERS = 1 << 20  # of each base: enough for most documents
+_HELLASWAG = ["ctx", "endings"]
+_NOT_IN_WORDS = re.compile(r"[^\w\s]|_")
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomials of hashes
 
 
-@dataclass(frozen=True)
-class Words:
-    """Words of a text: hashes, `[words]` uint64, and the character indices of their starts and ends."""
+def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str]]:
+    """Reads the items of an evaluation file, each as the texts whose presence in the data is a leak.
 
-    hashes: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-    def ngrams(self, length: int) -> np.ndarray:
-        """Hash of the `length` words from each word on, `[words - length + 1]` uint64."""
-        if len(self.hashes) < length:
-            return np.empty(0, dtype=np.uint64)
-        first = np.arange(len(self.hashes) - length + 1)
-        return _mix(_hash_ranges(self.hashes, first, first + length, _WORD_BASE) + np.uint64(length))
-
-
-def split_words(text: str) -> Words:
-    """Words of `text`. Punctuation, symbols and control characters are ignored: they do not separate words."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    codes = _lower_case()[codes]
-    indices = np.flatnonzero(codes < _IGNORED)
-    # Characters with the same number of separators before them belong to the same word.
-    word = np.cumsum(codes == _SEPARATOR)[indices]
-    first = np.flatnonzero(np.diff(word, prepend=-1))
-    last = np.append(first[1:], len(indices))[: len(first)]
-    hashes = _mix(_hash_ranges(_mix(codes[indices].astype(np.uint64)), first, last, _CHARACTER_BASE))
-    return Words(hashes, indices[first], indices[last - 1] + 1)
-
-
-def _hash_ranges(values: np.ndarray, first: np.ndarray, last: np.ndarray, base: int) -> np.ndarray:
-    """`sum(values[first + i] * base**i)` modulo 2**64 over each range, as a difference of cumulative sums."""
-    size = len(values) + 1
-    sums = np.zeros(size, dtype=np.uint64)
-    np.cumsum(values * _powers(base, size)[:-1], out=sums[1:])
-    return (sums[last] - sums[first]) * _powers(base, size, inverse=True)[first]
-
-
-def _powers(base: int, size: int, inverse: bool = False) -> np.ndarray:
-    """`base**i`, or `base**-i`, for `i` below `size`, modulo 2**64."""
-    if size <= _CACHED_POWERS:
-        return _cached_powers(base, _CACHED_POWERS, inverse)[:size]
-    return _compute_powers(base, size, inverse)
-
-
-def _compute_powers(base: int, size: int, inverse: bool) -> np.ndarray:
-    factors = np.full(size, pow(base, -1, 2**64) if inverse else base, dtype=np.uint64)
-    factors[0] = 1
-    return np.multiply.accumulate(factors)
-
-
-_cached_powers = functools.cache(_compute_powers)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea and Flood 2014): every input bit changes every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-@functools.cache
-def _lower_case() -> np.ndarray:
-    """Lower case of every code point, or `_SEPARATOR` or `_IGNORED`.
-
-    One character for one, unlike `str.lower`, so that indices stay those of the text.
+    An item is a paragraph of a .txt file, or a record of a .jsonl file. With `fields`, its texts are these fields one
+    after another, once for each choice in a field that lists choices: a question followed by each answer. Without,
+    HellaSwag's `ctx` and `endings` are used if present, else every string of the record is a text. Raises a `UserError`
+    for a file that cannot be read, and a record without one of `fields`.
     """
-    table = np.full(sys.maxunicode + 1, _IGNORED, dtype=np.uint32)
-    for code in range(sys.maxunicode + 1):
-        character = chr(code)
-        if character.isspace():
-            table[code] = _SEPARATOR
-        elif unicodedata.category(character)[0] in "LMN":
-            lower = character.lower()
-            table[code] = ord(lower) if len(lower) == 1 else code
-    return table
+    text = read_text(path)
+    if path.suffix == ".txt":
+        yield from ([paragraph] for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
+        return
+    # Not splitlines, which also splits at separators that JSON strings may contain.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _texts(parse_record(line, functools.partial(str, where)), fields, where)
+
+
+def _texts(record: dict[str, Any], fields: list[str] | None, where: str) -> list[str]:
+    if fields is None and not all(name in record for name in _HELLASWAG):
+        return [text for value in record.values() for text in _strings(value)]
+    parts = []
+    for name in fields or _HELLASWAG:
+        if not (strings := _strings(record.get(name))):
+            raise UserError(f"{where}: no text in a field {name!r} among {list(record)}; name others with fields")
+        parts.append(strings)
+    return [" ".join(choice) for choice in itertools.product(*parts)]
+
+
+def _strings(value: Any) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+
+
+def split_words(text: str) -> list[str]:
+    """Words of `text`. Punctuation, symbols and combining marks are ignored: they do not separate words."""
+    return _NOT_IN_WORDS.sub("", text.lower()).split()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _word_hash(word: str) -> int:
+    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+
+
+def _spans(text: str) -> np.ndarray:
+    """Character indices of the starts and ends of `split_words(text)`, `[words, 2]`."""
+    return np.array([found.span() for found in re.finditer(r"\S+", text) if split_words(found[0])])
+
+
+def _ngrams(words: list[str], lengths: Iterable[int]) -> Iterator[np.ndarray]:
+    """For each length, in ascending order, the hash of so many words from each word on, `[n-grams]` uint64."""
+    values = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    hashes, done = np.zeros(len(words) + 1, dtype=np.uint64), 0
+    for length in lengths:
+        while done < length:
+            hashes = (hashes[:-1] + values[done:]) * _BASE
+            done += 1
+        yield hashes + np.uint64(length)
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ class Index:
 
     Attributes:
         hashes: `[n-grams]` uint64, sorted and unique.
-        lengths: numbers of words of the n-grams: `NGRAM`, and the length of each shorter text.
+        lengths: numbers of words of the n-grams, ascending: `NGRAM`, and the length of each shorter text.
     """
 
     hashes: np.ndarray
@@ -124,8 +112,8 @@ class Index:
         found, lengths = [np.empty(0, dtype=np.uint64)], set()
         for text in texts:
             words = split_words(text)
-            if (own := ngram_length(len(words.hashes), length)) is not None:
-                found.append(np.unique(words.ngrams(own)))
+            if (own := min(len(words), length)) >= SHORTEST_NGRAM:
+                found += _ngrams(words, [own])
                 lengths.add(own)
         return cls(np.unique(np.concatenate(found)), tuple(sorted(lengths)))
 
@@ -135,17 +123,16 @@ class Index:
         Returns:
             For each occurrence, its index in `hashes`, `[found]`, and its first and last character, `[found, 2]`.
         """
-        words = split_words(text)
-        indices, spans = [np.empty(0, dtype=np.int64)], [np.empty((0, 2), dtype=np.int64)]
-        for length in self.lengths:
-            ngrams = words.ngrams(length)
+        indices, words = [np.empty(0, dtype=np.int64)], [np.empty((0, 2), dtype=np.int64)]
+        for length, ngrams in zip(self.lengths, _ngrams(split_words(text), self.lengths), strict=True):
             hits = np.flatnonzero(self._prefixes[ngrams >> np.uint64(40)])
             index = np.minimum(np.searchsorted(self.hashes, ngrams[hits]), len(self.hashes) - 1)
             equal = self.hashes[index] == ngrams[hits]
-            hits = hits[equal]
             indices.append(index[equal])
-            spans.append(np.stack([words.starts[hits], words.ends[hits + length - 1]], axis=1))
-        return np.concatenate(indices), np.concatenate(spans)
+            words.append(np.stack([hits[equal], hits[equal] + length - 1], axis=1))
+        first, last = np.concatenate(words).T
+        spans = _spans(text) if len(first) else np.empty((0, 2), dtype=np.int64)
+        return np.concatenate(indices), np.stack([spans[first, 0], spans[last, 1]], axis=1)
 
     @functools.cached_property
     def _prefixes(self) -> np.ndarray:
@@ -158,21 +145,13 @@ class Index:
         """The index without the n-grams where `dropped`, `[n-grams]` bool, is true."""
         return Index(self.hashes[~dropped], self.lengths if not dropped.all() else ())
 
-    def save(self, path: Path) -> None:
-        """Writes an `.npz` file."""
-        np.savez(path, hashes=self.hashes, lengths=np.array(self.lengths, dtype=np.int64))
 
-    @classmethod
-    def load(cls, path: Path) -> "Index":
-        """Reads the file of `save`."""
-        with np.load(path) as file:
-            return cls(file["hashes"], tuple(file["lengths"].tolist()))
-
-
-def ngram_length(words: int, longest: int) -> int | None:
-    """Length of the n-grams by which a text of `words` words is searched; None for a text that is too short."""
-    length = min(words, longest)
-    return length if length >= SHORTEST_NGRAM else None
+def count_documents(index: Index, texts: Iterable[str]) -> np.ndarray:
+    """Number of `texts` with each n-gram of the index, `[n-grams]` int64."""
+    counts = np.zeros(len(index.hashes), dtype=np.int64)
+    for text in texts:
+        counts[np.unique(index.find(text)[0])] += 1
+    return counts
 
 
 def cut(text: str, spans: np.ndarray) -> list[str]:

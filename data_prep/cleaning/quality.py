@@ -1,10 +1,8 @@
 """GPT-3's quality classifier (Brown et al. 2020, arXiv:2005.14165, appendix A): curated text against raw text."""
 
 import hashlib
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,50 +15,33 @@ FEATURES = 2**18  # default of Spark's HashingTF, which appendix A's classifier 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Logistic regression on hashed words: `weights` `[FEATURES]` and `intercept`; `alpha` of the rule that keeps
-    documents by their scores."""
+    """scikit-learn's logistic regression on hashed words, and `alpha` of the rule by which documents are kept."""
 
-    weights: np.ndarray
-    intercept: float
+    model: Any
     alpha: float
 
     @classmethod
-    def train(cls, curated: Iterable[str], raw: Iterable[str]) -> "Classifier":
-        """Trains on the documents of both kinds, which have the same total weight, and fits alpha to curated documents
-        that were held out (`UserError` if a kind has too few)."""
-        from scipy import sparse
+    def train(cls, curated: Iterable[str], raw: Iterable[str], alpha: float | None = None) -> "Classifier":
+        """Trains on the documents of both kinds, which have the same total weight, and fits alpha, if it is not given,
+        to curated documents that were held out (`UserError` if a kind has too few)."""
+        from sklearn.feature_extraction.text import HashingVectorizer
         from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
 
-        matrices = []
-        for kind, texts in (("curated", curated), ("raw", raw)):
-            documents = iter(texts)
-            if (first := next(documents, None)) is None:
-                raise UserError(f"the quality classifier has no {kind} documents to learn from; name files with some")
-            matrices.append(_vectorizer().transform(itertools.chain([first], documents)).tocsr())
-        curated_features, raw_features = matrices
-        is_held_out = np.arange(curated_features.shape[0]) % HELD_OUT == HELD_OUT - 1
-        if not is_held_out.any():
-            raise UserError(f"the quality classifier has fewer than {HELD_OUT} curated documents; name files with more")
-        learned = sparse.vstack([curated_features[~is_held_out], raw_features])
-        labels = np.repeat([1, 0], [(~is_held_out).sum(), raw_features.shape[0]])
-        model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(learned, labels)
-        scores = model.predict_proba(curated_features[is_held_out])[:, 1]
-        return cls(model.coef_[0], float(model.intercept_[0]), fit_alpha(scores))
+        good, bad = list(curated), list(raw)
+        if len(good) < HELD_OUT or not bad:
+            needed = f"{len(good)} curated and {len(bad)} raw documents to learn from; it needs {HELD_OUT} and 1"
+            raise UserError(f"the quality classifier has {needed}: name sources with more")
+        held_out = good[HELD_OUT - 1 :: HELD_OUT]
+        del good[HELD_OUT - 1 :: HELD_OUT]
+        words = HashingVectorizer(n_features=FEATURES, token_pattern=r"\S+", alternate_sign=False)
+        model = make_pipeline(words, LogisticRegression(class_weight="balanced", max_iter=1000))
+        model.fit(good + bad, [1] * len(good) + [0] * len(bad))
+        return cls(model, alpha or fit_alpha(model.predict_proba(held_out)[:, 1]))
 
-    def score(self, text: str) -> float:
-        """Probability that `text` is curated."""
-        logit = (_vectorizer().transform([text]) @ self.weights)[0] + self.intercept
-        return float(1 / (1 + np.exp(-logit)))
-
-    def save(self, path: Path) -> None:
-        """Writes an `.npz` file."""
-        np.savez(path, weights=self.weights, intercept=self.intercept, alpha=self.alpha)
-
-    @classmethod
-    def load(cls, path: Path) -> "Classifier":
-        """Reads the file of `save`."""
-        with np.load(path) as file:
-            return cls(file["weights"], float(file["intercept"]), float(file["alpha"]))
+    def scores(self, texts: list[str]) -> list[float]:
+        """Probabilities that texts are curated."""
+        return self.model.predict_proba(texts)[:, 1].tolist()
 
 
 def fit_alpha(scores: np.ndarray) -> float:
@@ -80,9 +61,3 @@ def keep(score: float, text: str, alpha: float, seed: int) -> bool:
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     generator = np.random.default_rng([seed, int.from_bytes(digest, "little")])
     return bool(generator.pareto(alpha) > 1 - score)
-
-
-def _vectorizer() -> Any:
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    return HashingVectorizer(n_features=FEATURES, token_pattern=r"\S+", alternate_sign=False)

@@ -221,7 +221,7 @@ def test_preparation_removes_nothing_but_its_own(tmp_path, text_files):
 
 def test_cleaning_removes_nothing_but_its_own(tmp_path, text_files):
     (tmp_path / "clean.yaml").write_text(
-        f"sources: {{mine: {text_files}/*.txt}}\noutput: {tmp_path}/out\nsteps: {{exact_dedup: true}}\n"
+        f"sources: {{mine: {text_files}/*.txt}}\noutput: {tmp_path}/out\nsteps: [SymbolLinesFormatter]\n"
     )
     assert begin_command("data_prep.clean", ["clean.yaml"], tmp_path).ended()[0] == 0
     (tmp_path / "out" / "work").mkdir(exist_ok=True)

@@ -37,9 +37,7 @@ def clone(tmp_path_factory, text_files) -> Path:
     for path in text_files.glob("json_*.txt"):
         shutil.copy(path, folder / "more_texts")
     shutil.copy(DATA / "hellaswag.jsonl", folder / "hellaswag_val.jsonl")
-    settings = (
-        "sources: {mine: my_texts/*.txt}\noutput: data/cleaned\ntasks: 1\nworkers: 1\nsteps: {exact_dedup: true}\n"
-    )
+    settings = "sources: {mine: my_texts/*.txt}\noutput: data/cleaned\ntasks: 1\nworkers: 1\nsteps: [MinhashDedup]\n"
     (folder / "my_clean.yaml").write_text(settings, encoding="utf-8")
     if (ROOT / "runs" / "quickstart" / "report").is_dir():  # the README's first command has been run
         for name in ("data", "runs"):

@@ -116,7 +116,7 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
     (folder / "cleaned" / "x.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": 1}\n')
     (folder / "clean.yaml").write_text(
         f"sources: {{x: {folder}/cleaned/x.jsonl}}\noutput: {folder}/out\n"
-        "steps:\n  min_length: {characters: 5}\n  minhash: true\n"
+        "steps:\n- {step: RegexFilter, regex_exp: xyz}\n- MinhashDedup\n"
     )
     model = GPTModel(GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, n_positions=8))
     write_llmc(model, folder / "model.bin")

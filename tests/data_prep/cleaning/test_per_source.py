@@ -1,15 +1,17 @@
-"""Cleaning of sources that differ: settings of each, the Hub, and a model that scores documents."""
+"""Cleaning of sources that differ: steps for some, the Hub, archives of a crawl, languages."""
 
+import io
 import itertools
 import json
 import os
 import sys
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT, run_command
 from standin_hub import serve_dataset
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
 
 from data_prep.clean import clean
 from data_prep.cleaning.configuration import read_config
@@ -33,70 +35,42 @@ def texts_of(output) -> dict[str, set[str]]:
     return {name: {record["text"] for record in records} for name, records in read(output).items()}
 
 
-def test_steps_of_a_source_replace_those_of_all(tmp_path):
+def test_steps_for_some_of_the_sources(tmp_path):
     """Books are exempt from the minimum, code has a lower one, and only the web has a filter."""
     short, middle, long = "x" * 50, "y" * 150, essay(1)
     for name in ("web", "books", "code"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([short, middle, long], "body" if name == "books" else "text"))
-    sources = {
-        "web": {"source": str(tmp_path / "web.jsonl"), "steps": {"fineweb": True}},
-        "books": {"source": str(tmp_path / "books.jsonl"), "text_column": "body", "steps": {"min_length": False}},
-        "code": {"source": str(tmp_path / "code.jsonl"), "steps": {"min_length": {"characters": 100}}},
-    }
-    report = {
-        step.step: step
-        for step in clean(read_config(write_config(tmp_path, sources=sources, steps={"min_length": True})))
-    }
+    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("web", "code")}
+    sources["books"] = {"source": str(tmp_path / "books.jsonl"), "text_column": "body"}
+    steps = [
+        {"step": "RegexFilter", "regex_exp": r"\A[\s\S]{0,199}\Z", "sources": ["web"]},
+        {"step": "RegexFilter", "regex_exp": r"\A[\s\S]{0,99}\Z", "sources": ["code"]},
+        {"step": "FineWebQualityFilter", "sources": ["web"]},
+    ]
+    report = clean(read_config(write_config(tmp_path, sources=sources, steps=steps)))
     assert texts_of(tmp_path / "out") == {"web": {long}, "books": {short, middle, long}, "code": {middle, long}}
-    length = report["min_length"]
-    assert {name: counts.documents_out for name, counts in length.sources.items()} == {"web": 1, "books": 3, "code": 2}
-    assert length.settings == {"characters": 200, "sources": {"books": None, "code": {"characters": 100}}}
-    assert length.documents_in == 9 and length.documents_out == 6 == report["fineweb"].documents_out
-    assert report["fineweb"].settings == {"sources": {"web": {}}}
+    assert [(step.documents_in, step.documents_out) for step in report] == [(9, 7), (7, 6), (6, 6)]
+    assert {name: counts.documents_out for name, counts in report[1].sources.items()} == {
+        "web": 1,
+        "books": 3,
+        "code": 2,
+    }
+    assert report[1].settings == {"sources": ["code"], "regex_exp": r"\A[\s\S]{0,99}\Z"}
+    check_counts(report, texts_of(tmp_path / "out"))
 
 
-def test_reasons_are_counted_over_sources(tmp_path):
+def test_reasons_and_examples_are_those_of_all_sources(tmp_path):
     bad = essay(400) + "\nA line of lorem ipsum that nobody has replaced yet."
     for name in ("web", "books"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([essay(1), bad]))
-    c4 = {"filter_no_terminal_punct": False}
-    sources = {"web": str(tmp_path / "web.jsonl"), "books": {"source": str(tmp_path / "books.jsonl")}}
-    sources["books"]["steps"] = {"c4": {**c4, "max_word_length": 500}}
-    (step,) = clean(read_config(write_config(tmp_path, sources=sources, steps={"c4": c4})))
-    assert step.dropped == {"lorem_ipsum": 2}
+    c4 = {"step": "C4QualityFilter", "filter_no_terminal_punct": False}
+    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("web", "books")}
+    (step,) = clean(read_config(write_config(tmp_path, sources=sources, steps=[c4])))
+    assert step.dropped == {"lorem_ipsum": 2} and step.examples == {"lorem_ipsum": bad[:600]}
 
 
-EDUCATIONAL = [essay(i, sentences=2 + i % 7) for i in range(30)]
-
-
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory):
-    """A small random classifier with one label, and its tokenizer."""
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    from data_prep.tokenization.tokenizer import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("scorer")
-    train_tokenizer([essay(i) for i in range(20)], 300).save(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=300, num_labels=1, initializer_range=1.0, max_position_embeddings=128, **sizes)
-    model = BertForSequenceClassification(config).eval()
-    with torch.no_grad():  # scores from below 0 to above 5, as those of a trained model
-        inputs = [tokenizer(text, return_tensors="pt", truncation=True, max_length=100) for text in EDUCATIONAL]
-        scores = torch.stack([model(**one).logits[0, 0] for one in inputs])
-        model.classifier.weight.mul_(2 / scores.std())
-        model.classifier.bias.fill_(2.5 - 2 * scores.mean() / scores.std())
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_a_data_set_of_the_hub_is_cleaned(scorer, tmp_path):
-    """As a local copy of it is; two configurations of one repository with settings of their own, conditions, a model
-    that scores, and a classifier trained on the Hub's documents."""
+def test_a_data_set_of_the_hub_is_cleaned(tmp_path):
+    """As a local copy of it is; two configurations of one repository, conditions, and a classifier trained on them."""
     texts = {name: [essay(i) for i in range(first, first + 40)] for name, first in (("en", 0), ("de", 100))}
     for name in texts:
         texts[name] += [texts[name][0], f"short {name}"]
@@ -106,38 +80,27 @@ def test_a_data_set_of_the_hub_is_cleaned(scorer, tmp_path):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-
-    def settings(request):
-        return {
-            "sources": {"en": request("en"), "de": {**request("de"), "steps": {"min_length": False}}},
-            "steps": {
-                "min_length": {"characters": 300},
-                "exact_dedup": True,
-                "quality_classifier": {"curated": [request("en")], "raw": [request("de")]},
-                "educational": {"model": str(scorer), "tokens": 100},
-            },
-        }
-
-    config = write_config(
-        tmp_path, **settings(lambda name: {"source": "user/corpus", "name": name, "where": ["id != x"]})
-    )
+    steps = [
+        {"step": "RegexFilter", "regex_exp": r"\A[\s\S]{0,299}\Z", "sources": ["en"]},
+        "MinhashDedup",
+        {"step": "QualityClassifier", "curated": ["en"], "raw": ["de"]},
+    ]
+    hub = {name: {"source": "user/corpus", "name": name, "where": ["id != x"]} for name in texts}
+    config = write_config(tmp_path, sources=hub, steps=steps)
     with serve_dataset("user/corpus", files) as (endpoint, _):
         home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
         run_command(sys.executable, "-m", "data_prep.clean", config, cwd=ROOT, env=environment)
-    clean(read_config(write_config(tmp_path, "local", **settings(lambda name: {"source": str(tmp_path / name)}))))
+    local = {name: str(tmp_path / name) for name in texts}
+    clean(read_config(write_config(tmp_path, "local", sources=local, steps=steps)))
     assert texts_of(tmp_path / "out") == texts_of(tmp_path / "local")
-    report = {step.step: step for step in read_json(tmp_path / "out" / "cleaning.json", list[CleaningStep])}
-    assert {name: counts.documents_in for name, counts in report["min_length"].sources.items()} == {"en": 42, "de": 42}
-    assert {name: counts.documents_out for name, counts in report["min_length"].sources.items()} == {"en": 41, "de": 42}
-    assert {name: counts.documents_out for name, counts in report["exact_dedup"].sources.items()} == {
-        "en": 40,
-        "de": 41,
-    }
-    check_counts(list(report.values()), texts_of(tmp_path / "out"))
-    assert 0 < report["educational"].documents_out < report["quality_classifier"].documents_out < 81
+    report = read_json(tmp_path / "out" / "cleaning.json", list[CleaningStep])
+    counts = [{name: counts.documents_out for name, counts in step.sources.items()} for step in report]
+    assert counts[:2] == [{"en": 41, "de": 42}, {"en": 40, "de": 41}]
+    check_counts(report, texts_of(tmp_path / "out"))
+    assert 0 < report[2].documents_out < 81
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert stored["found"]["sources.en"]["commit"] == "0123456789abcdef0123456789abcdef01234567"
+    assert stored["found"]["en"]["commit"] == "0123456789abcdef0123456789abcdef01234567"
 
 
 def check_counts(report: list[CleaningStep], left: dict[str, set[str]]) -> None:
@@ -153,86 +116,73 @@ def check_counts(report: list[CleaningStep], left: dict[str, set[str]]) -> None:
         assert report[-1].sources[name].characters_out == sum(map(len, texts))
 
 
-def test_educational_value_is_that_of_the_model(scorer, tmp_path):
-    """Each text's score alone, without batches, by transformers' own classes."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    texts = EDUCATIONAL
-    (tmp_path / "a.jsonl").write_bytes(lines(texts))
-    tokenizer = AutoTokenizer.from_pretrained(scorer)
-    model = AutoModelForSequenceClassification.from_pretrained(scorer)
-    expected = {}
-    for text in texts:
-        inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=100)
-        expected[text] = model(**inputs).logits.item()
-    steps = {"educational": {"model": str(scorer), "tokens": 100, "documents": 7}}
-    (step,) = clean(read_config(write_config(tmp_path, sources={"a": str(tmp_path / "a.jsonl")}, steps=steps)))
-    kept = {record["text"]: record["metadata"] for record in read(tmp_path / "out")["a"]}
-    assert set(kept) == {text for text, score in expected.items() if round(min(max(score, 0), 5)) >= 3}
-    assert 5 < len(kept) < 25 and step.documents_out == len(kept)
-    for text, metadata in kept.items():
-        assert metadata["score"] == pytest.approx(expected[text], abs=1e-4)
-
-
-@pytest.mark.slow  # fasttext-numpy2-wheel 0.9.2 sometimes gives every label a probability of 1
-def test_language_is_that_of_fasttext(tmp_path, monkeypatch):
-    """With a small model of two languages in the place of the one that datatrove downloads."""
-    import fasttext
-    from datatrove.utils.lid import FT176LID
-
-    texts = {"en": [essay(i) for i in range(40)], "de": [essay(i).upper() for i in range(40)]}
-    flat = [f"__label__{label} {' '.join(text.split())}\n" for label in texts for text in texts[label]]
-    (tmp_path / "train.txt").write_text("".join(flat))
-    for _ in range(20):  # training sometimes fails, whatever the text: both labels get a probability of 1
-        model = fasttext.train_supervised(str(tmp_path / "train.txt"), lr=0.5, epoch=50, thread=1, verbose=0)
-        found = {text: dict(map(reversed, model.f.predict(f"{' '.join(text.split())}\n", -1, 0.0, "strict")))
-                 for label in texts for text in texts[label]}  # fmt: skip
-        if all((found[text]["__label__en"] < 0.5) == (label == "de") for label in texts for text in texts[label]):
-            break
-    model.save_model(str(tmp_path / "model.bin"))
-    monkeypatch.setattr(FT176LID, "MODEL_URL", f"file://{tmp_path}/model.bin")
-    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    (tmp_path / "a.jsonl").write_bytes(lines([*texts["en"], *texts["de"]]))
-    sources = {"a": str(tmp_path / "a.jsonl")}
-    (step,) = clean(read_config(write_config(tmp_path, sources=sources, steps={"language": {"languages": ["en"]}})))
-    assert texts_of(tmp_path / "out") == {"a": set(texts["en"])} and step.documents_out == 40
-
-
 def test_languages_that_are_all_certain_are_an_error():
     from datatrove.data import Document
 
-    from data_prep.cleaning.steps import Language
+    from data_prep.cleaning.steps import LanguageFilter
 
-    step = Language(languages=["en"])
-    step._predict = lambda document: (("en", 1.00001), {"en": 1.00001, "de": 1.00001})
+    def kept(best, found):
+        step = LanguageFilter(languages=["en"])
+        step.model.predict = lambda document: (best, found)
+        return list(step.run([Document("text", "0")]))
+
     with pytest.raises(UserError, match=r"probabilities of languages add up to 2\.00, not 1"):
-        step.filter(Document("text", "0"))
-    step._predict = lambda document: (("de", 0.9), {"en": 0.1, "de": 0.9})
-    assert not step.filter(Document("text", "0"))
+        kept(("en", 1.00001), {"en": 1.00001, "de": 1.00001})
+    assert not kept(("de", 0.9), {"en": 0.1, "de": 0.9})
+    assert kept(("en", 0.9), {"en": 0.9, "de": 0.1})
 
 
-def test_what_no_source_can_have_is_said_at_once(tmp_path, scorer):
-    (tmp_path / "a.jsonl").write_bytes(lines([essay(1)]))
-    several = tmp_path / "several"
-    several.mkdir()
-    about = json.loads((scorer / "config.json").read_text())
-    about |= {"id2label": {str(i): f"label {i}" for i in range(6)}, "label2id": {f"label {i}": i for i in range(6)}}
-    (several / "config.json").write_text(json.dumps(about))
-    wrong = {"exact_dedup": False, "quality_classifier": {"curated": [], "raw": []}, "min_lenght": False}
-    sources = {"a": {"source": str(tmp_path / "a.jsonl"), "steps": wrong}, "b": {"source": "x.jsonl", "colunm": "x"}}
+PAGES = 30
+
+
+def page(number: int) -> bytes:
+    """One in three in an old encoding."""
+    paragraphs = "".join(f"<p>{essay(10 * number + i)} Café número {number}.</p>" for i in range(3))
+    html = f"<html><head><title>Page {number}</title></head><body><nav><a href='/'>Home</a></nav>{paragraphs}"
+    return f"{html}<footer>Imprint</footer></body></html>".encode("latin-1" if number % 3 == 0 else "utf-8")
+
+
+def write_warc(path) -> None:
+    """Responses among their requests, and pictures."""
+    headers = [("Content-Type", "text/html"), ("X-Padding", "x" * 200)]
+    with open(path, "wb") as file:
+        writer = WARCWriter(file, gzip=True)
+        for number in range(PAGES):
+            url = f"http://example.org/{number}"
+            request = StatusAndHeaders("GET / HTTP/1.0", [("Host", "example.org")], is_http_request=True)
+            writer.write_record(writer.create_warc_record(url, "request", http_headers=request))
+            kind, content = ("image/png", b"\x89PNG\r\n\x1a\n") if number % 5 == 4 else ("text/html", page(number))
+            response = StatusAndHeaders("200 OK", headers, protocol="HTTP/1.0")
+            options = {"warc_headers_dict": {"WARC-Identified-Payload-Type": kind} if number % 2 else {}}
+            payload = io.BytesIO(content)
+            writer.write_record(
+                writer.create_warc_record(url, "response", payload=payload, http_headers=response, **options)
+            )
+
+
+def test_text_is_taken_out_of_the_pages_of_a_crawl(tmp_path):
+    """By datatrove's reader and blocks, from the archive to the report."""
+    (tmp_path / "crawl").mkdir()
+    write_warc(tmp_path / "crawl" / "a.warc.gz")
+    sources = {"crawl": {"reader": "WarcReader", "data_folder": str(tmp_path / "crawl"), "glob_pattern": "*.warc.gz"}}
+    url = {"step": "URLFilter", "use_integrated_lists": False, "banned_words": ["7"]}
+    config = write_config(tmp_path, sources=sources, steps=["Trafilatura", url])
+    extraction, by_url = clean(read_config(config))
+    assert extraction.documents_in == extraction.documents_out == PAGES * 4 // 5
+    assert by_url.dropped == {"hard_blacklisted": 1} and by_url.documents_out == PAGES * 4 // 5 - 1
+    records = {record["metadata"]["url"]: record["text"] for record in read(tmp_path / "out")["crawl"]}
+    assert "http://example.org/7" not in records
+    text = records["http://example.org/8"]
+    assert "Café número 8." in text and "<p>" not in text and "Imprint" not in text
+
+
+def test_what_is_wrong_with_a_reader_of_datatrove(tmp_path):
+    reader = {"reader": "WarkReader", "data_folder": "x"}, {"reader": "WarcReader", "glob": "x"}
     with pytest.raises(UserError) as raised:
-        read_config(write_config(tmp_path, sources=sources, steps={"educational": {"model": str(several)}}))
-    assert "unknown 'b.colunm'" in str(raised.value) or "colunm" in str(raised.value)
-    sources.pop("b")
-    with pytest.raises(UserError) as raised:
-        read_config(write_config(tmp_path, sources=sources, steps={"educational": {"model": str(several)}}))
+        read_config(write_config(tmp_path, sources=dict(zip("ab", reader, strict=True)), steps=["Trafilatura"]))
     for problem in (
-        "sources.a.steps: exact_dedup compares documents of all sources",
-        "sources.a.steps: quality_classifier has one model for all sources",
-        "sources.a.steps: unknown 'min_lenght'; did you mean 'min_length'?",
-        "steps.educational: model '" + str(several) + "' has 6 labels; educational value is one number",
+        "sources.a: unknown 'WarkReader'; did you mean 'WarcReader'?",
+        "sources.b: data_folder is missing",
+        "sources.b: unknown 'glob'",
     ):
         assert problem in str(raised.value)
-    missing = write_config(tmp_path, sources={"a": str(tmp_path / "a.jsonl")}, steps={"educational": {"model": "none"}})
-    with pytest.raises(UserError, match=r"steps\.educational: model 'none'"):
-        read_config(missing)

@@ -33,24 +33,19 @@ def test_scores_are_those_of_scikit_learns_model(classifier):
     model.fit(vectorizer.transform(learned + texts(1, BAD, 90)), [1] * 24 + [0] * 90)
     unseen = texts(2, GOOD, 5) + texts(3, BAD, 5) + ["never seen words"]
     expected = model.predict_proba(vectorizer.transform(unseen))[:, 1]
-    assert [classifier.score(text) for text in unseen] == pytest.approx(expected.tolist())
+    assert classifier.scores(unseen) == pytest.approx(expected.tolist())
     assert min(expected[:5]) > 0.5 > max(expected[5:10])
 
 
-def test_a_classifier_is_read_as_it_was_saved(classifier, tmp_path):
-    classifier.save(tmp_path / "model.npz")
-    assert Classifier.load(tmp_path / "model.npz").score("hence both1") == classifier.score("hence both1")
-
-
 def test_both_kinds_are_needed():
-    with pytest.raises(UserError, match="no curated documents"):
-        Classifier.train([], ["a", "b"])
-    with pytest.raises(UserError, match="fewer than 5 curated documents"):
-        Classifier.train(["a"] * 4, ["b"])
+    for curated, raw in (([], ["a", "b"]), (["a"] * 4, ["b"]), (["a"] * 5, [])):
+        counts = f"{len(curated)} curated and {len(raw)} raw documents to learn from; it needs 5 and 1"
+        with pytest.raises(UserError, match=counts):
+            Classifier.train(curated, raw)
 
 
 def test_alpha_is_scipys_fit_to_the_scores_of_held_out_curated_documents(classifier):
-    held_out = np.array([classifier.score(text) for text in texts(0, GOOD, 30)[4::5]])
+    held_out = np.array(classifier.scores(texts(0, GOOD, 30)[4::5]))
     expected, location, scale = stats.lomax.fit(1 - held_out, floc=0, fscale=1)
     assert (location, scale) == (0, 1) and classifier.alpha == pytest.approx(expected, rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""WARC and WET files against datatrove's own reader, from any position, and the text of their pages."""
+"""WARC and WET files against datatrove's own reader and from any position."""
 
 import io
 import re
@@ -8,13 +8,10 @@ from datatrove.pipeline.readers import WarcReader
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_prep.clean import clean
-from data_prep.cleaning.configuration import read_config
 from data_prep.common.command_line import UserError
 from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
-from tests.data_prep.cleaning.test_per_source import write_config
-from tests.data_prep.test_clean import essay, read
+from tests.data_prep.test_clean import essay
 
 PAGES = 120
 
@@ -85,22 +82,6 @@ def test_reading_goes_on_at_any_block(archive, monkeypatch):
         later = list(corpus.blocks(blocks[number].start))
         assert [block.texts for block in later] == [block.texts for block in blocks[number:]]
         assert [block.stop for block in later] == [block.stop for block in blocks[number:]]
-
-
-def test_text_is_taken_out_of_pages(tmp_path):
-    """With datatrove's steps by name, from the archive to the report."""
-    write_warc(tmp_path / "crawl.warc.gz", gzip=True)
-    url = {"use_integrated_lists": False, "banned_words": ["7"]}
-    config = write_config(
-        tmp_path, sources={"crawl": str(tmp_path / "*.warc.gz")}, steps={"trafilatura": True, "url": url}
-    )
-    extraction, by_url = clean(read_config(config))
-    assert extraction.documents_in == extraction.documents_out == PAGES * 4 // 5
-    assert by_url.dropped == {"hard_blacklisted": 1} and by_url.documents_out == PAGES * 4 // 5 - 1
-    records = {record["metadata"]["url"]: record["text"] for record in read(tmp_path / "out")["crawl"]}
-    assert "http://example.org/7" not in records
-    text = records["http://example.org/8"]
-    assert "Café número 8." in text and "<p>" not in text and "Imprint" not in text
 
 
 @pytest.mark.parametrize("content", [b"no archive", b"not\na\n", b"\x1f\x8b no gzip", b"WARC/1.0\r\nbroken"])
