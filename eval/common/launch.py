@@ -4,8 +4,6 @@ import os
 from functools import cache
 from typing import Any
 
-import torch
-
 _UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed; use accelerate_configs/fsdp2.yaml, which shards as well",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM; use accelerate_configs/fsdp2.yaml, which shards as well",
@@ -20,8 +18,12 @@ def processes_launched() -> int:
 
 
 def on_cpu() -> bool:
-    """Whether this process runs on the CPU: without an accelerator, or because the Accelerate config says so."""
-    return not torch.accelerator.is_available() or _is_true("ACCELERATE_USE_CPU")
+    """Whether this process runs on the CPU: because the Accelerate config says so, or without an accelerator."""
+    if _is_true("ACCELERATE_USE_CPU"):
+        return True
+    import torch
+
+    return not torch.accelerator.is_available()
 
 
 def uses_fsdp() -> bool:
@@ -30,7 +32,8 @@ def uses_fsdp() -> bool:
 
 
 def launch_problems() -> list[str]:
-    """Returns what this launch asks for and cannot have, one line each, with the remedy."""
+    """Returns what this launch asks for and cannot have, one line each, with the remedy, as far as torch is not needed
+    to tell."""
     problems = [f"the Accelerate config asks for {name}" for flag, name in _UNSUPPORTED.items() if _is_true(flag)]
     if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         problems.append(
@@ -40,7 +43,45 @@ def launch_problems() -> list[str]:
         problems += _fsdp_problems()
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problems.append("mixed_precision: fp8 is for nn.Linear, and GPT-2's blocks have Conv1D; use bf16")
-    return problems + _compile_problems() + _process_problems(on_cpu(), processes_launched())
+    # For a single process, `accelerate launch` sets a master address only if the config asks for several.
+    asked_for_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if asked_for_several and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
+        problems.append(
+            "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
+            "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"
+        )
+    return problems
+
+
+def device_problems() -> list[str]:
+    """Returns what this launch asks for and torch or this machine does not have, as `launch_problems`."""
+    import torch
+
+    problems = []
+    mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+    if (name := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        if name not in torch._dynamo.list_backends(exclude_tags=()):  # with those for debugging, as eager
+            known = ", ".join(["no", "eager", *torch._dynamo.list_backends()])
+            problems.append(f"dynamo_backend={name}: torch.compile has no such backend here; choose one of {known}")
+        elif mode not in ("default", *(torch._inductor.list_mode_options() if name == "inductor" else ())):
+            problems.append(
+                f"dynamo_mode={mode} does not go with dynamo_backend={name}; choose default, or backend inductor"
+            )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+    processes, local_processes = processes_launched(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu():
+        if torch.cuda.is_available() and local_processes > (gpus := torch.cuda.device_count()):
+            problems.append(
+                f"the launch asked for {local_processes} processes on this machine, which has {gpus} GPUs; give "
+                f"--num_processes {gpus} to accelerate launch, or --nproc_per_node {gpus} to torchrun"
+            )
+    # cpu_ddp.yaml hides the GPUs on purpose; without that, the Accelerate config expected GPUs. torchrun has none.
+    elif processes > 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and not hidden:
+        problems.append(
+            f"the launch asked for {processes} processes on GPUs, and torch sees none; for several processes on CPUs "
+            f"use accelerate_configs/cpu_ddp.yaml"
+        )
+    return problems
 
 
 def compile_options() -> dict[str, Any] | None:
@@ -65,21 +106,6 @@ def configured_precision() -> str | None:
 @cache
 def _is_by_default() -> bool:
     """Whether `accelerate launch` was told no precision: it passes on its default "no" as it does the answer "no"."""
-    command = _launch_command()
-    if command is None:
-        return False
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    args = launch_command_parser().parse_known_args(command)[0]
-    if args.mixed_precision is not None:
-        return False
-    file = args.config_file or default_config_file
-    return not os.path.isfile(file) or load_config_from_file(file).mixed_precision is None
-
-
-def _launch_command() -> list[str] | None:
-    """The words after `accelerate launch` of the process that has started this one, None if there is no such one."""
     import psutil
 
     for parent in psutil.Process().parents():
@@ -88,11 +114,25 @@ def _launch_command() -> list[str] | None:
         except psutil.Error:  # the process of another user, or one that has ended
             continue
         for number, word in enumerate(words[:4]):  # `accelerate launch`, a script or a module of it, after Python
-            if word.endswith(("accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")):
-                return words[number + 1 :]
-            if word == "launch" and words[number - 1].endswith(("accelerate", "accelerate_cli", "accelerate_cli.py")):
-                return words[number + 1 :]
-    return None
+            by_name = word == "launch" and words[number - 1].endswith(
+                ("accelerate", "accelerate_cli", "accelerate_cli.py")
+            )
+            if by_name or word.endswith(
+                ("accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
+            ):
+                return _names_no_precision(words[number + 1 :])
+    return False
+
+
+def _names_no_precision(command: list[str]) -> bool:
+    """Whether neither the words after `accelerate launch` nor the config that they choose name a precision."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    args = launch_command_parser().parse_known_args(command)[0]
+    file = args.config_file or default_config_file
+    in_file = load_config_from_file(file).mixed_precision if os.path.isfile(file) else None
+    return args.mixed_precision is None and in_file is None
 
 
 def _is_true(variable: str) -> bool:
@@ -112,41 +152,3 @@ def _fsdp_problems() -> list[str]:
     if ignored := os.environ.get("FSDP_IGNORED_MODULES"):
         problems.append(f"fsdp_ignored_modules={ignored}: all modules are sharded, leave it out")
     return problems
-
-
-def _compile_problems() -> list[str]:
-    name = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if name == "no":
-        return []
-    if name not in torch._dynamo.list_backends(exclude_tags=()):  # with those for debugging, as eager
-        known = ", ".join(["no", "eager", *torch._dynamo.list_backends()])
-        return [f"dynamo_backend={name}: torch.compile has no such backend here; choose one of {known}"]
-    mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
-    if mode not in ("default", *(torch._inductor.list_mode_options() if name == "inductor" else ())):
-        return [f"dynamo_mode={mode} does not go with dynamo_backend={name}; choose default, or backend inductor"]
-    return []
-
-
-def _process_problems(cpu_only: bool, num_processes: int) -> list[str]:
-    # For a single process, `accelerate launch` sets a master address only if the config asks for several.
-    asked_for_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if asked_for_several and not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys():
-        return [
-            "the launch asked for several processes and got one, as happens with use_cpu: true and with MULTI_CPU; for "
-            "several processes on CPUs use accelerate_configs/cpu_ddp.yaml"
-        ]
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not cpu_only and torch.cuda.is_available() and local_processes > (gpus := torch.cuda.device_count()):
-        return [
-            f"the launch asked for {local_processes} processes on this machine, which has {gpus} GPUs; give "
-            f"--num_processes {gpus} to accelerate launch, or --nproc_per_node {gpus} to torchrun"
-        ]
-    # cpu_ddp.yaml hides the GPUs on purpose; without that, the Accelerate config expected GPUs. torchrun has none.
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
-    if cpu_only and num_processes > 1 and by_accelerate and not hidden:
-        return [
-            f"the launch asked for {num_processes} processes on GPUs, and torch sees none; for several processes on "
-            f"CPUs use accelerate_configs/cpu_ddp.yaml"
-        ]
-    return []
