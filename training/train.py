@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
 from data_prep.common.command_line import prepare_process
@@ -30,7 +29,6 @@ from training.checkpointing.storage import checkpoint_folder, is_checkpoint, pru
 from training.engine.batches import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
-from training.engine.profiling import profiling
 from training.engine.step import training_step
 from training.loop.ending import print_ending, write_run_report
 from training.loop.run import EvaluationStopped, Run
@@ -57,7 +55,7 @@ def main() -> None:
             sys.exit(2)  # the first rank prints the error for all
         raise
     if config.run.preflight:
-        apply_preflight_overrides(config)
+        config = apply_preflight_overrides(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_requests(config.run.max_minutes))
         if is_first:
@@ -113,22 +111,15 @@ def run_training(config: TrainingConfig, stop: StopRequest) -> None:
 
 def train_and_report(run: Run) -> None:
     """Trains to the end and writes the report; after a request to stop there is no report."""
-    debug = run.config.debug
-    folder = run.config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
-    with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
-        training_loop(run, step_done)
+    training_loop(run)
     run.saver.finish()
     print_saver_messages(run)
     if not run.stopping:
         write_run_report(run)
 
 
-def training_loop(run: Run, step_done: Callable[[], None]) -> None:
-    """Trains, evaluates and saves. At the top of the loop `state.step` optimizer steps are done or launched.
-
-    Args:
-        step_done: called after each step.
-    """
+def training_loop(run: Run) -> None:
+    """Trains, evaluates and saves. At the top of the loop `state.step` optimizer steps are done or launched."""
     first = run.state.step  # of a checkpoint, or 0: nothing to save yet
     while True:
         step = run.state.step
@@ -162,7 +153,6 @@ def training_loop(run: Run, step_done: Callable[[], None]) -> None:
             if last or run.stopping:
                 break
             start_step(run)
-            step_done()
         except Diverged as diverged:
             rollback(run, diverged)
             first = run.state.step

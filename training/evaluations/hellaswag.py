@@ -11,7 +11,7 @@ from training.settings.schema import EvaluationSettings
 
 @dataclass
 class HellaSwagEvaluation:
-    """Accuracy under one rule of scoring."""
+    """Accuracy under the rule `completion`."""
 
     every: int
     task: HellaSwag
@@ -20,15 +20,12 @@ class HellaSwagEvaluation:
 
     @classmethod
     def prepare(cls, settings: EvaluationSettings, tokenizer: Any) -> list["HellaSwagEvaluation"]:
-        """One evaluation for each rule; none if the run does not evaluate on HellaSwag."""
+        """One evaluation, by the rule of GPT-2's and GPT-3's published numbers; none if the run does not ask for it."""
         if not settings.hellaswag_every:
             return []
         file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
         items = read_items(file)[: settings.hellaswag_limit]
-        return [
-            cls(settings.hellaswag_every, HellaSwag.prepare(items, rule, tokenizer))
-            for rule in settings.hellaswag_rules
-        ]
+        return [cls(settings.hellaswag_every, HellaSwag.prepare(items, "completion", tokenizer))]
 
     def run(self, run: Run) -> dict[str, Any]:
         """`acc` and `acc_norm`. Collective: the ranks share the items."""

@@ -24,8 +24,7 @@ class Samples:
 
         Each process generates its share. All ranks of a sharded model generate all texts, as none can without the rest.
         """
-        settings, accelerator = run.config.evaluation, run.accelerator
-        prompts = [prompt for prompt in settings.sample_prompts for _ in range(settings.samples_per_prompt)]
+        prompts, accelerator = run.config.evaluation.sample_prompts, run.accelerator
         rank, turns = (0, 1) if accelerator.is_fsdp2 else (accelerator.process_index, accelerator.num_processes)
         mine = []
         for first in range(0, len(prompts), turns):
@@ -38,13 +37,7 @@ class Samples:
         return {f"sample/{number}": prompt + texts[number] for number, prompt in enumerate(prompts)}
 
     def _sample(self, run: Run, number: int, prompt: str) -> str:
-        settings = run.config.evaluation
-        sampling = Sampling(
-            max_new_tokens=settings.sample_tokens,
-            temperature=settings.sample_temperature,
-            top_k=settings.sample_top_k,
-            seed=run.config.run.seed + number,
-        )
+        sampling = Sampling(max_new_tokens=run.config.evaluation.sample_tokens, seed=run.config.run.seed + number)
         # Generation would recompile for every length; past torch's limit training would lose its own code.
         with torch.compiler.set_stance("force_eager"):
             return generate(run.bare_model, self.tokenizer, prompt, sampling).texts[0]
