@@ -27,7 +27,7 @@ def make_accelerator(
     Args:
         timeout: seconds that ranks wait for each other; NCCL's 10 minutes are too short for rank 0 to hash data.
     """
-    raise_all(launch_problems() + device_problems(), "problems with this launch")
+    raise_all([*launch_problems(), *device_problems()], "problems with this launch")
     cpu_only = on_cpu()
     if cpu_only:
         torch.set_num_threads(num_threads())

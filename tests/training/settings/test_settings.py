@@ -1,5 +1,9 @@
 """Settings: who overrides whom, and every problem at once."""
 
+import os
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
 from types import SimpleNamespace
 
 import pytest
@@ -347,6 +351,33 @@ def test_the_scaling_plan_is_what_its_script_says():
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("training.settings.validation.find_spec", lambda name: None)
     assert problems("--report_to", "wandb") == "report_to='wandb' is not installed; pip install wandb"
+
+
+def test_settings_are_read_and_refused_without_heavy_modules(tmp_path):
+    """Of what is installed, only pydantic and YAML, which take a fifth of a second, not torch's and transformers' 5."""
+    (tmp_path / "a.yaml").write_text("preset: gpt2-124m\n")
+    program = """
+import sys
+before = set(sys.modules)
+from data_prep.common.command_line import UserError
+from training.settings.validation import load_config
+load_config(["a.yaml"], 1)
+for words in (["--n_layerz", "2"], ["--max_steps", "0"], ["--warmup_steps", "9999"], ["--data", "no/such"]):
+    try:
+        load_config(words, 1)
+    except UserError as error:
+        print(error, file=sys.stderr)
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    installed = packages_distributions()
+    loaded = {package.lower() for module in done.stdout.split() for package in installed.get(module, ())}
+    light = {"annotated-types", "typing_extensions", "typing-inspection", "pyyaml", "gpt-accelerate"}
+    assert loaded - light == {"pydantic", "pydantic_core"}
+    assert done.stderr.count("\n") == 4
 
 
 def test_what_is_wrong_with_a_mixture(data_folder):
