@@ -7,17 +7,16 @@ from modeling.presets import PRESETS, Preset, flops_per_token, parameter_count
 if TYPE_CHECKING:
     from modeling.configuration import GPTConfig
     from modeling.network import GPTModel
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "GPTConfig":
+            from modeling.configuration import GPTConfig as found
+        elif name == "GPTModel":
+            from modeling.network import GPTModel as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return found
+
 
 __all__ = ["PRESETS", "GPTConfig", "GPTModel", "Preset", "flops_per_token", "parameter_count"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "GPTConfig":
-        from modeling.configuration import GPTConfig
-
-        return GPTConfig
-    if name == "GPTModel":
-        from modeling.network import GPTModel
-
-        return GPTModel
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

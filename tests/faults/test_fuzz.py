@@ -154,14 +154,11 @@ def read_tokenizer(world: Path) -> None:
 def read_checkpoint(world: Path) -> None:
     from training.checkpointing.storage import complete_checkpoints, find_corruption, load_state
     from training.resilience.resume import newest_intact
-    from training.settings.parsing import parse_config
 
     checkpoints = world / "runs" / "tiny" / "checkpoints"
     for checkpoint in complete_checkpoints(checkpoints):
         find_corruption(checkpoint)
-    state = load_state(checkpoints / "step_00000020")
-    branch = ["--resume_from_checkpoint", str(checkpoints / "step_00000020"), "--cooldown_steps", "1"]
-    assert parse_config(branch).max_steps == state.step + 1
+    load_state(checkpoints / "step_00000020")
     assert newest_intact
 
 

@@ -22,6 +22,10 @@ from training.settings.validation import load_config
 from conftest import ROOT  # isort: skip
 
 
+ACCELERATE_CONFIGS = {"cpu": "NO", "single_gpu": "NO", "mps": "NO", "fsdp2": "FSDP", "fsdp2_multi_node": "FSDP"}
+ACCELERATE_CONFIGS |= dict.fromkeys(("cpu_ddp", "ddp", "multi_node"), "MULTI_GPU")
+
+
 def test_flags_over_file_over_preset_over_defaults(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(
@@ -145,22 +149,16 @@ def problems(*flags: str, processes: int = 1) -> str:
             "gradient_compression='bf16' does nothing in a single process; use none",
         ),
         (
-            ["--gradient_compression", "batched_power_sgd"],
-            "gradient_compression='batched_power_sgd' should be 'none', ",
-        ),
-        (
             ["--resume_from_checkpoint", "no/such", "--cooldown_steps", "9"],
             "resume_from_checkpoint='no/such' is not a checkpoint",
         ),
         (["--model_name_or_path", "no/such"], "model_name_or_path='no/such': "),
-        (["--z_loss", "nan"], "z_loss='nan' should be a finite number"),
         (["--max_steps", "0"], "max_steps='0' should be greater than or equal to 1"),
         (["--learning_rate", "-1"], "learning_rate='-1' should be greater than 0"),
         (["--learning_rate", "nan"], "learning_rate='nan' should be a finite number"),
         (["--dropout", "1.5"], "dropout='1.5' should be less than 1"),
         (["--min_lr_ratio", "2"], "min_lr_ratio='2' should be less than or equal to 1"),
         (["--data", "no/such"], "data='no/such': no such folder"),
-        (["--report_to", "nosuch"], "report_to='nosuch' should be 'none', 'tensorboard'"),
         (["--run_name", "a/b"], "run_name='a/b' must end in a plain name for a folder"),
         (["no.yaml"], "no.yaml: no such file"),
     ],
@@ -248,30 +246,19 @@ def test_bad_files(tmp_path, text, expected):
     assert expected in problems(str(tmp_path / "a.yaml"))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_configs_hold_devices_and_precision_only(file):
-    config = load_config_from_file(str(file))
-    assert config.compute_environment == "LOCAL_MACHINE"
-    kinds = {"cpu": "NO", "cpu_ddp": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU"}
-    kinds |= {"fsdp2": "FSDP", "fsdp2_multi_node": "FSDP", "mps": "NO"}
-    assert config.distributed_type == kinds[file.stem]
-    assert config.use_cpu == (file.stem == "cpu")
-    assert (config.num_processes > 1) == (kinds[file.stem] != "NO")
-    if config.distributed_type == "FSDP":
-        assert config.fsdp_config["fsdp_version"] == 2
-        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "GPTBlock"
-
-
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_takes_each_config_on_a_machine_with_gpus(file, devices, monkeypatch):
+@pytest.mark.parametrize("name", ACCELERATE_CONFIGS)
+def test_accelerate_takes_each_config_on_a_machine_with_gpus(name, devices, monkeypatch):
     """Its own validation, and what it would tell the processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    file = ROOT / "accelerate_configs" / f"{name}.yaml"
     written = load_config_from_file(str(file))
+    assert (written.compute_environment, written.distributed_type) == ("LOCAL_MACHINE", ACCELERATE_CONFIGS[name])
+    assert (written.use_cpu, written.num_processes > 1) == (name == "cpu", written.distributed_type != "NO")
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "train.py"]))
     several = written.num_processes > 1
     told = prepare_multi_gpu_env(args) if several else prepare_simple_launcher_cmd_env(args)[1]
@@ -293,10 +280,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         devices.make_accelerator()
 
 
-def test_every_accelerate_config_is_there():
-    names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    one_machine = {"cpu", "cpu_ddp", "single_gpu", "ddp", "fsdp2", "mps"}
-    assert names == one_machine | {"multi_node", "fsdp2_multi_node"}
+def test_every_accelerate_config_is_tested():
+    assert {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")} == ACCELERATE_CONFIGS.keys()
 
 
 @pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM"])
