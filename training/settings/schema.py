@@ -53,7 +53,10 @@ class ModelSettings:
 class DataSettings:
     """The training data and its order."""
 
-    data: Names = _help([QUICKSTART_DATA], "folders made by data_prep.prepare, or hf://datasets/USER/NAME")
+    data: Names = _help(
+        [QUICKSTART_DATA],
+        "folders made by data_prep.prepare, or hf://datasets/USER/NAME; the default is prepared if missing",
+    )
     data_weights: Weights | None = _help(None, "share of each folder in the tokens, in any unit; else by size")
     sequence_length: Positive | None = _help(None, "tokens in a training sequence; n_positions if not given")
     order: Literal["shuffled", "sequential"] = _help(
