@@ -1,7 +1,22 @@
-"""The model: configuration, network, loss and presets. Needs only torch and transformers."""
+"""The model: configuration, network, loss and presets. Needs only torch and transformers, which it loads when used."""
 
-from modeling.configuration import GPTConfig
-from modeling.network import GPTModel
+from typing import TYPE_CHECKING, Any
+
 from modeling.presets import PRESETS, Preset, flops_per_token, parameter_count
+
+if TYPE_CHECKING:
+    from modeling.configuration import GPTConfig
+    from modeling.network import GPTModel
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "GPTConfig":
+            from modeling.configuration import GPTConfig as found
+        elif name == "GPTModel":
+            from modeling.network import GPTModel as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return found
+
 
 __all__ = ["PRESETS", "GPTConfig", "GPTModel", "Preset", "flops_per_token", "parameter_count"]

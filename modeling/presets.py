@@ -1,13 +1,15 @@
 """Published sizes of GPT-2 and GPT-3, their parameters and FLOPs."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from modeling.configuration import GPTConfig
+if TYPE_CHECKING:
+    from modeling.configuration import GPTConfig
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published size with its batch and learning rate."""
+    """A published size with its batch and learning rate; the vocabulary is GPT-2's."""
 
     n_layer: int
     n_embd: int
@@ -15,6 +17,9 @@ class Preset:
     n_positions: int
     batch_tokens: int
     learning_rate: float
+    vocab_size: ClassVar[int] = 50257
+    n_inner: ClassVar[int | None] = None
+    tie_word_embeddings: ClassVar[bool] = True
 
 
 # GPT-3: Brown et al. 2020, table 2.1, with batches rounded to multiples of powers of two, and for 1.3B 16 heads, as its
@@ -35,7 +40,7 @@ PRESETS = {
 }
 
 
-def parameter_count(config: GPTConfig) -> int:
+def parameter_count(config: "GPTConfig | Preset") -> int:
     """Returns the exact number of parameters; a head tied to the embedding counts once."""
     c, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     attention, mlp, norm = (c + 1) * 3 * c + (c + 1) * c, (c + 1) * inner + (inner + 1) * c, 2 * c
@@ -43,7 +48,7 @@ def parameter_count(config: GPTConfig) -> int:
     return tables * c + config.n_layer * (attention + mlp + 2 * norm) + norm
 
 
-def flops_per_token(config: GPTConfig, sequence_length: int) -> int:
+def flops_per_token(config: "GPTConfig | Preset", sequence_length: int) -> int:
     """Returns the floating-point operations of training on one token, forward and backward, without recomputation.
 
     6 for each weight of a matrix product, and 12 `n_layer` `n_embd` `sequence_length` for attention, counted as full

@@ -69,7 +69,7 @@ class Validation:
 
 @dataclass
 class HellaSwagEvaluation:
-    """Accuracy under one rule of scoring."""
+    """Accuracy by the rule of GPT-2's and GPT-3's published numbers, `completion`."""
 
     every: int
     task: HellaSwag
@@ -78,15 +78,12 @@ class HellaSwagEvaluation:
 
     @classmethod
     def prepare(cls, settings: EvaluationSettings, tokenizer: Any) -> list["HellaSwagEvaluation"]:
-        """One evaluation for each rule; none if the run does not evaluate on HellaSwag."""
+        """One evaluation; none if the run does not evaluate on HellaSwag."""
         if not settings.hellaswag_every:
             return []
         file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
         items = read_items(file)[: settings.hellaswag_limit]
-        return [
-            cls(settings.hellaswag_every, HellaSwag.prepare(items, rule, tokenizer))
-            for rule in settings.hellaswag_rules
-        ]
+        return [cls(settings.hellaswag_every, HellaSwag.prepare(items, "completion", tokenizer))]
 
     def run(self, run: Run) -> dict[str, Any]:
         """`acc` and `acc_norm`. Collective: the ranks share the items."""
@@ -152,8 +149,7 @@ class Samples:
 
         Each process generates its share. All ranks of a sharded model generate all texts, as none can without the rest.
         """
-        settings, accelerator = run.config.evaluation, run.accelerator
-        prompts = [prompt for prompt in settings.sample_prompts for _ in range(settings.samples_per_prompt)]
+        prompts, accelerator = run.config.evaluation.sample_prompts, run.accelerator
         rank, turns = (0, 1) if accelerator.is_fsdp2 else (accelerator.process_index, accelerator.num_processes)
         mine = []
         for first in range(0, len(prompts), turns):
@@ -166,13 +162,7 @@ class Samples:
         return {f"sample/{number}": prompt + texts[number] for number, prompt in enumerate(prompts)}
 
     def _sample(self, run: Run, number: int, prompt: str) -> str:
-        settings = run.config.evaluation
-        sampling = Sampling(
-            max_new_tokens=settings.sample_tokens,
-            temperature=settings.sample_temperature,
-            top_k=settings.sample_top_k,
-            seed=run.config.run.seed + number,
-        )
+        sampling = Sampling(max_new_tokens=run.config.evaluation.sample_tokens, seed=run.config.run.seed + number)
         # Generation would recompile for every length; past torch's limit training would lose its own code.
         with torch.compiler.set_stance("force_eager"):
             return generate(run.bare_model, self.tokenizer, prompt, sampling).texts[0]

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_option("plot", type=Path, metavar="FILE", help="picture to draw it into")
     args, words = parser.parse_known_args()
     config = parse_config(words)
-    raise_all(schedule_problems(config))
+    raise_all(list(schedule_problems(config)))
     plan, schedule, end, peak = config.batch_plan, config.schedule, config.max_steps, config.optimizer.learning_rate
 
     def row(step: int) -> tuple[int, int, int, float]:

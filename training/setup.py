@@ -158,7 +158,7 @@ def global_batches(
     """A function that makes this rank's part of the global batch at a position."""
 
     def make(position: int) -> list[Batch]:
-        if config.debug.overfit_single_batch:
+        if config.data.overfit_single_batch:
             position = 0
         batch_tokens = plan.size(position * config.sequence_length)
         return train_data.micro_batches(

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 
 from data_prep.common.command_line import UserError, first_line, prepare_process
@@ -29,7 +28,6 @@ from training.checkpointing.storage import checkpoint_folder, prune_checkpoints
 from training.engine.batches import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
-from training.engine.profiling import profiling
 from training.engine.step import training_step
 from training.loop.ending import print_ending, write_run_report
 from training.loop.run import EvaluationStopped, Run
@@ -37,7 +35,7 @@ from training.loop.stopping import StopRequest, stop_requests
 from training.records import screen
 from training.records.step_metrics import LaunchedStep, gather_metrics, read_gpu
 from training.resilience.divergence import Diverged, handle_divergence, is_skipped, rollback
-from training.resilience.preflight import own_folder, preflight, preflight_config
+from training.resilience.preflight import apply_preflight_overrides, own_folder, preflight
 from training.resilience.resume import AlreadyFinished
 from training.settings.config import TrainingConfig
 from training.setup import setup
@@ -47,7 +45,7 @@ def main(config: TrainingConfig) -> None:
     screen.install()
     is_first = os.environ.get("RANK", "0") == "0"
     if config.run.preflight:
-        config = preflight_config(config)
+        config = apply_preflight_overrides(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_requests(config.run.max_minutes))
         if is_first:
@@ -105,27 +103,23 @@ def run_training(config: TrainingConfig, stop: StopRequest) -> None:
 
 def train_and_report(run: Run) -> None:
     """Trains to the end and writes the report; after a request to stop there is no report."""
-    debug = run.config.debug
-    folder = run.config.run_folder / "profile" if debug.profile and run.accelerator.is_main_process else None
-    with profiling(folder) as step_done, torch.autograd.set_detect_anomaly(debug.detect_anomaly):
-        while True:
-            try:
-                training_loop(run, step_done)
-                break
-            except Diverged as diverged:
-                rollback(run, diverged)
+    while True:
+        try:
+            training_loop(run)
+            break
+        except Diverged as diverged:
+            rollback(run, diverged)
     run.saver.finish()
     print_saver_messages(run)
     if not run.stopping:
         write_run_report(run)
 
 
-def training_loop(run: Run, step_done: Callable[[], None]) -> None:
-    """Trains to the last step or a request to stop. `step_done` is called after each step."""
+def training_loop(run: Run) -> None:
+    """Trains to the last step or a request to stop."""
     save_and_evaluate(run)
     while not run.is_over:
         start_step(run)
-        step_done()
         save_and_evaluate(run)
 
 

@@ -186,8 +186,8 @@ def _check_environment() -> None:
 
 
 def run(main: Callable[[], T]) -> T:
-    """Runs a command's `main` and returns its result. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for Ctrl-C, 1 if the
-    reader of the output has closed it."""
+    """Runs a command's `main` and returns its result. Exit codes: 2 and one line for `UserError` and `OSError`, 130 for
+    Ctrl-C, 1 if the reader of the output has closed it."""
     if unreadable := [word for word in sys.argv[1:] if word != word.encode("utf-8", "replace").decode("utf-8")]:
         print(f"error: {unreadable[0]!r} is not UTF-8 text; rename what it names", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
 from data_prep.common.command_line import UserError, raise_all
-from eval.common.launch import configured_precision, launch_problems, on_cpu
+from eval.common.launch import configured_precision, device_problems, launch_problems, on_cpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -27,7 +27,7 @@ def make_accelerator(
     Args:
         timeout: seconds that ranks wait for each other; NCCL's 10 minutes are too short for rank 0 to hash data.
     """
-    raise_all(launch_problems(), "problems with this launch")
+    raise_all([*launch_problems(), *device_problems()], "problems with this launch")
     cpu_only = on_cpu()
     if cpu_only:
         torch.set_num_threads(num_threads())

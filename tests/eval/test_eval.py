@@ -25,7 +25,7 @@ from eval.common.scores import language_modeling_scores
 from eval.hellaswag import HellaSwag
 from eval.loss import read_tokens, summed_loss, windows
 from training.publish import _settings as publish_settings
-from training.settings.parsing import saved_progress
+from training.settings.parsing import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,10 @@ def test_another_folder_than_a_model_is_recognized(tiny_run, data_folder, tmp_pa
 def test_a_model_or_a_run_is_recognized_where_data_or_a_run_are_expected(tiny_run, data_folder, tmp_path):
     checkpoint = tiny_run.checkpoints[-1]
     with_checkpoints = f"it is a folder with checkpoints, such as {checkpoint}"
+
+    def branch_off(path):
+        parse_config(["--resume_from_checkpoint", str(path)])
+
     tokenizer = f"no tokenizer in it; it is a data folder; its tokenizer is {data_folder}/tokenizer"
     expected = [
         (Manifest.read, checkpoint, "not a data folder (no manifest.json); it is a model; prepare one"),
@@ -205,7 +209,7 @@ def test_a_model_or_a_run_is_recognized_where_data_or_a_run_are_expected(tiny_ru
         (Source.resolve, Source(str(data_folder)), "is no folder of documents; it is a data folder"),
         (hf_tokenizer, data_folder, tokenizer),
         (hf_tokenizer, tmp_path, "no tokenizer in it; copy tokenizer.json and its config there"),
-        (saved_progress, tiny_run.folder, f"is not a checkpoint ({with_checkpoints})"),
+        (branch_off, tiny_run.folder, f"is not a checkpoint ({with_checkpoints})"),
         (publish_settings, checkpoint, f"(no config.yaml); it is a part of {tiny_run.folder}; name that, and --step"),
         (publish_settings, data_folder, "(no config.yaml); it is a data folder"),
     ]

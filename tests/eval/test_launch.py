@@ -9,7 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import ROOT
 
-from eval.common.launch import compile_options, configured_precision, launch_problems
+from eval.common.launch import compile_options, configured_precision, device_problems, launch_problems
 
 EAGER = {"backend": "eager", "fullgraph": False}
 TWO_GPUS = {"distributed_type": "MULTI_GPU", "num_processes": 2, "main_process_port": 0}
@@ -127,7 +127,7 @@ CASES = [(name, value, refused) for name, (_, values) in ANSWERS.items() for val
 def test_an_answer_works_or_is_refused(name, value, refused, tmp_path, monkeypatch):
     beside, _ = ANSWERS[_part(name) or name]
     _told(beside | ANSWERS[name][0] | {name: value}, tmp_path, monkeypatch)
-    problems = launch_problems()
+    problems = [*launch_problems(), *device_problems()]
     assert len(problems) == (refused != WORKS) and all(refused in problem for problem in problems)
 
 
@@ -161,6 +161,6 @@ def test_a_precision_that_accelerate_launch_has_not_set_is_the_user_s(monkeypatc
 
 def test_accumulation_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert launch_problems() == [
+    assert list(launch_problems()) == [
         "the launch asks for gradient_accumulation_steps=4, which follow from --batch_tokens; leave it out"
     ]

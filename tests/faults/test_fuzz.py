@@ -154,13 +154,11 @@ def read_tokenizer(world: Path) -> None:
 def read_checkpoint(world: Path) -> None:
     from training.checkpointing.storage import complete_checkpoints, find_corruption, load_state
     from training.resilience.resume import newest_intact
-    from training.settings.parsing import saved_progress
 
     checkpoints = world / "runs" / "tiny" / "checkpoints"
     for checkpoint in complete_checkpoints(checkpoints):
         find_corruption(checkpoint)
-    state = load_state(checkpoints / "step_00000020")
-    assert saved_progress(checkpoints / "step_00000020") == (state.step, state.position)
+    load_state(checkpoints / "step_00000020")
     assert newest_intact
 
 

@@ -1,6 +1,5 @@
 """Whole runs, each in processes of its own, against independent re-statements and against each other."""
 
-import gzip
 import json
 import math
 import re
@@ -109,7 +108,7 @@ FLAGS = (
     "--order shuffled --per_device_train_batch_size 4 --max_steps 10 --eval_steps 5 --save_steps 5 "
     "--save_total_limit 9 --optim muon --muon_learning_rate 2e-2 --z_loss 1e-3 --gradient_checkpointing selective "
     "--lr_scheduler_type wsd --warmup_tokens 1000 --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 2048 "
-    "--sample_every 10 --sample_tokens 4 --samples_per_prompt 3 --sample_top_k 0 --sample_temperature 1.5"
+    "--sample_every 10 --sample_tokens 8 --sample_prompts def def def"
 )
 RECIPE = FLAGS.split()
 
@@ -143,8 +142,8 @@ def test_two_processes_follow_the_same_recipe(train, recipe):
 
 def test_samples_of_a_prompt_differ(recipe):
     samples = [json.loads(line) for line in (recipe.folder / "samples.jsonl").read_text().splitlines()]
-    assert [sample["prompt"] for sample in samples] == [p for p in ("def", "import", "class") for _ in range(3)]
-    assert len({sample["text"] for sample in samples}) == 9
+    assert [sample["prompt"] for sample in samples] == ["def"] * 3
+    assert len({sample["text"] for sample in samples}) == 3
 
 
 def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
@@ -176,13 +175,10 @@ def test_a_run_begins_from_a_checkpoint(train, tiny_run):
 
 
 def test_one_batch_is_learned_by_heart(train, tiny_run):
-    debug = ["--overfit_single_batch", "--profile", "--detect_anomaly"]
-    run = train("overfit", *debug, "--max_steps", "20", "--per_device_train_batch_size", "8", "--eval_steps", "20")
+    flags = ["--max_steps", "20", "--per_device_train_batch_size", "8", "--eval_steps", "20"]
+    run = train("overfit", "--overfit_single_batch", *flags)
     losses, of_text = run.losses(), tiny_run.losses()
     assert losses[0] == of_text[0] and losses[-1] < of_text[-1] - 0.5
-    with gzip.open(run.folder / "profile" / "trace.json.gz") as trace:
-        assert any("mm" in event.get("name", "") for event in json.load(trace)["traceEvents"])
-    assert "aten::" in (run.folder / "profile" / "operations.txt").read_text()
 
 
 def test_what_is_evaluated_does_not_change_the_losses(train, tiny_run, swag_file):

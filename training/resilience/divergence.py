@@ -145,7 +145,7 @@ def _end(run: Run, diverged: Diverged, reason: str) -> UserError:
     found = gather_object([_first_nonfinite(run.bare_model, micro_batches, run.accelerator.device)])
     if not run.accelerator.is_main_process:
         sys.exit(2)  # the first rank prints the error for all
-    where = "all results are finite; --detect_anomaly true names the operation behind a gradient that is not"
+    where = "no layer: all results of the forward pass are finite"
     if ranks := [rank for rank, name in enumerate(found) if name is not None]:
         where = f"the first result that is not finite is that of {found[ranks[0]]}"
         where += f" on rank {ranks[0]}" if len(found) > 1 else ""

@@ -63,15 +63,14 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def preflight_config(config: TrainingConfig) -> TrainingConfig:
-    """Returns the settings of a run in a folder beside its own, on the same disk, without trackers, that evaluates
-    little."""
-    run, evaluation = config.run, config.evaluation
+def apply_preflight_overrides(config: TrainingConfig) -> TrainingConfig:
+    """The settings of a run in a folder beside its own, on the same disk, with no tracker and small evaluations."""
+    checkpoint, evaluation = config.run.resume_from_checkpoint, config.evaluation
     return config.replace(
         output_dir=str(config.run_folder.parent / ".preflight" / config.run_folder.name),
         auto_resume=False,
         report_to="none",
-        resume_from_checkpoint=None if run.resume_from_checkpoint == NEWEST else run.resume_from_checkpoint,
+        resume_from_checkpoint=None if checkpoint == NEWEST else checkpoint,
         val_tokens=min(evaluation.val_tokens, config.optimizer.batch_tokens),
         hellaswag_limit=min(evaluation.hellaswag_limit or _HELLASWAG_ITEMS, _HELLASWAG_ITEMS),
         lm_eval_limit=min(evaluation.lm_eval_limit or processes_launched(), processes_launched()),
@@ -172,11 +171,9 @@ def forecast(config: TrainingConfig, result: PreflightResult, parameters: int, s
     Raises:
         UserError: if the checkpoints do not fit on the disk.
     """
-    price, steps = config.run.price_per_hour, config.max_steps - step
+    steps = config.max_steps - step
     tokens = config.batch_plan.tokens(config.max_steps) - position * config.sequence_length
     speed = result.step_tokens / result.step_seconds
-    hours = tokens / speed / 3600
-    cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
     needed, room = room_for_checkpoints(config, result.checkpoint_bytes)
     hub = f", access to {config.hub.hub_model_id}" if config.hub.push_to_hub else ""
     return "\n".join(
@@ -185,7 +182,7 @@ def forecast(config: TrainingConfig, result: PreflightResult, parameters: int, s
             f"preflight   every part works: steps, each evaluation, a checkpoint written and read{hub}",
             f"parameters  {parameters:,}",
             f"steps       {steps:,}: {tokens:,} tokens",
-            f"time        {hours:,.2f} hours of training at {speed:,.0f} tokens/s{cost}",
+            f"time        {tokens / speed / 3600:,.2f} hours of training at {speed:,.0f} tokens/s",
             f"memory      {gib(result.memory)} of {gib(result.room)} for each process",
             f"disk        {gib(needed)} of {gib(room)} for {checkpoints_kept(config)} checkpoints of "
             f"{gib(result.checkpoint_bytes)}; one is written in {result.saving_seconds:.1f} s",

@@ -20,7 +20,7 @@ from training.settings.schema import NEWEST
 
 # The settings behind parts of `Data.identity`, where their names differ.
 _SETTING_OF = {"shards": "data", "shares": "data_weights"}
-_OF_A_COOLDOWN = {"max_steps", "max_tokens", "cooldown_steps", "cooldown_tokens"}
+_OF_A_COOLDOWN = {"max_steps", "max_tokens", "cooldown_steps"}
 
 
 class AlreadyFinished(Exception):
@@ -135,7 +135,7 @@ def _differences(saved: RunState, now: RunState) -> dict[str, str]:
         for name, value in now.data.items()
         if value != saved.data.get(name)
     }
-    for name, value in now.settings.items():
-        if value != saved.settings.get(name):
-            changed[name] = f"{name}={saved.settings.get(name)}, now {value}"
+    for name in saved.settings | now.settings:  # of another version, one of them has more
+        if (before := saved.settings.get(name)) != (value := now.settings.get(name)):
+            changed[name] = f"{name}={before}, now {value}"
     return changed

@@ -6,44 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.settings import schema
 from training.settings.schedule import BatchPlan, Schedule
-from training.settings.schema import (
-    MODEL_SIZES,
-    CheckpointSettings,
-    DataSettings,
-    DebugSettings,
-    DeviceSettings,
-    DivergenceSettings,
-    EvaluationSettings,
-    HubSettings,
-    LoggingSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunSettings,
-)
 
 # They begin a run, or change no more than the rounding of its results.
 _HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
 _MICRO_BATCH = 8  # the most, if none is given
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingConfig:
     """Every setting of a run, by group."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False, "coerce_numbers_to_str": True}
 
-    model: ModelSettings
-    data: DataSettings
-    optimizer: OptimizerSettings
-    run: RunSettings
-    devices: DeviceSettings
-    evaluation: EvaluationSettings
-    checkpointing: CheckpointSettings
-    logging: LoggingSettings
-    hub: HubSettings
-    divergence: DivergenceSettings
-    debug: DebugSettings
+    model: schema.ModelSettings
+    data: schema.DataSettings
+    optimizer: schema.OptimizerSettings
+    run: schema.RunSettings
+    devices: schema.DeviceSettings
+    evaluation: schema.EvaluationSettings
+    checkpointing: schema.CheckpointSettings
+    logging: schema.LoggingSettings
+    hub: schema.HubSettings
+    divergence: schema.DivergenceSettings
 
     @property
     def sequence_length(self) -> int:
@@ -86,29 +72,20 @@ class TrainingConfig:
     def schedule(self) -> Schedule:
         """The learning rate over the run, in tokens if one of its lengths is given in tokens, else in steps."""
         settings, plan = self.optimizer, self.batch_plan
-        pairs = {
-            "warmup": (settings.warmup_steps, settings.warmup_tokens),
-            "decay": (settings.decay_steps, settings.decay_tokens),
-            "cooldown": (settings.cooldown_steps, settings.cooldown_tokens),
-        }
-        in_tokens = any(tokens is not None for _, tokens in pairs.values())
-        total = plan.tokens(self.max_steps) if in_tokens else self.max_steps
-        lengths: dict[str, int] = {}
-        for name, (steps, tokens) in pairs.items():
-            if tokens is not None:
-                lengths[name] = tokens
-            elif steps is None:
-                lengths[name] = total
-            elif in_tokens and name == "cooldown":
-                lengths[name] = total - plan.tokens(self.max_steps - steps)
-            else:
-                lengths[name] = plan.tokens(steps) if in_tokens else steps
+        in_tokens = settings.warmup_tokens is not None or settings.decay_tokens is not None
+
+        def length(steps: int) -> int:
+            return plan.tokens(steps) if in_tokens else steps
+
+        total = length(self.max_steps)
         return Schedule(
             settings.lr_scheduler_type,
             "tokens" if in_tokens else "steps",
+            warmup=length(settings.warmup_steps) if settings.warmup_tokens is None else settings.warmup_tokens,
+            decay=total if settings.decay_tokens is None else settings.decay_tokens,
+            cooldown=total - length(self.max_steps - settings.cooldown_steps),
             total=total,
             min_ratio=settings.min_lr_ratio,
-            **lengths,
         )
 
     @property
@@ -131,18 +108,20 @@ class TrainingConfig:
             return int(given)
         return max(size for size in self.micro_batches(num_processes) if size <= _MICRO_BATCH)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
-        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
-
     def replace(self, **settings: Any) -> "TrainingConfig":
-        """Returns a copy with other values of some settings."""
+        """A copy with changed settings, by their names."""
         groups = {}
         for group in dataclasses.fields(self):
             old = getattr(self, group.name)
-            own = {f.name for f in dataclasses.fields(old)}
-            groups[group.name] = dataclasses.replace(old, **{n: v for n, v in settings.items() if n in own})
-        return dataclasses.replace(self, **groups)
+            names = settings.keys() & vars(old).keys()
+            groups[group.name] = dataclasses.replace(old, **{name: settings.pop(name) for name in names})
+        if settings:
+            raise TypeError(f"no settings: {', '.join(settings)}")
+        return TrainingConfig(**groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def result_affecting_settings(self, mixed_precision: str) -> dict[str, Any]:
         """The settings that change the result of a run; those of its data are in `Data.identity`.
@@ -154,6 +133,6 @@ class TrainingConfig:
         settings |= {
             "mixed_precision": mixed_precision,
             "gradient_compression": self.devices.gradient_compression,
-            "overfit_single_batch": self.debug.overfit_single_batch,
+            "overfit_single_batch": self.data.overfit_single_batch,
         }
-        return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *MODEL_SIZES)}
+        return {name: value for name, value in settings.items() if name not in (*_HARMLESS, *schema.MODEL_SIZES)}

@@ -6,10 +6,10 @@ Names are those of `transformers.TrainingArguments` where it has the setting (do
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from data_prep.common.schema import Count, Positive
-from modeling import PRESETS
+from modeling.presets import PRESETS
 from training.settings.schedule import ScheduleName
 
 QUICKSTART_DATA = "data/quickstart"
@@ -17,41 +17,39 @@ MODEL_SIZES = ("n_layer", "n_embd", "n_head", "n_positions")  # decided by a che
 NEWEST = "newest"  # --resume_from_checkpoint without a path
 START = ("resume_from_checkpoint", "auto_resume", "override", "preflight")  # settings of a start, not of the run
 
-
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Weights = list[Annotated[float, Field(gt=0, lt=1e12)]]
 Names = Annotated[list[str], Field(min_length=1)]
+Recomputed = Annotated[
+    Literal["none", "selective", "full"] | bool,
+    AfterValidator(lambda value: {True: "full", False: "none"}.get(value, value)),  # as in TrainingArguments
+]
 
 
 def _help(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    factory: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": text})
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelSettings:
     """The model and where its weights come from."""
 
     preset: str | None = _help(None, "published size that the settings below start from: " + ", ".join(PRESETS))
-    model_name_or_path: str | None = _help(
-        None, "GPT-2 checkpoint, a folder or a name on the Hub, that gives the sizes below and the weights"
-    )
+    model_name_or_path: str | None = _help(None, "GPT-2, in a folder or on the Hub, that gives sizes and weights")
     n_layer: Positive = _help(2, "transformer blocks")
     n_embd: Positive = _help(192, "width of the residual stream, in channels")
     n_head: Positive = _help(3, "attention heads")
     n_positions: Positive = _help(256, "longest context of the model, in tokens")
     dropout: BelowOne = _help(0.0, "dropout of embeddings, attention and residual branches; 0 for pre-training")
     attn_implementation: str = _help(
-        "auto",
-        "attention kernel: sdpa, flash_attention_2, flex_attention, eager, ...; auto: eager for short sequences on a "
-        "CPU, else sdpa",
+        "auto", "sdpa, flash_attention_2, flex_attention, eager, ...; auto: eager for short ones on a CPU, else sdpa"
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataSettings:
     """The training data and its order."""
 
@@ -59,41 +57,36 @@ class DataSettings:
         [QUICKSTART_DATA],
         "folders made by data_prep.prepare, or hf://datasets/USER/NAME; the default is prepared if missing",
     )
-    data_weights: list[Annotated[float, Field(gt=0, lt=1e12)]] | None = _help(
-        None, "share of each data folder in the training tokens, in any unit; by size if not given"
-    )
+    data_weights: Weights | None = _help(None, "share of each folder in the tokens, in any unit; else by size")
     sequence_length: Positive | None = _help(None, "tokens in a training sequence; n_positions if not given")
     order: Literal["shuffled", "sequential"] = _help(
         "shuffled", "shards and documents permuted anew each epoch, or in the order on disk"
     )
     document_mask: bool = _help(False, "keep attention and positions within documents")
+    overfit_single_batch: bool = _help(False, "train on the first batch again and again: the loss must go to 0")
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSettings:
     """Length of the run, batch, optimizer and schedule."""
 
     max_steps: Positive = _help(1000, "optimizer steps in the whole run")
     max_tokens: Positive | None = _help(None, "tokens in the whole run, in place of max_steps; up to whole steps")
     batch_tokens: Positive = _help(
-        2048, "tokens in a step, over all processes and micro-batches; the default is rounded to what they can share"
+        2048, "tokens in a step, over all processes; the default is rounded to what they can share"
     )
     batch_ramp_tokens: Count = _help(0, "tokens over which the batch grows linearly to batch_tokens; 0 for no ramp")
-    batch_ramp_start: Positive | None = _help(
-        None, "tokens in the first step of the ramp; each batch is a multiple of it"
-    )
+    batch_ramp_start: Positive | None = _help(None, "tokens in the ramp's first step; each batch is a multiple of it")
     per_device_train_batch_size: Literal["auto"] | Positive | None = _help(
         None,
-        "sequences in one forward pass of one process (micro-batch); auto: the most that fits in memory; up to 8, as "
-        "batch_tokens allows, if not given",
+        "sequences in a forward pass of one process (micro-batch); auto: the most that fits; if not given, up to 8",
     )
     optim: Literal["adamw", "muon"] = _help(
-        "muon",
-        "muon: Muon for the matrices of the blocks, AdamW for the rest; with a preset or a model, adamw if not given",
+        "muon", "muon: Muon for the blocks' matrices, AdamW for the rest; with a preset or a model, adamw if not given"
     )
-    learning_rate: PositiveFloat = _help(None, "peak learning rate, of AdamW; 2e-2 with Muon, else 3e-3, if not given")
+    learning_rate: PositiveFloat = _help(2e-2, "peak learning rate, of AdamW; without Muon 3e-3 if not given")
     muon_learning_rate: PositiveFloat | None = _help(
-        None, "peak learning rate of Muon; if not given, learning_rate, or 6e-3 if that is not given either"
+        6e-3, "peak learning rate of Muon; learning_rate if only that is given"
     )
     muon_momentum: BelowOne = _help(0.95, "Muon's momentum (Nesterov's)")
     weight_decay: NonNegative = _help(0.1, "decoupled weight decay, on matrices and embeddings only")
@@ -107,24 +100,18 @@ class OptimizerSettings:
     )
     warmup_steps: Count = _help(40, "steps of linear warmup")
     warmup_tokens: Count | None = _help(None, "tokens of linear warmup, in place of warmup_steps")
-    decay_steps: Count | None = _help(
-        None, "steps until cosine or linear end, from the beginning; the whole run if not given"
+    decay_tokens: Count | None = _help(
+        None, "tokens until cosine or linear end, from the beginning; else the whole run"
     )
-    decay_tokens: Count | None = _help(None, "tokens until cosine or linear end, in place of decay_steps")
     cooldown_steps: Count = _help(
         0, "last steps of a wsd run, in which the learning rate falls; with a checkpoint of another run: steps to add"
     )
-    cooldown_tokens: Count | None = _help(None, "last tokens of a wsd run, in place of cooldown_steps")
-    min_lr_ratio: Fraction = _help(0.1, "learning rate after the decay, as a fraction of the peak")
-
-    def __post_init__(self) -> None:
-        if self.learning_rate is None:
-            self.learning_rate = 2e-2 if self.optim == "muon" else 3e-3
-            if self.optim == "muon" and self.muon_learning_rate is None:
-                self.muon_learning_rate = 6e-3
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = _help(
+        0.1, "learning rate after the decay, relative to the peak"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunSettings:
     """Where a run is kept, how it starts and ends."""
 
@@ -135,20 +122,15 @@ class RunSettings:
         "continue from the newest complete checkpoint of this run; with a PATH to a checkpoint of another run: branch "
         "off there; settings that are not given are those of that run",
     )
-    auto_resume: bool = _help(
-        False, "continue from the newest checkpoint if there is one: the same command starts and restarts a run"
-    )
+    auto_resume: bool = _help(False, "continue if there is a checkpoint: the same command starts and restarts a run")
     override: list[str] = _help([], "settings that a resumed run may change, though they change its result")
-    preflight: bool = _help(
-        False, "run every part once, in about a minute, report what the run will take, and leave nothing behind"
-    )
-    price_per_hour: NonNegative | None = _help(None, "price of all devices together, for preflight's estimate")
+    preflight: bool = _help(False, "run every part once, report what the run will take, and leave nothing behind")
     max_minutes: PositiveFloat | None = _help(None, "end with a checkpoint after this time, as on SIGTERM")
     seed: Count = _help(1337, "seed of the initial weights, the order of data, dropout and samples")
     full_determinism: bool = _help(False, "only operations that give the same bits each time, also on a GPU; slower")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DeviceSettings:
     """Precision, compilation, memory and communication."""
 
@@ -158,7 +140,7 @@ class DeviceSettings:
         "that are fast at that only (compute capability 7, as T4), no elsewhere",
     )
     torch_compile: Literal["auto"] | bool = _help("auto", "torch.compile each block; auto: on CUDA")
-    gradient_checkpointing: Literal["none", "selective", "full"] | bool = _help(
+    gradient_checkpointing: Recomputed = _help(
         "none",
         "recompute activations in the backward pass. selective: all but the results of matrix products and attention; "
         "full, or true: all but the input of each block",
@@ -168,44 +150,34 @@ class DeviceSettings:
     )
     ddp_timeout: Positive = _help(3600, "seconds that a process waits for the others, which may be downloading")
 
-    def __post_init__(self) -> None:
-        if isinstance(self.gradient_checkpointing, bool):  # as in TrainingArguments
-            self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
 
-
-@dataclass
+@dataclass(frozen=True)
 class EvaluationSettings:
     """Evaluations during a run, and how often they run."""
 
     eval_steps: Positive = _help(200, "steps between two validations")
     val_tokens: Positive = _help(65536, "tokens in a validation, the same ones each time")
     sample_every: Count = _help(500, "steps between two rounds of samples; 0 for none")
-    sample_prompts: list[str] = _help(["def", "import", "class"], "texts to continue")
+    sample_prompts: list[str] = _help(["def", "import", "class"], "texts to continue, each once")
     sample_tokens: Positive = _help(64, "tokens in a sample")
-    samples_per_prompt: Positive = _help(1, "samples of each prompt; processes share them")
-    sample_temperature: NonNegative = _help(0.8, "divides the logits of samples; 0 is greedy")
-    sample_top_k: Count = _help(50, "sample from the N most likely tokens; 0 for all")
     hellaswag_every: Count = _help(0, "steps between two evaluations on HellaSwag; 0 for none")
     hellaswag_data: str | None = _help(None, "hellaswag_val.jsonl; downloaded if not given")
     hellaswag_limit: Positive | None = _help(None, "only the first N items")
-    hellaswag_rules: Names = _help(["completion"], "rules to score by: completion, lm_eval or both")
     lm_eval_every: Count = _help(0, "steps between two runs of the lm-evaluation-harness; 0 for none")
     lm_eval_tasks: Names = _help(["lambada_openai", "wikitext"], "tasks and groups of the harness")
     lm_eval_limit: Positive | None = _help(None, "only the first N items of each task")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointSettings:
     """When checkpoints are saved, and which are kept."""
 
-    save_steps: Positive = _help(
-        500, "steps between two checkpoints; the last step and each new lowest validation loss always have one"
-    )
+    save_steps: Positive = _help(500, "steps between two checkpoints; the last step and each new best are saved too")
     save_total_limit: Positive = _help(2, "newest checkpoints to keep, beside the one with the best validation loss")
     keep_every: Count = _help(0, "also keep the checkpoints of every N steps; 0 for none")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoggingSettings:
     """Progress lines and trackers."""
 
@@ -215,7 +187,7 @@ class LoggingSettings:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class HubSettings:
     """Uploads to the Hub."""
 
@@ -231,7 +203,7 @@ class HubSettings:
     hub_license: str = _help("mit", "licence in the model card, as the Hub spells it")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DivergenceSettings:
     """The response to a loss that is not finite, or a spike."""
 
@@ -240,17 +212,6 @@ class DivergenceSettings:
         "for a loss or gradient that is not finite, which never gets into the weights. skip: skip the batch; halt: end "
         "the run; rollback: go back to the last checkpoint and skip the batch from there",
     )
-    spike_zscore: NonNegative = _help(
-        0.0, "roll back for a loss or gradient norm this many standard deviations above its mean; 0 for never"
-    )
+    spike_zscore: NonNegative = _help(0.0, "roll back for a loss or norm this many deviations above its mean; 0: never")
     spike_window: Positive = _help(128, "steps that the mean and the standard deviation are taken over")
     max_skipped: Count = _help(10, "batches to skip before the run halts")
-
-
-@dataclass
-class DebugSettings:
-    """Tools to find errors."""
-
-    overfit_single_batch: bool = _help(False, "train on the first batch again and again: the loss must go to 0")
-    detect_anomaly: bool = _help(False, "stop where a backward pass makes a NaN, and name the operation; slow")
-    profile: bool = _help(False, "record a few of the first steps with torch's profiler, in RUN/profile")

@@ -1,5 +1,6 @@
 """Files of a run that somebody, another version or a crash has changed: one line, or all is well."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -34,15 +35,32 @@ def test_a_line_that_is_none_does_not_make_a_run_unresumable(run, tmp_path, line
     assert ("unreadable lines are skipped" in resumed.stdout) == bool(line.strip())
 
 
-def test_a_setting_of_another_version_is_one_line(run, tmp_path):
-    config = run / "config.yaml"
+@pytest.mark.parametrize("changes_the_result", [False, True])
+def test_a_setting_of_another_version_is_ignored_unless_it_changes_the_result(run, tmp_path, changes_the_result):
+    config, checkpoint = run / "config.yaml", run / "checkpoints" / "step_00000020"
     config.write_text(config.read_text() + "rotary: true\n")
+    if changes_the_result:
+        file = checkpoint / "training_state" / "state.json"
+        state = json.loads(file.read_text())
+        file.write_text(json.dumps(state | {"settings": state["settings"] | {"rotary": True}}))
+        hashes = json.loads((checkpoint / "COMPLETE").read_text())
+        hashes["training_state/state.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
+    code, text = begin(["--run_name", "tiny", "--resume_from_checkpoint", *MORE], tmp_path).ended()
+    assert "config.yaml: ignored rotary=True, which this version does not have" in text, text
+    assert code == (2 if changes_the_result else 0)
+    assert ("give another result (rotary=True, now None)" in text) == changes_the_result
+
+
+def test_a_wrong_value_in_the_file_of_a_run_is_one_line(run, tmp_path):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("n_layer: 2", "n_layer: two"))
     for words in (
         ["--run_name", "tiny", "--resume_from_checkpoint"],
         ["--resume_from_checkpoint", run / "checkpoints" / "step_00000020"],
     ):
         code, text = begin([*words, *MORE], tmp_path).ended()
-        assert code == 2 and "config.yaml: unknown 'rotary'; it was written by another version" in text, text
+        assert code == 2 and "config.yaml: n_layer='two' should be a valid integer" in text, text
         assert text.count("\n") == 1
 
 

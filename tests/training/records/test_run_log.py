@@ -31,5 +31,5 @@ def test_a_gpu_that_does_not_tell_everything(monkeypatch):
 def test_the_optimizer_is_described():
     """Of a norm and two matrices, with biases: decayed are the matrices."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
-    text = describe(make_optimizer(model, OptimizerSettings(optim="adamw")))
+    text = describe(make_optimizer(model, OptimizerSettings(optim="adamw", learning_rate=3e-3)))
     assert text == "fused AdamW at 0.003; 2 tensors with 40 parameters decayed, 3 tensors with 12 parameters not"

@@ -122,7 +122,7 @@ def test_steps_and_tokens_of_a_plan_are_those_counted_out(plan):
 
 
 def test_lengths_in_tokens_and_steps_may_be_mixed():
-    flags = "--lr_scheduler_type wsd --batch_tokens 1024 --max_steps 100 --warmup_steps 10 --cooldown_tokens 20480"
+    flags = "--lr_scheduler_type wsd --batch_tokens 1024 --max_steps 100 --warmup_tokens 10240 --cooldown_steps 20"
     config = parse_config(flags.split())
     ours = config.schedule
     assert (ours.unit, ours.warmup, ours.total, ours.cooldown) == ("tokens", 10_240, 102_400, 20_480)
@@ -131,6 +131,9 @@ def test_lengths_in_tokens_and_steps_may_be_mixed():
     flags = "--lr_scheduler_type wsd --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 4096"
     ramped = parse_config([*flags.split(), "--warmup_tokens", "500", "--max_steps", "40", "--cooldown_steps", "5"])
     assert ramped.schedule.cooldown == 5 * 1024 and ramped.schedule.total == ramped.batch_plan.tokens(40)
+    cosine = ["--batch_tokens", "1024", "--decay_tokens", "40960"]
+    ours = parse_config(cosine).schedule
+    assert (ours.unit, ours.warmup, ours.decay) == ("tokens", 40 * 1024, 40_960)
 
 
 def test_the_command_shows_the_corners(monkeypatch, capsys, tmp_path):
