@@ -27,7 +27,6 @@ SUB_PACKAGES = {
         "publishing",
         "records",
         "loop",
-        "evaluations",
         "resilience",
         "finetuning",
     ],

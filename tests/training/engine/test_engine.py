@@ -309,7 +309,9 @@ def test_muons_update_is_of_adamws_size():
     root mean square of 0.2; five iterations come within a third of orthogonal."""
     model = make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, OptimizerSettings(optim="muon", learning_rate=0.01, weight_decay=0.5))
+    optimizer = make_optimizer(
+        model, OptimizerSettings(optim="muon", learning_rate=0.01, muon_learning_rate=None, weight_decay=0.5)
+    )
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
