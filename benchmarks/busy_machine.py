@@ -1,16 +1,16 @@
-"""Speed of training steps beside other busy processes, by how long OpenMP's threads spin while they wait.
+"""Speed of training steps beside other busy processes, by how often OpenMP's threads spin before they sleep.
 
-    python -m benchmarks.busy_machine [--busy 0 1 2]
+    python -m benchmarks.busy_machine [--busy 0 1] [--spins 1000 300000] [--vocab_size 4096]
 
-The benchmark starts the other processes itself: each keeps one core busy. The two settings take turns.
+The benchmark starts the other processes itself: each keeps one core busy. The settings take turns.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,9 +18,6 @@ import torch
 from benchmarks.interleaved import Setup, run_interleaved, spread
 from benchmarks.training_step import SIZES, step_workload
 from data_prep.common.command_line import ArgumentParser, run
-from data_prep.common.openmp import spin_limit
-
-_LIBGOMP = "300000"  # spins, libgomp's own limit where there are no more threads than cores
 
 
 @contextmanager
@@ -40,28 +37,23 @@ def main() -> None:
     parser.add_option("busy", type=int, nargs="+", default=[0, 1, 2], help="numbers of other processes")
     parser.add_option("steps", type=int, default=3, help="steps in a round")
     parser.add_option("rounds", type=int, default=5, help="rounds of measurements")
-    parser.add_option("precision", default="no", choices=["bf16", "no"], help="of the arithmetic")
+    parser.add_option("precision", default="bf16", choices=["bf16", "no"], help="of the arithmetic")
+    parser.add_option(
+        "spins", type=int, nargs="+", default=[1_000, 3_000, 10_000, 300_000], help="the last: libgomp's own"
+    )
+    parser.add_option("vocab_size", type=int, default=4096, help="of the quickstart's model")
     args = parser.parse_args()
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        os.environ.pop(name, None)
-    variables = {"gpt-accelerate": {}, "libgomp's default": {"GOMP_SPINCOUNT": _LIBGOMP}}
-    size = SIZES["quickstart"]
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    variables = {str(spins): {"GOMP_SPINCOUNT": str(spins)} for spins in args.spins}
+    size = replace(SIZES["quickstart"], vocab_size=args.vocab_size)
     setup: Setup = partial(step_workload, "gpt-accelerate", size, args.precision, args.steps)
     print(f"quickstart's model, {os.cpu_count()} cores, torch {torch.__version__}, tokens/s (spread)\n")
-    print("| other processes | " + " | ".join(variables) + " | ratio (spread) |\n|---|---|---|---|")
-    medians = {}
+    print("| other processes | " + " | ".join(variables) + " |" + "\n|---" + "|---" * len(variables) + "|")
     for busy in args.busy:
         with company(busy):
-            variables["gpt-accelerate"] = spin_limit()
             found = run_interleaved(dict.fromkeys(variables, setup), args.rounds, variables)
-        seconds = {name: taken for name, (taken, _) in found.items()}
-        speeds = {name: [args.steps * size.tokens / one for one in taken] for name, taken in seconds.items()}
-        ratios = [new / old for new, old in zip(*speeds.values(), strict=True)]
-        cells = [spread(one, ",.0f") for one in speeds.values()]
-        print(f"| {busy} | {' | '.join(cells)} | {spread(ratios, '.2f')} |", flush=True)
-        medians[busy] = statistics.median(speeds["gpt-accelerate"])
-    shares = [f"{speed / medians[args.busy[0]]:.2f} beside {busy}" for busy, speed in medians.items()]
-    print(f"\ngpt-accelerate's speed as a share of the first: {', '.join(shares)}")
+        cells = [spread([args.steps * size.tokens / one for one in taken], ",.0f") for taken, _ in found.values()]
+        print(f"| {busy} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
