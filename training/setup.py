@@ -91,7 +91,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         state=state,
         log=log,
         saver=saver,
-        uploads=Uploads(config.run_folder, saver, log.flush) if publishing else None,
+        uploads=Uploads(config.run_folder, log.flush, every=config.hub.hub_strategy == "all") if publishing else None,
         stop=stop,
         timer=StepTimer(accelerator.device),
     )
