@@ -154,10 +154,11 @@ def run_out_of_memory() -> None:
 
 
 def online(then: Callable[[], None] | None = None) -> None:
-    """Let a process that was forked from one without a network have one; and then what else goes wrong."""
+    """Let a process that was forked from one without a network have the Hub of its environment; and then what else goes
+    wrong."""
     from huggingface_hub import constants
 
-    constants.HF_HUB_OFFLINE = False
+    constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, os.environ["HF_ENDPOINT"]
     if then is not None:
         then()
 

@@ -114,7 +114,7 @@ QUICK = {
     "eval.hellaswag": ("{checkpoint} --data {swag} --limit 2", "acc_norm"),
     "eval.loss": ("{checkpoint} --data {data}", "nats per token"),
     "eval.report": ("{run}", "report.html"),
-    "modeling.import_checkpoint": ("ckpt.pt imported", "of nanoGPT at step 7"),
+    "modeling.import_checkpoint": ("ckpt.pt imported", "50,257 tokens"),
     "training.export_llmc": ("gpt2 model.bin", "model.bin"),
     "benchmarks.scaling": ("", "gpt3-175b"),
     "training.plot_schedule": ("--max_steps 20 --warmup_steps 2 --plot schedule.png", "20 steps"),

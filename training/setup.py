@@ -88,7 +88,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
         state=state,
         log=log,
         saver=saver,
-        uploads=Uploads(config.run_folder, saver, log.flush) if publishing else None,
+        uploads=Uploads(config.run_folder, log.flush, every=config.hub.hub_strategy == "all") if publishing else None,
         stop=stop,
         metrics=MetricsQueue(depth=1 if accelerator.device.type == "cuda" else 0),
         first_step=state.step,

@@ -32,6 +32,7 @@ from training.engine.step import training_step
 from training.loop.ending import print_ending, write_run_report
 from training.loop.run import EvaluationStopped, Run
 from training.loop.stopping import StopRequest, stop_requests
+from training.publishing.uploader import pending
 from training.records import screen
 from training.records.step_metrics import LaunchedStep, gather_metrics, read_gpu
 from training.resilience.divergence import Diverged, handle_divergence, is_skipped, rollback
@@ -231,7 +232,9 @@ def publish_and_prune(run: Run) -> None:
     wanted = {"end": step == run.config.max_steps, "best": step == run.state.best_step}
     if run.uploads is not None and wanted.get(hub.hub_strategy, True):
         run.uploads.enqueue(checkpoint_folder(run.checkpoints, step))
-    prune = partial(prune_checkpoints, run.checkpoints, kept.save_total_limit, kept.keep_every, run.state.best_step)
+    uploading = pending(run.config.run_folder) if run.uploads is not None else []
+    limits = (kept.save_total_limit, kept.keep_every, run.state.best_step)
+    prune = partial(prune_checkpoints, run.checkpoints, *limits, uploading)
     run.saver.afterwards("an older checkpoint could not be removed", prune)
 
 

@@ -15,7 +15,7 @@ import torch
 from chats import TALK, base_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.chat import save
+from modeling.import_checkpoint import write_folder
 from training.finetuning.template import add_chat_template
 
 pytestmark = pytest.mark.clients
@@ -68,7 +68,7 @@ def test_a_chat_model_answers(data_folder, tmp_path):
     assert shutil.which("transformers", path=str(Path(sys.executable).parent))
     model, tokenizer = base_model(data_folder)
     add_chat_template(model, tokenizer)
-    save(model, tokenizer, tmp_path / "chat")
+    write_folder(model, tokenizer, tmp_path / "chat")
     ids = tokenizer.apply_chat_template(TALK[1:4], add_generation_prompt=True, return_dict=True)["input_ids"]
     expected = greedy(tmp_path / "chat", ids)
     with served(tmp_path / "chat") as post:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Finished
 from forks import begin
 from plants import die, in_step, online
 from standin_hub import serve
@@ -268,24 +267,3 @@ def test_the_users_files_beside_a_report_stay(flags, tmp_path):
     assert (run.folder / "report" / "mine.md").read_text() == "precious"
     assert (run.folder / "report" / "loss_annotated.png").read_bytes() == b"precious"
     assert (run.folder / "report" / "report.md").exists()
-
-
-def test_a_card_is_not_written_through_the_links_of_the_queue(flags, tmp_path):
-    from training.checkpointing.storage import find_corruption
-
-    run: Finished = begin([*flags, "--run_name", "run", "--max_steps", "3"], tmp_path).finished("run")
-    (checkpoint,) = run.checkpoints
-    hashes = json.loads((checkpoint / "COMPLETE").read_text())
-    for name in ("README.md", "training_config.yaml", "loss.png"):  # as an older version, or its owner, may have it
-        (checkpoint / name).write_text("ours")
-        hashes[name] = hashlib.sha256(b"ours").hexdigest()
-    (checkpoint / "COMPLETE").write_text(json.dumps(hashes))
-    assert find_corruption(checkpoint) is None
-    from training.publish import Destination, _add_card
-    from training.publishing.queue import enqueue
-
-    pending = enqueue(checkpoint, run.folder)
-    assert os.path.samefile(pending / "README.md", checkpoint / "README.md")
-    _add_card(pending, 3, run.folder, Destination("user/x", "all", False, False, "mit"))
-    assert "Use" in (pending / "README.md").read_text()
-    assert find_corruption(checkpoint) is None and (checkpoint / "README.md").read_text() == "ours"

@@ -95,7 +95,6 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
 
     from data_prep.contamination import contamination, record
     from modeling import GPTConfig, GPTModel
-    from training.export_llmc import write_llmc
 
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(data_folder, folder / "small")
@@ -119,7 +118,6 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
         "steps:\n- {step: RegexFilter, regex_exp: xyz}\n- MinhashDedup\n"
     )
     model = GPTModel(GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, n_positions=8))
-    write_llmc(model, folder / "model.bin")
     sizes = {"block_size": 8, "vocab_size": 300, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
     torch.save(
         {"model": as_in_nanogpt(model), "model_args": sizes, "iter_num": 7},
@@ -220,12 +218,6 @@ def read_clean_settings(world: Path) -> None:
     read_config(world / "clean.yaml")
 
 
-def read_llmc_file(world: Path) -> None:
-    from training.export_llmc import read_llmc
-
-    read_llmc(world / "model.bin")
-
-
 def read_peer_file(world: Path) -> None:
     from modeling.import_checkpoint import import_checkpoint
 
@@ -256,7 +248,6 @@ FILES = {
     "cleaned/cleaning.json": read_cleaning,
     "cleaned/x.jsonl": read_cleaning,
     "clean.yaml": read_clean_settings,
-    "model.bin": read_llmc_file,
     "ckpt.pt": read_peer_file,
 }
 

@@ -54,16 +54,14 @@ def as_they_write(model: GPT2LMHeadModel, prefix: str = "", biases: bool = True)
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-def test_nanogpt(tmp_path, prefix):
+def test_nanogpt(tmp_path, prefix, monkeypatch):
     """Compiled or not, distributed or not: the logits are those of stock GPT-2 with nanoGPT's exact GELU."""
     model = stock("gelu")
     settings = {"block_size": 16, "vocab_size": 128, "bias": True, "dropout": 0.1, **SIZES}
     content = {"model": as_they_write(model, prefix), "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}}
     torch.save({**content, "model_args": settings, "iter_num": 600, "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")
-    imported = import_checkpoint(tmp_path / "ckpt.pt")
-    assert (imported.trainer, imported.step) == ("nanoGPT", 600)
-    torch.testing.assert_close(imported.model(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-4)
-    write_folder(imported.model, None, tmp_path / "folder")
+    monkeypatch.setattr("sys.argv", ["import_checkpoint", str(tmp_path / "ckpt.pt"), str(tmp_path / "folder")])
+    main()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
     assert again.config.eos_token_id is None  # 50256 is none of its tokens
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
@@ -77,7 +75,7 @@ def test_nanogpt_without_biases(tmp_path):
     settings = {"block_size": 16, "vocab_size": 128, "bias": False, **SIZES}
     torch.save({"model": as_they_write(model, biases=False), "model_args": settings}, tmp_path / "ckpt.pt")
     imported = import_checkpoint(tmp_path / "ckpt.pt")
-    torch.testing.assert_close(imported.model(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(imported(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 def test_build_nanogpt(tmp_path, monkeypatch, capsys):
@@ -88,7 +86,7 @@ def test_build_nanogpt(tmp_path, monkeypatch, capsys):
     words = ["import_checkpoint", str(tmp_path / "model_19072.pt"), str(tmp_path / "out"), "--vocab_size", "101"]
     monkeypatch.setattr("sys.argv", words)
     main()
-    assert capsys.readouterr().out.endswith("101 tokens, of build-nanogpt at step 19,072\n")
+    assert capsys.readouterr().out.endswith(" 101 tokens\n")
     logits = GPTModel.from_pretrained(tmp_path / "out").eval()(TOKENS).logits
     torch.testing.assert_close(logits, model(TOKENS).logits[..., :101], rtol=0, atol=1e-4)
     with pytest.raises(SystemExit, match=f"error: {tmp_path / 'out'} exists; choose another name"):
@@ -115,9 +113,12 @@ def test_what_is_refused(tmp_path, monkeypatch):
         "weights alone": (good, "no weights under 'model'"),
         "no sizes": ({"model": good}, "does not say how large"),
         "one size": ({"model": good, "model_args": {"n_layer": 2}}, "does not say its block_size, vocab_size, n_head"),
-        "shape": ({"model": wide, "model_args": settings}, r"wpe.weight is \[17, 32\], expected \[16, 32\]"),
-        "less": ({"model": less, "model_args": settings}, "transformer.ln_f.weight is missing"),
-        "more": ({"model": {**good, "extra.weight": torch.zeros(1)}, "model_args": settings}, "extra.weight is not a"),
+        "shape": ({"model": wide, "model_args": settings}, r"wpe.weight: .* torch.Size\(\[17, 32\]\)"),
+        "less": ({"model": less, "model_args": settings}, r"Missing key.*transformer.ln_f.weight"),
+        "more": (
+            {"model": {**good, "extra.weight": torch.zeros(1)}, "model_args": settings},
+            r"Unexpected key.*extra.weight",
+        ),
         "untied": ({"model": untied, "model_args": settings}, "not tied"),
     }.values():
         torch.save(content, "ckpt.pt")

@@ -15,8 +15,8 @@ from standin_hub import StandIn, serve
 
 from data_prep.common.hub import repository_problem
 from modeling import GPTModel
-from training.checkpointing.storage import step_of
-from training.publishing.queue import claim, enqueue, pending, release_claims
+from training.checkpointing.storage import complete_checkpoints, prune_checkpoints, step_of
+from training.publishing.uploader import Uploads, pending, queue_entry
 from training.settings.parsing import parse_config
 
 pytestmark = pytest.mark.clients  # of the Hub
@@ -25,9 +25,6 @@ LOADING = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling import GPTModel
-from training.settings.parsing import parse_config
-from training.checkpointing.storage import step_of
-from training.publishing.queue import enqueue, release_claims, claim, pending
 name, revision, output, card = sys.argv[1:]
 exec(open(card).read().split("```python")[1].split("```")[0])  # its own way of using the model
 tokens = torch.arange(1, 25)[None]
@@ -84,7 +81,7 @@ def test_trained_killed_resumed_published_and_loaded_by_name(recipe, tmp_path):
         assert sorted(repository.tags) == [path.name for path in run.checkpoints]
         assert repository.branches["main"] == repository.tags["step_00000020"]
         assert "step     20  published http://127.0.0.1" in run.stdout
-        assert not list((run.folder / "hub").glob("*step*"))
+        assert not pending(run.folder)
 
         found = loaded("user/killed", "step_00000010", hub, tmp_path)
         saved = GPTModel.from_pretrained(run.checkpoints[1]).eval()(torch.arange(1, 25)[None]).logits
@@ -137,7 +134,7 @@ def test_a_hub_that_fails_does_not_touch_the_run(recipe, tmp_path, what, message
     assert last.endswith("this tries again: python -m training.publish runs/failing")
     assert "report           runs/failing/report/report.html" in run.stdout
     assert hub.environment()["HF_TOKEN"] not in run.stdout
-    assert len(list((run.folder / "hub").glob("*step_*"))) == 1  # the others were overtaken
+    assert pending(run.folder) == run.checkpoints[-1:]  # the others were overtaken
 
     hub.failing, hub.token = None, StandIn.token
     with serve(hub):
@@ -166,7 +163,8 @@ def test_what_is_published(recipe, tmp_path):
         command("training.publish", run.folder, *to, hub=hub, cwd=tmp_path)
         assert repository.messages == ["Step 20"]  # nothing has changed
         tagged = [*to, "--hub_revisions", "--step", "5"]
-        enqueue(run.checkpoints[2], run.folder)
+        (run.folder / "hub").mkdir(exist_ok=True)
+        queue_entry(run.checkpoints[2]).touch()
         command("training.publish", run.folder, *tagged, hub=hub, cwd=tmp_path)
         assert repository.messages[1:] == ["Step 5"] and [step_of(left) for left in pending(run.folder)] == [15]
         first = repository.tags["step_00000005"]
@@ -179,22 +177,24 @@ def test_what_is_published(recipe, tmp_path):
         assert "the token is that of user, who may write to user" in output
 
 
-def test_what_is_being_uploaded_cannot_be_lost(recipe, tmp_path):
-    """Replaced meanwhile, failed, or left behind by a killed process: what waits in the end is the newest of a step."""
-    run = begin([*recipe("upload_queue"), "--max_steps", "5"], tmp_path).finished("upload_queue")
-    place = enqueue(run.checkpoints[0], run.folder)
-    with claim(place) as folder:
-        assert not place.exists() and pending(run.folder) == [place]
-        assert (folder / "model.safetensors").samefile(run.checkpoints[0] / "model.safetensors")
-        enqueue(run.checkpoints[0], run.folder)
-        (place / "newer").touch()
-    assert (place / "newer").exists() and not folder.exists()
-    with pytest.raises(OSError, match="the network"), claim(place):
-        raise OSError("the network")
-    assert (place / "newer").exists()
-    place.rename(folder)  # as a killed process leaves it
-    release_claims(run.folder)
-    assert pending(run.folder) == [place] and (place / "newer").exists()
+@pytest.mark.parametrize(("every", "expected"), [(True, [5, 10, 15]), (False, [15])])
+def test_what_waits_for_its_upload_is_not_pruned(every, expected, tmp_path):
+    """Step 20 could not be written; files of others in the folder are left alone."""
+    places = [tmp_path / "checkpoints" / f"step_{step:08d}" for step in (5, 10, 15, 20, 25)]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "thesis.tex").touch()
+    uploads = Uploads(tmp_path, lambda: None, every=every)
+    for place in places[:4]:
+        uploads.enqueue(place)
+        place.mkdir(parents=True)
+        (place / "COMPLETE").touch()
+    (places[3] / "COMPLETE").unlink()
+    places[4].mkdir()
+    (places[4] / "COMPLETE").touch()
+    prune_checkpoints(tmp_path / "checkpoints", 1, 0, None, pending(tmp_path))
+    assert [step_of(left) for left in complete_checkpoints(tmp_path / "checkpoints")] == [*expected, 25]
+    uploads.close()
+    assert (tmp_path / "hub" / "thesis.tex").exists()
 
 
 @pytest.mark.slow

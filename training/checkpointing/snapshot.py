@@ -9,7 +9,6 @@ step_00000500/
 import copy
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import file_hash
 from modeling import GPTModel
+from modeling.import_checkpoint import bare_name
 from training.checkpointing.storage import (
     COMPLETE,
     STATE,
@@ -34,9 +34,6 @@ from training.checkpointing.storage import (
     partial_folder,
     remove_checkpoint,
 )
-
-# Names that torch.compile, DDP, activation checkpointing and FSDP put into those of the parameters that they wrap.
-_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -245,11 +242,6 @@ def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
-
-
-def bare_name(name: str) -> str:
-    """The name of a parameter without those of wrappers around the model and its parts."""
-    return _WRAPPERS.sub("", name)
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

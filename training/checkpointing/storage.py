@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,11 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(removing)
 
 
-def prune_checkpoints(checkpoints: Path, save_total_limit: int, keep_every: int, best_step: int | None) -> None:
-    """Removes all checkpoints but the newest `save_total_limit`, the best, and those of every `keep_every` steps (0:
-    none); and the partial ones of killed runs. Nothing may be being written.
+def prune_checkpoints(
+    checkpoints: Path, save_total_limit: int, keep_every: int, best_step: int | None, in_use: Collection[Path] = ()
+) -> None:
+    """Removes all checkpoints but the newest `save_total_limit`, the best, those of every `keep_every` steps (0: none)
+    and those in use; and the partial ones of killed runs. Nothing may be being written.
 
     If the best could not be written (on a full disk, say), any other may be the best one on the disk: all stay.
     """
@@ -156,7 +159,7 @@ def prune_checkpoints(checkpoints: Path, save_total_limit: int, keep_every: int,
         return
     for folder in complete_checkpoints(checkpoints)[:-save_total_limit]:
         step = step_of(folder)
-        if step != best_step and not (keep_every and step % keep_every == 0):
+        if step != best_step and not (keep_every and step % keep_every == 0) and folder not in in_use:
             remove_checkpoint(folder)
 
 

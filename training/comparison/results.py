@@ -2,7 +2,7 @@
 
 import statistics
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from training.comparison.plan import Budget
 REPORT_NAME, PAGE_NAME, PICTURE_NAME = "comparison.md", "comparison.html", "comparison.png"
 SIGNIFICANCE = 0.05  # of the p-values, after the correction for several variants
 _EQUAL = 0.1  # largest difference of minutes that are called the same, as a part of the first's
+_HEADING = ("", "seeds", "validation loss", "standard error", "difference", "p", "tokens", "tokens/s", "minutes")
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The finished runs of a variant, one for each seed."""
+    """The finished runs of a variant, one for each seed, and what ended the others."""
 
     name: str
     records: list[Record]
@@ -63,62 +64,49 @@ def verdict(first: Runs, other: Runs, p: float | None) -> str:
     return "better" if statistics.fmean(other.losses) < statistics.fmean(first.losses) else "worse"
 
 
-def unequal_minutes(first: Runs, other: Runs) -> str | None:
-    """A warning that the machine was not as fast as when the steps were chosen, so that a verdict at equal minutes is
-    not about equal minutes; None if they are nearly the same."""
-    if not first.records or not other.records:
-        return None
-    ours, theirs = (_mean_minutes(one.records).values[-1] for one in (other, first))
-    if abs(ours - theirs) <= _EQUAL * theirs:
-        return None
-    return f"its runs took {ours:.2f} minutes, not {theirs:.2f}: compare on a quieter machine, or by steps"
-
-
 def summary(runs: list[Runs], budget: Budget) -> str:
     """A table of all variants, and a line for each but the first."""
     first, others = runs[0], runs[1:]
-    ps = [None, *p_values(first.losses, [one.losses for one in others])]
     target = statistics.fmean(first.losses) if first.losses else None
-    heading = ["", "seeds", "validation loss", "standard error", "difference", "p", "bits per byte", "tokens",
-               "tokens/s", "minutes", f"minutes to {number(target, '.4f')}", "verdict"]  # fmt: skip
-    rows, lines = [], []
-    for one, p in zip(runs, ps, strict=True):
-        judged = "" if one is first else verdict(first, one, p)
-        rows.append([*_cells(one, first, p, target), judged])
-        if one is not first:
-            shown = "" if p is None else f" (p = {p:.2g})"
-            lines.append(f"{one.name}: {judged}{' than ' + first.name if judged in ('better', 'worse') else ''}{shown}")
-            if budget.unit == "minutes" and (warning := unequal_minutes(first, one)):
-                lines.append(f"{one.name}: {warning}")
-        lines += [f"{one.name}: {failure}" for failure in one.failures]
-    return table(heading, rows) + "".join(f"\n\n- {line}" if i == 0 else f"\n- {line}" for i, line in enumerate(lines))
+    rows, lines = [[*_cells(first, None, None, target), ""]], []
+    for one, p in zip(others, p_values(first.losses, [one.losses for one in others]), strict=True):
+        judged = verdict(first, one, p)
+        rows.append([*_cells(one, target, p, target), judged])
+        than = f" than {first.name}" if judged in ("better", "worse") else ""
+        lines.append(f"{one.name}: {judged}{than}{'' if p is None else f' (p = {p:.2g})'}")
+        if budget.unit == "minutes" and one.records and first.records:
+            ours, theirs = (_mean_minutes(each.records).values[-1] for each in (one, first))
+            if abs(ours - theirs) > _EQUAL * theirs:  # the machine was not as fast as when the steps were chosen
+                remedy = "compare on a quieter machine, or by steps"
+                lines.append(f"{one.name}: its runs took {ours:.2f} minutes, not {theirs:.2f}: {remedy}")
+    lines += [f"{one.name}: {failure}" for one in runs for failure in one.failures]
+    heading = [*_HEADING, f"minutes to {number(target, '.4f')}", "verdict"]
+    return "\n\n".join([table(heading, rows), "\n".join(f"- {line}" for line in lines)]).rstrip()
 
 
-def _cells(one: Runs, first: Runs, p: float | None, target: float | None) -> list[str]:
+def _cells(one: Runs, reference: float | None, p: float | None, target: float | None) -> list[str]:
     if not one.records:
-        return [one.name, "0", *[""] * 9]
-    losses = one.losses
+        return [one.name, "0", *[""] * (len(_HEADING) - 1)]
+    losses, minutes = one.losses, _mean_minutes(one.records)
+    mean = statistics.fmean(losses)
     error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
-    difference = None if one is first or target is None else statistics.fmean(losses) - target
-    bits = [value for record in one.records if (value := record.last("val_bits_per_byte")) is not None]
     speeds = [statistics.median(record.curves["tokens_per_second"].values) for record in one.records]
-    mean, minutes = mean_curve(one.records, "val_loss"), _mean_minutes(one.records)
+    reached = None if target is None else time_to(target, _mean_curve(one.records, "val_loss"), minutes)
     return [
         one.name,
         str(len(losses)),
-        f"{statistics.fmean(losses):.4f}",
+        f"{mean:.4f}",
         number(error, ".4f"),
-        number(difference, "+.4f"),
+        number(None if reference is None else mean - reference, "+.4f"),
         number(p, ".2g"),
-        number(statistics.fmean(bits) if len(bits) == len(one.records) else None, ".4f"),
         f"{one.records[0].curves['tokens'].values[-1]:,.0f}",
         f"{statistics.median(speeds):,.0f}",
         f"{minutes.values[-1]:.2f}",
-        number(None if target is None else time_to(target, mean, minutes), ".2f"),
+        number(reached, ".2f"),
     ]
 
 
-def mean_curve(records: list[Record], metric: str) -> Curve:
+def _mean_curve(records: list[Record], metric: str) -> Curve:
     """The mean of a metric over runs, at the steps that all of them have."""
     curves = [record.curves[metric] for record in records]
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
@@ -134,9 +122,7 @@ def _mean_minutes(records: list[Record]) -> Curve:
 
 def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
     """The minutes after which a loss first is at `target`, by linear interpolation; None if it never is."""
-    for (before, after), (higher, lower) in zip(
-        zip(loss.steps, loss.steps[1:], strict=False), zip(loss.values, loss.values[1:], strict=False), strict=True
-    ):
+    for (before, higher), (after, lower) in pairwise(zip(loss.steps, loss.values, strict=True)):
         if lower <= target < higher:
             return minutes.at(before + (after - before) * (higher - target) / (higher - lower))
     return None
@@ -144,10 +130,9 @@ def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
 
 def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) -> Path:
     """Writes the report of a comparison and its picture; returns the path of the page with both."""
-    shown, pictures = [one for one in runs if one.records], []
+    shown, picture = [one for one in runs if one.records], folder / PICTURE_NAME
     if shown:
-        pictures.append(folder / PICTURE_NAME)
-        save_figure(_plot(shown), pictures[0])
+        save_figure(_plot(shown), picture)
     text = (
         f"# Comparison at {budget} a run\n\n```bash\n{command}\n```\n\n{summary(runs, budget)}\n\n"
         f"Losses are means over the seeds. p is that of Welch's t-test against the first line, corrected for the "
@@ -155,33 +140,29 @@ def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) 
         f"![Validation loss]({PICTURE_NAME})\n"
     )
     write_text(folder / REPORT_NAME, text)
-    write_page(folder / PAGE_NAME, text, pictures)
+    write_page(folder / PAGE_NAME, text, [picture] if shown else [])
     return folder / PAGE_NAME
 
 
 def _plot(runs: list[Runs]) -> Any:
     """Plots mean validation losses over tokens and minutes, each with the band from its lowest to its highest run."""
-    from matplotlib.ticker import EngFormatter
-
     figure, panels = new_figure(2, 10.4, 4.6, sharey=True)
     ends = []
     for one, color in zip(runs, cycle(COLORS), strict=False):
-        mean, minutes = mean_curve(one.records, "val_loss"), _mean_minutes(one.records)
-        low, high = (
-            [edge(record.curves["val_loss"].at(step) for record in one.records) for step in mean.steps]
-            for edge in (min, max)
-        )
+        mean = _mean_curve(one.records, "val_loss")
+        all_values = [[record.curves["val_loss"].at(step) for record in one.records] for step in mean.steps]
         tokens = one.records[0].tokens()
         assert tokens is not None
-        for panel, x in zip(panels, (tokens, minutes), strict=True):
+        for panel, x in zip(panels, (tokens, _mean_minutes(one.records)), strict=True):
             at = [x.at(step) for step in mean.steps]
-            panel.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+            band = list(map(min, all_values)), list(map(max, all_values))
+            panel.fill_between(at, *band, color=color, alpha=0.2, linewidth=0)
             panel.plot(at, mean.values, color=color, label=f"{one.name}: {mean.values[-1]:.3f}", linewidth=1.5)
         ends += mean.values[len(mean.values) // 4 :]
     for panel, label in zip(panels, ("tokens", "minutes of training steps"), strict=True):
         panel.set_xlabel(label)
-    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0].set_ylim(min(ends) - 0.05 * (max(ends) - min(ends)), max(ends) + 0.05 * (max(ends) - min(ends)))
+    margin = 0.05 * (max(ends) - min(ends))
+    panels[0].set_ylim(min(ends) - margin, max(ends) + margin)
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].legend(fontsize=8, framealpha=0.9)
     return figure

@@ -1,4 +1,7 @@
-"""Uploads to the Hub during training: each by a process of its own, which cannot harm the run."""
+"""Uploads to the Hub during training: each by a process of its own, which cannot harm the run.
+
+RUN/hub has an empty file named after each checkpoint that waits for its upload. Such a checkpoint is not pruned.
+"""
 
 import os
 import shlex
@@ -7,40 +10,57 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
-from data_prep.common.command_line import UserError, first_line
+from data_prep.common.command_line import first_line
+from data_prep.common.files import write_text
 from training.checkpointing.storage import is_checkpoint, step_of
-from training.checkpointing.writer import Saver
-from training.publishing.queue import enqueue, pending
 
+QUEUE = "hub"
 _NICENESS = 15  # about a thirtieth of a core that training wants too
 _POLL_SECONDS = 0.1
 
 
+def queue_entry(checkpoint: Path) -> Path:
+    """The file that queues a checkpoint for upload."""
+    return checkpoint.parents[1] / QUEUE / checkpoint.name
+
+
+def pending(run_folder: Path) -> list[Path]:
+    """The complete checkpoints that wait for their upload, oldest first."""
+    queue = run_folder / QUEUE
+    names = sorted(os.listdir(queue)) if queue.is_dir() else []
+    checkpoints = [run_folder / "checkpoints" / name for name in names]
+    return [one for one in checkpoints if is_checkpoint(one) and queue_entry(one).is_file()]
+
+
 class Uploads:
-    """Runs `training.publish` for queued checkpoints, whenever there is a new one.
+    """Runs `training.publish` for queued checkpoints.
 
     A checkpoint whose upload fails stays in the queue for the next attempt, of this run or by hand.
 
     Args:
-        saver: of the run's checkpoints.
         flush: writes the records of the run, from which model cards are made, to their files.
+        every: upload every queued checkpoint, not only the newest.
     """
 
-    def __init__(self, run_folder: Path, saver: Saver, flush: Callable[[], None]) -> None:
-        self.run_folder, self.saver, self.flush = run_folder, saver, flush
+    def __init__(self, run_folder: Path, flush: Callable[[], None], every: bool) -> None:
+        self.run_folder, self.flush, self.every = run_folder, flush, every
         self.process: subprocess.Popen[bytes] | None = None
         self.output = tempfile.TemporaryFile()  # noqa: SIM115  closed by close
-        self.requested: Path | None = None
-        self.newest: Path | None = next(reversed(pending(run_folder)), None)
-        self.tried: Path | None = None
-        self.messages, self.checking = self._start("--check"), True
+        self.uploading: list[Path] = []
+        self.newest = next(reversed(pending(run_folder)), None)  # None once its upload has been attempted
+        self.messages = self._start("--check")
 
     def enqueue(self, checkpoint: Path) -> None:
-        """Queues a checkpoint, after it is written and all metrics of its step are recorded."""
-        self.requested = checkpoint
+        """Queues the checkpoint of a step; `poll` uploads it once it is written and the metrics of its step are."""
+        self.newest = checkpoint
+        try:
+            self._waiting()
+            queue_entry(checkpoint).parent.mkdir(exist_ok=True)
+            write_text(queue_entry(checkpoint), "")
+        except OSError as error:
+            self.messages.append(f"{checkpoint.name} could not be queued for upload: {first_line(error)}")
 
     def poll(self, recorded: int) -> list[str]:
         """Polls the upload, returns new messages, starts the next.
@@ -48,33 +68,26 @@ class Uploads:
         Args:
             recorded: the last step whose metrics are all recorded.
         """
-        if self.requested is not None and step_of(self.requested) <= recorded:
-            self.flush()
-            self.saver.afterwards("a checkpoint could not be queued for upload", partial(self._enqueue, self.requested))
-            self.requested = None
         messages = self.messages + self._results("tried again with the next checkpoint")
         self.messages = []
         newest = self.newest
-        if self.process is None and newest not in (None, self.tried):
-            self.tried, self.checking = newest, False
-            messages += self._start()
+        if self.process is None and newest is not None and step_of(newest) <= recorded and is_checkpoint(newest):
+            self.newest = None
+            self.flush()
+            messages += self._upload()
         return messages
 
     def finish(self, stopping: Callable[[], bool]) -> Iterator[str]:
         """Uploads the queue, until it is empty or the run is to stop; yields messages."""
+        yield from self.messages
         remedy = f"this tries again: python -m training.publish {shlex.quote(str(self.run_folder))}"
-        if self.requested is not None:
-            try:
-                self._enqueue(self.requested)
-            except (OSError, UserError, ValueError) as error:
-                yield f"not published: {first_line(error)}; {remedy}"
-        if self.checking:
-            self._terminate()
+        if not self.uploading:
+            self._terminate()  # the check of access
         yield from self._wait(stopping, "tried again at the end")
         failed = ""
         if (left := pending(self.run_folder)) and not stopping():
             yield f"uploading {left[-1].name}; Ctrl-C leaves that for later"
-            for failed in (*self._start(), *self._wait(stopping, remedy)):
+            for failed in (*self._upload(), *self._wait(stopping, remedy)):
                 yield failed
         self.close()
         if (left := pending(self.run_folder)) and remedy not in failed:
@@ -89,15 +102,28 @@ class Uploads:
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
-            self.process = None
+            self.process, self.uploading = None, []
 
-    def _enqueue(self, checkpoint: Path) -> None:
-        if is_checkpoint(checkpoint):  # if it could be written
-            self.newest, self.tried = enqueue(checkpoint, self.run_folder), None
+    def _waiting(self) -> list[Path]:
+        """The queued checkpoints to upload; where only the newest is, older ones leave the queue."""
+        waiting = pending(self.run_folder)
+        if self.every:
+            return waiting
+        for outdated in waiting[:-1]:
+            if outdated not in self.uploading:
+                queue_entry(outdated).unlink()
+        return waiting[-1:]
+
+    def _upload(self) -> list[str]:
+        try:
+            self.uploading = self._waiting()
+        except OSError as error:
+            return [f"not published: {first_line(error)}"]
+        return self._start("--step", *(str(step_of(one)) for one in self.uploading)) if self.uploading else []
 
     def _start(self, *options: str) -> list[str]:
-        """Starts an upload; returns the reason if that is not possible."""
-        words = _command(self.run_folder, *options)
+        """Starts the command; returns the reason if that is not possible."""
+        words = [sys.executable, "-m", "training.publish", str(self.run_folder), *options]
         try:
             self.output.seek(0)
             self.output.truncate()
@@ -118,25 +144,7 @@ class Uploads:
             return []
         self.output.seek(0)
         lines = self.output.read().decode(errors="replace").splitlines()
-        failed, self.process = self.process.returncode != 0, None
+        failed, self.process, self.uploading = self.process.returncode != 0, None, []
         published = [line for line in lines if line.startswith("step ")]
-        return published + ([f"not published: {_reason(lines)}; {on_failure}"] if failed else [])
-
-
-def check_access(run_folder: Path) -> None:
-    """Checks that the Hub would take the uploads of a run.
-
-    Raises:
-        UserError: if not.
-    """
-    done = subprocess.run(_command(run_folder, "--check"), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise UserError(_reason(done.stderr.splitlines()))
-
-
-def _command(run_folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "training.publish", str(run_folder), *options]
-
-
-def _reason(lines: list[str]) -> str:
-    return lines[-1].removeprefix("error: ") if lines else "no reason was given"
+        reason = lines[-1].removeprefix("error: ") if lines else "no reason was given"
+        return published + ([f"not published: {reason}; {on_failure}"] if failed else [])

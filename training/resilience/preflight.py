@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data_prep.common.command_line import UserError
+from data_prep.common.hub import Hub
 from data_prep.common.locks import LOCK_NAME, locked
 from eval.common.devices import peak_memory
 from eval.common.launch import processes_launched
@@ -23,7 +24,6 @@ from training.engine.memory import memory_for_this_process
 from training.engine.optimizer import set_learning_rate
 from training.engine.step import training_step
 from training.loop.run import EvaluationStopped, Run
-from training.publishing.uploader import check_access
 from training.resilience.disk_space import checkpoints_kept, gib, room_for_checkpoints
 from training.settings.config import TrainingConfig
 from training.settings.schema import NEWEST
@@ -105,7 +105,8 @@ def preflight(run: Run) -> None:
         UserError: for a problem that would end the run later.
     """
     if run.config.hub.push_to_hub:
-        decide_on_main(run.accelerator, lambda: check_access(run.config.run_folder))
+        hub = Hub(str(run.config.hub.hub_model_id), "model")
+        decide_on_main(run.accelerator, hub.check_access)
     result = _measure(run)
     begin = (run.state.step, run.state.position)
     text = decide_on_main(

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.common.command_line import UserError
 from data_prep.reading.docstrings import docstring_conversations
 from data_prep.reading.sources import ConversationSource
-from training.chat import save
-from training.finetuning.conversations import fit, read_conversations, split
+from modeling.import_checkpoint import write_folder
+from training.chat import check_conversations
 from training.finetuning.template import add_chat_template, render, show
 
 
@@ -45,8 +45,7 @@ def test_learned_are_the_answers_with_their_end_and_nothing_else(chat_model):
         (number, learned) for learned, text in pieces for number in tokenizer(text, add_special_tokens=False).input_ids
     ]
     rendered = render(tokenizer, TALK)
-    assert list(zip(rendered.ids, rendered.learned, strict=True)) == expected
-    assert sum(rendered.learned) > 10 and not all(rendered.learned)
+    assert rendered == expected
     shown = show(tokenizer, rendered, color=False)
     assert shown.startswith("<|endoftext|><|im_start|>system\nBe brief.<|im_end|>\n") and "[<|im_end|>]" in shown
 
@@ -74,8 +73,7 @@ def test_the_template_takes_what_clients_of_openai_send(chat_model):
     texts = ["system\n a \nb", "user\n a ", "assistant\n", "assistant\n", "tool\n", "assistant\n a \nb"]
     expected = "<|endoftext|>" + "".join(f"<|im_start|>{text}<|im_end|>\n" for text in texts)
     assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
-    rendered = render(tokenizer, messages)
-    learned = [number for number, counts in zip(rendered.ids, rendered.learned, strict=True) if counts]
+    learned = [number for number, counts in render(tokenizer, messages) if counts]
     assert tokenizer.decode(learned) == "<|im_end|><|im_end|> a \nb<|im_end|>"
     with pytest.raises(TemplateError, match="a part of the content is image_url; this model reads text alone"):
         tokenizer.apply_chat_template([{"role": "user", "content": [*parts, {"type": "image_url"}]}], tokenize=False)
@@ -85,16 +83,18 @@ def test_a_base_model_grows_by_two_tokens_and_stays_what_it_was(data_folder, tmp
     model, tokenizer = base_model(data_folder)
     ids = torch.arange(20)[None]
     before, size = model(ids).logits, model.config.vocab_size
-    assert add_chat_template(model, tokenizer) == [size, size + 1]
+    add_chat_template(model, tokenizer)
+    assert model.config.vocab_size == size + 2
     torch.testing.assert_close(model(ids).logits[..., :size], before, rtol=0, atol=0)
-    save(model, tokenizer, tmp_path / "chat")
+    write_folder(model, tokenizer, tmp_path / "chat")
     assert [path.name for path in tmp_path.iterdir()] == ["chat"]
     stock, again = (kind.from_pretrained(tmp_path / "chat") for kind in (AutoModelForCausalLM, AutoTokenizer))
     torch.testing.assert_close(stock.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     assert render(again, TALK) == render(tokenizer, TALK)
     assert stock.generation_config.eos_token_id == [size + 1, again.bos_token_id]
     assert (again.eos_token, again.pad_token, again.bos_token) == ("<|im_end|>", "<|im_end|>", "<|endoftext|>")
-    assert add_chat_template(stock, again) == []  # a chat model is trained further as it is
+    add_chat_template(stock, again)  # a chat model is trained further as it is
+    assert stock.config.vocab_size == size + 2
 
 
 def test_tokenizers_that_cannot_be_given_a_template(data_folder):
@@ -113,10 +113,8 @@ def test_conversations_are_read_from_files_of_several_formats(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(records))
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "a.parquet"):
-        assert list(read_conversations(ConversationSource(str(tmp_path / name), text_column="messages"))) == [
-            TALK,
-            TALK[1:],
-        ]
+        source = ConversationSource(str(tmp_path / name), text_column="messages")
+        assert list(source.resolve().documents()) == [TALK, TALK[1:]]
 
 
 @pytest.mark.parametrize(
@@ -139,44 +137,29 @@ def test_conversations_are_read_from_files_of_several_formats(tmp_path):
 def test_what_is_no_conversation_is_refused_with_its_record(record, message, tmp_path):
     source = write(tmp_path / "a.jsonl", {"messages": TALK}, record)
     with pytest.raises(UserError, match=message) as error:
-        list(read_conversations(source))
+        list(source.resolve().documents())
     assert "a.jsonl, line 2" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_plain_text_is_no_conversation(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="plain text has no columns"):
-        list(read_conversations(ConversationSource(str(tmp_path / "a.txt"), text_column="messages")))
+        list(ConversationSource(str(tmp_path / "a.txt"), text_column="messages").resolve().documents())
 
 
-def test_longer_conversations_keep_the_turns_that_fit(chat_model):
+def test_conversations_without_an_answer_in_the_context_are_left_out(chat_model):
     _, tokenizer = chat_model
-    lengths = [len(render(tokenizer, TALK[:stop]).ids) for stop in (3, 5)]
-    long_answer = [*TALK[:2], {"role": "assistant", "content": TALK[2]["content"] * 20}]
-    fitted = fit([TALK[:3], TALK, long_answer], tokenizer, lengths[0], None)
-    assert fitted.conversations == [TALK[:3], TALK[:3]]
-    assert (fitted.shortened, fitted.left_out, fitted.first) == (1, 1, (2, lengths[1]))
-    line = f"2 of 3 conversations are longer than {lengths[0]} tokens, the first is number 2 with {lengths[1]}"
-    assert fitted.describe(lengths[0]) == f"{line}: 1 keep the turns that fit, 1 are left out"
-    whole = fit([TALK] * 9, tokenizer, lengths[1], 4)
-    assert whole.conversations == [TALK] * 4 and whole.describe(lengths[1]) is None
-    with pytest.raises(UserError, match="no conversation fits into 5 tokens"):
-        fit([TALK], tokenizer, 5, None)
-    with pytest.raises(UserError, match="there are no conversations in the data"):
-        fit([], tokenizer, 5, None)
+    context = len(render(tokenizer, TALK[:3]))
+    long_question = [{"role": "user", "content": "long " * context}, TALK[2]]
+    assert check_conversations([TALK[:3], long_question, TALK], tokenizer, context) == ([TALK[:3], TALK], 2)
+    with pytest.raises(UserError, match="none of 1 conversations has an answer in its first 5 tokens; give others"):
+        check_conversations([TALK], tokenizer, 5)
+    with pytest.raises(UserError, match="none of 0 conversations"):
+        check_conversations([], tokenizer, 5)
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         bad = [{"role": "user", "content": f"a{token}b"}, TALK[2]]
         with pytest.raises(UserError, match=rf"conversation 2 contains '{re.escape(token)}', a special token"):
-            fit([TALK, bad], tokenizer, 100, None)
-
-
-def test_held_out_conversations_are_no_others(chat_model):
-    talks = [[{"role": "assistant", "content": str(n)}] for n in range(10)]
-    train, held_out = split(talks, 3, seed=1)
-    assert len(held_out) == 3 and sorted(train + held_out, key=str) == sorted(talks, key=str)
-    assert split(talks, 3, seed=1) == (train, held_out) != split(talks, 3, seed=2)
-    with pytest.raises(UserError, match="max_eval_samples=10 leaves none of the 10 conversations"):
-        split(talks, 10, seed=1)
+            check_conversations([TALK, bad], tokenizer, 100)
 
 
 def test_built_in_answers_are_the_docstrings_of_python():
@@ -184,10 +167,8 @@ def test_built_in_answers_are_the_docstrings_of_python():
     assert len(talks) == 800
     checked = 0
     for question, answer, *_ in talks:
-        if found := re.search(r"\b(csv|json|shutil|statistics|textwrap)\.(\w+)\b", question["content"]):
+        if found := re.search(r"\b(csv|json|shutil|statistics|textwrap)\.(\w+) do\?", question["content"]):
             thing = getattr(importlib.import_module(found[1]), found[2])
             assert " ".join(inspect.getdoc(thing).split()).startswith(answer["content"])
             checked += 1
     assert checked > 5
-    with pytest.raises(UserError, match="no --name, --split or --revision"):
-        read_conversations(ConversationSource("builtin", text_column="messages", revision="main"))
