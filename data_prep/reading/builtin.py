@@ -43,8 +43,10 @@ class BuiltinCorpus(Corpus):
         """As in `Corpus`; all is in the first part."""
         return self if number == 0 else replace(self, paths=[], sizes=[])
 
-    def _read_from(self, start: Position, every_field: bool) -> Iterator[Block]:
-        """Distinct texts in a fixed random order, so that any stretch is a sample of the whole corpus."""
+    def _read_file(self, start: Position, every_field: bool) -> Iterator[Block]:
+        """All distinct texts in a fixed random order, so that any stretch is a sample of the whole corpus."""
+        if start.file > 0:
+            return
         distinct = list(dict.fromkeys(Path(path).read_text(encoding="utf-8", errors="ignore") for path in self.paths))
         texts = [text for text in random.Random(0).sample(distinct, len(distinct)) if text.strip()]
         sizes = accumulate(map(len, texts))

@@ -15,17 +15,13 @@ from data_prep.common.command_line import UserError, listed, redact
 from data_prep.common.records import CleaningStep, Position
 from data_prep.common.retries import Retries, is_transient
 from data_prep.common.schema import read_json
-from data_prep.reading.fields import Condition, Fields
+from data_prep.reading.fields import Fields
 from data_prep.reading.files import CLEANING_CONFIG, CLEANING_REPORT
 from data_prep.reading.formats import Block, is_plain_text, read_file
 from data_prep.reading.sources import Source, SourceRecord
 
 # Seconds before each new attempt if the network fails.
 RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
-
-
-class ReadError(Exception):
-    """A path, and the error of reading it."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,7 @@ class Corpus:
     @cached_property
     def fields(self) -> Fields:
         """Fields that are read of each record."""
-        conditions = tuple(map(Condition.parse, self.source.where))
-        return Fields(self.source.column, self.source.kind, conditions)
+        return Fields(self.source)
 
     def describe(self) -> SourceRecord:
         """The manifest's record of the source; a change of its files' names or sizes changes it."""
@@ -105,7 +100,7 @@ class Corpus:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records with all fields, including records without text. Raises as `blocks`."""
-        for block in self._retried(Position(), RETRY_DELAYS, every_field=True):
+        for block in self._read(Position(), RETRY_DELAYS, every_field=True):
             yield from filter(self.fields.selects, block.texts)
 
     def documents(self) -> Iterator[Any]:
@@ -122,40 +117,35 @@ class Corpus:
         Raises:
             UserError: for a file or record that cannot be read, and once all delays are used.
         """
-        for block in self._retried(start, retry_delays, every_field=False):
+        for block in self._read(replace(start, tokens=0), retry_delays, every_field=False):
             found = (record[self.source.column] for record in block.texts if self.fields.selects(record))
             yield replace(block, texts=[document for document in found if not _is_empty(document)])
 
-    def _retried(self, start: Position, delays: Sequence[float], every_field: bool) -> Iterator[Block]:
-        retries = Retries(delays, "the same command goes on from the last finished shard")
-        start = replace(start, tokens=0)
-        while True:
-            try:
-                for block in self._read_from(start, every_field):
-                    yield block
-                    start = block.stop
-                    retries.failures = 0
-                return
-            except ReadError as error:
-                retries.wait(*error.args)
-
-    def _read_from(self, start: Position, every_field: bool) -> Iterator[Block]:
-        """Blocks of records, with other fields than the wanted ones if `every_field` and the format has them. A failed
-        request is a `ReadError`."""
+    def _read(self, start: Position, delays: Sequence[float], every_field: bool) -> Iterator[Block]:
         if start.file > 0 and start.file >= len(self.paths):
             raise UserError(f"preparation continues in file {start.file} of {len(self.paths)}; prepare a new folder")
-        for number in range(start.file, len(self.paths)):
-            place = start if number == start.file else Position(file=number)
-            path, size = self.paths[number], self.sizes[number]
+        retries = Retries(delays, "the same command goes on from the last finished shard")
+        while start.file < len(self.paths):
+            path = self.paths[start.file]
             try:
-                yield from read_file(self.filesystem, path, size, self.builder, self.fields, place, every_field)
+                for block in self._read_file(start, every_field):
+                    yield block
+                    start, retries.failures = block.stop, 0
             except Exception as error:
                 if self.bad_files is not None and not is_transient(error):
                     self._list_bad_file(self.bad_files, path, error)
                 elif isinstance(error, UserError):
                     raise
                 else:
-                    raise ReadError(path, error) from error
+                    retries.wait(path, error)
+                    continue
+            start = Position(file=start.file + 1)
+
+    def _read_file(self, start: Position, every_field: bool) -> Iterator[Block]:
+        """Records of a file from a position on, with other fields than the wanted ones if `every_field` and the format
+        has them."""
+        path, size = self.paths[start.file], self.sizes[start.file]
+        return read_file(self.filesystem, path, size, self.builder, self.fields, start, every_field)
 
     def _list_bad_file(self, bad_files: dict[str, str], path: str, error: Exception) -> None:
         folder = os.path.commonpath(map(os.path.dirname, self.paths)) + "/"

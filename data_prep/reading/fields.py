@@ -5,13 +5,12 @@ import operator
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from data_prep.common.command_line import UserError
-from data_prep.reading.sources import Kind
+from data_prep.reading.sources import Source
 
 ROLES = ("system", "user", "assistant")
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -69,31 +68,24 @@ def _find(record: dict[str, Any], column: str) -> Any:
     return _find(inside, rest) if isinstance(inside, dict) and rest else None
 
 
-@dataclass(frozen=True)
 class Fields:
-    """Fields that are read of each record: the one that holds the document, of a kind, and those of conditions."""
+    """Fields that are read of each record: the one that holds the document, and those of conditions.
 
-    document: str
-    kind: Kind = "text"
-    conditions: tuple[Condition, ...] = ()
+    Attributes:
+        names: each once; `column.field` is a field in a column.
+    """
 
-    @cached_property
-    def names(self) -> list[str]:
-        """All fields, each once; `column.field` is a field in a column."""
-        return list(dict.fromkeys([self.document, *(condition.column for condition in self.conditions)]))
-
-    def columns(self, found: Collection[str]) -> list[str]:
-        """The columns that hold the fields, among those `found`."""
-        return list(dict.fromkeys(name if name in found else name.partition(".")[0] for name in self.names))
+    def __init__(self, source: Source) -> None:
+        self.document, self.kind = source.column, source.kind
+        self.conditions = list(map(Condition.parse, source.where))
+        self.names = list(dict.fromkeys([self.document, *(condition.column for condition in self.conditions)]))
 
     def check_names(self, found: Collection[str]) -> None:
         """Refuses a record, or a file, without one of the fields (`BadRecord`)."""
         for name in self.names:
             if name not in found and (name == self.document or name.partition(".")[0] not in found):
-                options = (
-                    "--messages_column" if self.kind == "messages" else "--text_column, --tokens_column or --where"
-                )
-                raise BadRecord(f"no field {name!r} among {list(found)}; name one with {options}")
+                options = "messages_column" if self.kind == "messages" else "text_column, --tokens_column or --where"
+                raise BadRecord(f"no field {name!r} among {list(found)}; name one with --{options}")
 
     def values(self, name: str, column: Any) -> Sequence[Any]:
         """The values of a column of arrow's; lists of ids without copying each id to Python."""

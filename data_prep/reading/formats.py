@@ -226,7 +226,7 @@ def _parquet(raw: Any, path: str, size: int, fields: Fields, first: int, every_f
         raise UserError(f"{path}: not a whole parquet file ({error})") from error
     names, metadata, skipped = file.schema_arrow.names, file.metadata, first
     fields.check_names(names)
-    options = {"columns": None if every_field else fields.columns(names), "use_threads": False}  # one column
+    options = {"columns": None if every_field else fields.names, "use_threads": False}  # one column
     for group in range(metadata.num_row_groups):
         if skipped >= (rows := metadata.row_group(group).num_rows):
             skipped -= rows

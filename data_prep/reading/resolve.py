@@ -9,7 +9,7 @@ from data_prep.common.hub import limit_waiting
 from data_prep.common.retries import Retries, is_transient
 from data_prep.reading.builtin import BuiltinCorpus
 from data_prep.reading.corpus import Corpus, files_read
-from data_prep.reading.fields import Condition
+from data_prep.reading.fields import Fields
 from data_prep.reading.files import check_regular, count_by_suffix, find_files, is_documentation, names_files
 from data_prep.reading.formats import FORMATS, STREAMED, datasets_format, is_read_here, make_builder
 from data_prep.reading.sources import BUILTIN, Source
@@ -19,8 +19,7 @@ RESOLVE_DELAYS = (1, 2, 4)  # seconds before each new attempt if the network fai
 
 def resolve(source: Source, commit: str | None, skip_bad_files: bool) -> Corpus:
     """As `Source.resolve`."""
-    for condition in source.where:
-        Condition.parse(condition)
+    Fields(source)  # refuses wrong conditions
     retries = Retries(RESOLVE_DELAYS, "run the same command again")
     while True:
         try:
