@@ -74,7 +74,7 @@ def _prepare(recipe: Recipe, folder: Path, workers: int, engine: Engine) -> Mani
         remove_files(folder)  # of a preparation that was killed in its first shard
     writer = None
     try:
-        corpus = recipe.source.resolve()
+        corpus = recipe.resolve()
         tokenizer, manifest = _begin(recipe, corpus, folder)
         writer = Writer(folder, manifest)
         return writer.write(corpus, _encoder(recipe, tokenizer, engine), workers)
@@ -109,7 +109,7 @@ def _check_same(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
 
 def _resolve_same(recipe: Recipe, folder: Path, manifest: Manifest) -> Corpus:
     """The corpus of the manifest (`UserError` if its files have changed)."""
-    corpus = recipe.source.resolve(manifest.source.commit)
+    corpus = recipe.resolve(manifest.source.commit)
     _refuse_difference(folder, asdict(corpus.describe()), asdict(manifest.source))
     return corpus
 

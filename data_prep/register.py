@@ -11,7 +11,8 @@ import numpy as np
 
 from data_prep.common.command_line import ArgumentParser, UserError, listed, run
 from data_prep.common.files import file_hash
-from data_prep.common.records import Dtype, Format, Shard, SourceRecord, Split
+from data_prep.common.records import Dtype, Format, Shard, Split
+from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, split_of_name
 from data_prep.sharding.shards import FORMATS, open_shard
 from data_prep.tokenization.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer, tokenizer_hash

@@ -31,39 +31,6 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class SourceSettings:
-    """A request for documents, as in `data_prep.reading.sources.Source`."""
-
-    __pydantic_config__ = STRICT
-
-    source: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_column: str = "text"
-    tokens_column: str | None = None
-    where: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class SourceRecord(SourceSettings):
-    """Origin of the documents: the request (`data_prep.reading.sources.Source`), and the files that were found.
-
-    Attributes:
-        source: "registered" for shards of another program; all else is unknown then.
-        commit: of the data set on the Hub.
-        names_and_sizes: hash over the names and sizes of the files.
-    """
-
-    __pydantic_config__ = STRICT
-
-    commit: str | None = None
-    files: Count = 0
-    bytes: Count = 0
-    names_and_sizes: str = ""
-
-
-@dataclass(frozen=True)
 class TokenizerRecord:
     """Tokenizer of the shards; `sha256` is the hash of `tokenizer/tokenizer.json`."""
 
@@ -108,13 +75,11 @@ class CleaningStep(StepCounts):
 
 @dataclass(frozen=True)
 class Position:
-    """Where an unfinished preparation continues: after `tokens` tokens of the block that begins at the cursor of file,
-    record, byte offset, and state of a stream of `datasets`."""
+    """A position in a corpus: after `record` records of file number `file`; where an unfinished preparation continues,
+    `tokens` tokens of the block that begins there are written already."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = STRICT | {"extra": "ignore"}  # earlier preparations also wrote where the record is
 
     file: Count = 0
     record: Count = 0
-    offset: Count = 0
-    state: dict[str, Any] | None = None
     tokens: Count = 0

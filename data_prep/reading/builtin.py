@@ -4,17 +4,14 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import UserError
+from data_prep.common.records import Position
 from data_prep.reading.corpus import Corpus
-from data_prep.reading.readers import Block, Cursor
-
-if TYPE_CHECKING:
-    from data_prep.reading.sources import Source
-
-_BLOCK_CHARACTERS = 1 << 20
+from data_prep.reading.formats import Block, blocks_of
+from data_prep.reading.sources import Source
 
 
 def standard_library() -> Path:
@@ -33,27 +30,25 @@ class BuiltinCorpus(Corpus):
     """The sources of the standard library."""
 
     @classmethod
-    def find(cls, source: "Source") -> "BuiltinCorpus":
+    def find(cls, source: Source) -> "BuiltinCorpus":
         """Finds the files (`UserError` if there are none)."""
+        from fsspec.implementations.local import LocalFileSystem
+
         if not (files := standard_library_files()):
             where = standard_library()
             raise UserError(f"the built-in corpus is empty: no Python sources in {where}; give another --source")
-        return cls(source, (), None, list(map(str, files)), [path.stat().st_size for path in files], True)
+        return cls(source, None, list(map(str, files)), [path.stat().st_size for path in files], LocalFileSystem())
 
     def part(self, number: int, count: int) -> "BuiltinCorpus":
         """As in `Corpus`; all is in the first part."""
         return self if number == 0 else replace(self, paths=[], sizes=[])
 
-    def _read_from(self, start: Cursor, every_field: bool) -> Iterator[Block]:
-        """Distinct texts in a fixed random order, so that any stretch is a sample of the whole corpus."""
+    def _read_file(self, start: Position, every_field: bool) -> Iterator[Block]:
+        """All distinct texts in a fixed random order, so that any stretch is a sample of the whole corpus."""
+        if start.file > 0:
+            return
         distinct = list(dict.fromkeys(Path(path).read_text(encoding="utf-8", errors="ignore") for path in self.paths))
         texts = [text for text in random.Random(0).sample(distinct, len(distinct)) if text.strip()]
-        first = start.record
-        while first < len(texts):
-            stop, size = first, 0
-            while stop < len(texts) and size < _BLOCK_CHARACTERS:
-                size += len(texts[stop])
-                stop += 1
-            records = [{self.source.column: text} for text in texts[first:stop]]
-            yield Block(records, Cursor(record=first), Cursor(record=stop), size)
-            first = stop
+        sizes = accumulate(map(len, texts))
+        records = (({self.source.column: text}, size) for text, size in zip(texts, sizes, strict=True))
+        yield from blocks_of(islice(records, start.record, None), self.fields, start, "text")

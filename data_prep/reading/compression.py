@@ -68,9 +68,7 @@ class _Chunks(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.rest:
-            if (chunk := next(self.chunks, None)) is None:
-                return 0
+        while not self.rest and (chunk := next(self.chunks, None)) is not None:
             self.rest = chunk
         count = min(len(buffer), len(self.rest))
         buffer[:count], self.rest = self.rest[:count], self.rest[count:]

@@ -2,56 +2,75 @@
 
 import hashlib
 import os
-from abc import ABC, abstractmethod
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_prep.common.command_line import listed
-from data_prep.common.records import CleaningStep, SourceRecord
-from data_prep.common.retries import Retries
-from data_prep.reading.conditions import Condition
+from data_prep.common.command_line import UserError, listed, redact
+from data_prep.common.records import CleaningStep, Position
+from data_prep.common.retries import Retries, is_transient
+from data_prep.common.schema import read_json
 from data_prep.reading.fields import Fields
-from data_prep.reading.readers import Block, Cursor
-
-if TYPE_CHECKING:
-    from data_prep.reading.sources import Source
+from data_prep.reading.files import CLEANING_CONFIG, CLEANING_REPORT
+from data_prep.reading.formats import Block, is_plain_text, read_file
+from data_prep.reading.sources import Source, SourceRecord
 
 # Seconds before each new attempt if the network fails.
 RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
 
 
-class ReadError(Exception):
-    """A path, and the error of reading it."""
-
-
 @dataclass(frozen=True)
-class Corpus(ABC):
-    """What a source consists of, in reading order.
+class Corpus:
+    """What a source consists of: files that are read one after another.
 
     Attributes:
         commit: of the data set on the Hub.
-        paths, sizes: of the files, as far as they are known; sizes in bytes.
-        is_local: it is read without a network.
+        sizes: of the files, in bytes.
+        filesystem: of `fsspec`.
+        builder: of `datasets`, for files in a format that is not read here.
         not_read: number of files beside them that are not read, by suffix.
         bad_files: files that could not be read so far, with the reason, if they are skipped; None if they are an error.
     """
 
-    source: "Source"
-    conditions: tuple[Condition, ...]
+    source: Source
     commit: str | None
     paths: Sequence[str]
     sizes: Sequence[int]
-    is_local: bool
-    not_read: dict[str, int] = field(default_factory=dict, kw_only=True)
-    bad_files: dict[str, str] | None = field(default=None, kw_only=True)
+    filesystem: Any
+    builder: Any = None
+    not_read: dict[str, int] = field(default_factory=dict)
+    bad_files: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            if size is None:
+                raise UserError(f"{path}: its server does not say how large it is; download it first")
+            if is_plain_text(path) and (self.source.where or self.source.kind != "text"):
+                raise UserError(f"{path}: plain text has no columns for --where, token ids or conversations")
 
     @property
     def bytes(self) -> int:
         """Size of all files."""
         return sum(self.sizes)
+
+    def bytes_before(self, start: Position) -> int | None:
+        """Size of the files before a position; None if the sizes of blocks are not known."""
+        return sum(self.sizes[: start.file]) if self.builder is None else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is read without a network."""
+        return "file" in self.filesystem.protocol
+
+    @cached_property
+    def fields(self) -> Fields:
+        """Fields that are read of each record."""
+        return Fields(self.source)
 
     def describe(self) -> SourceRecord:
         """The manifest's record of the source; a change of its files' names or sizes changes it."""
@@ -64,40 +83,32 @@ class Corpus(ABC):
             names_and_sizes=hashlib.sha256(os.fsencode(names)).hexdigest(),
         )
 
-    @abstractmethod
     def part(self, number: int, count: int) -> "Corpus":
-        """One of `count` parts, which together have all documents."""
-
-    @abstractmethod
-    def _read_from(self, start: Cursor, every_field: bool) -> Iterator[Block]:
-        """Blocks of records, with other fields than the wanted ones if `every_field` and the format has them. A failed
-        request is a `ReadError`."""
-
-    def bytes_before(self, start: Cursor) -> int | None:
-        """Size of the files before a position; None if the sizes of blocks are not known."""
-        return sum(self.sizes[: start.file])
+        """One of `count` parts of whole files, which together have all documents."""
+        return replace(self, paths=self.paths[number::count], sizes=self.sizes[number::count])
 
     def cleaning(self) -> list[CleaningStep]:
-        """Report of `data_prep.clean`; empty if another program wrote the source."""
+        """Report of `data_prep.clean`, in the files' folder or its parent; empty if another program wrote the files."""
+        folder = Path(self.paths[0]).parent
+        for candidate in (folder, folder.parent) if self.is_local else ():
+            if (candidate / CLEANING_CONFIG).is_file() and (candidate / CLEANING_REPORT).is_file():
+                try:
+                    return read_json(candidate / CLEANING_REPORT, list[CleaningStep])
+                except UserError as error:
+                    print(f"not taken for a report of data_prep.clean: {error}", file=sys.stderr)
         return []
-
-    @property
-    def fields(self) -> Fields:
-        """Fields that are read of each record."""
-        others = tuple(condition.column for condition in self.conditions)
-        return Fields(self.source.column, others, self.source.kind)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records with all fields, including records without text. Raises as `blocks`."""
-        for block in self._retried(Cursor(), RETRY_DELAYS, every_field=True):
-            yield from filter(self._keeps, block.texts)
+        for block in self._read(Position(), RETRY_DELAYS, every_field=True):
+            yield from filter(self.fields.selects, block.texts)
 
     def documents(self) -> Iterator[Any]:
         """All documents."""
-        for block in self.blocks(Cursor()):
+        for block in self.blocks(Position()):
             yield from block.texts
 
-    def blocks(self, start: Cursor, retry_delays: Sequence[float] = RETRY_DELAYS) -> Iterator[Block]:
+    def blocks(self, start: Position, retry_delays: Sequence[float] = RETRY_DELAYS) -> Iterator[Block]:
         """Non-empty documents from `start` on, in a fixed order, a few megabytes at a time.
 
         Args:
@@ -106,24 +117,42 @@ class Corpus(ABC):
         Raises:
             UserError: for a file or record that cannot be read, and once all delays are used.
         """
-        for block in self._retried(start, retry_delays, every_field=False):
-            found = (record[self.source.column] for record in block.texts if self._keeps(record))
+        for block in self._read(replace(start, tokens=0), retry_delays, every_field=False):
+            found = (record[self.source.column] for record in block.texts if self.fields.selects(record))
             yield replace(block, texts=[document for document in found if not _is_empty(document)])
 
-    def _retried(self, start: Cursor, delays: Sequence[float], every_field: bool) -> Iterator[Block]:
+    def _read(self, start: Position, delays: Sequence[float], every_field: bool) -> Iterator[Block]:
+        if start.file > 0 and start.file >= len(self.paths):
+            raise UserError(f"preparation continues in file {start.file} of {len(self.paths)}; prepare a new folder")
         retries = Retries(delays, "the same command goes on from the last finished shard")
-        while True:
+        while start.file < len(self.paths):
+            path = self.paths[start.file]
             try:
-                for block in self._read_from(start, every_field):
+                for block in self._read_file(start, every_field):
                     yield block
-                    start = block.stop
-                    retries.failures = 0
-                return
-            except ReadError as error:
-                retries.wait(*error.args)
+                    start, retries.failures = block.stop, 0
+            except Exception as error:
+                if self.bad_files is not None and not is_transient(error):
+                    self._list_bad_file(self.bad_files, path, error)
+                elif isinstance(error, UserError):
+                    raise
+                else:
+                    retries.wait(path, error)
+                    continue
+            start = Position(file=start.file + 1)
 
-    def _keeps(self, record: dict[str, Any]) -> bool:
-        return all(condition.holds(record) for condition in self.conditions)
+    def _read_file(self, start: Position, every_field: bool) -> Iterator[Block]:
+        """Records of a file from a position on, with other fields than the wanted ones if `every_field` and the format
+        has them."""
+        path, size = self.paths[start.file], self.sizes[start.file]
+        return read_file(self.filesystem, path, size, self.builder, self.fields, start, every_field)
+
+    def _list_bad_file(self, bad_files: dict[str, str], path: str, error: Exception) -> None:
+        folder = os.path.commonpath(map(os.path.dirname, self.paths)) + "/"
+        name, reason = path.removeprefix(folder), " ".join(str(error).split()) or type(error).__name__
+        reason = redact(reason.replace(folder, "").removeprefix(name).lstrip(":, "))
+        # Names may have bytes that are no text.
+        bad_files[redact(name).encode("utf-8", "replace").decode()] = reason.encode("utf-8", "replace").decode()
 
 
 def files_read(count: int, not_read: dict[str, int], bad_files: dict[str, str]) -> str:

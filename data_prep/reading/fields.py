@@ -1,15 +1,27 @@
-"""The fields of a record that are read, and the check of a record's document: text, ids of tokens or a conversation."""
+"""The fields of a record that are read: text, ids of tokens or a conversation, and those of `--where`."""
 
-import itertools
-from collections.abc import Collection, Sequence
+import ast
+import operator
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Kind = Literal["text", "tokens", "messages"]
+from data_prep.common.command_line import UserError
+from data_prep.reading.sources import Source
+
 ROLES = ("system", "user", "assistant")
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "in": lambda value, allowed: value in allowed,
+}
 
 
 class BadRecord(Exception):
@@ -17,65 +29,91 @@ class BadRecord(Exception):
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Condition on a column, or on a field in one: `int_score >= 3`, `lang in ['en', 'de']`, `meta.language == en`."""
+
+    column: str
+    comparison: str
+    value: Any
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """Parses `COLUMN OPERATOR VALUE` (`UserError` for other text); a value is a Python literal, else a string."""
+        match = re.fullmatch(r"\s*([\w.-]+?)\s*(==|!=|>=|<=|>|<|\bin\b)\s*(.+?)\s*", text)
+        if match is None:
+            raise UserError(f"--where {text!r}: expected COLUMN OPERATOR VALUE, with one of {', '.join(_OPERATORS)}")
+        try:
+            value = ast.literal_eval(match[3])
+        except (ValueError, SyntaxError):
+            value = match[3]
+        if match[2] == "in" and not isinstance(value, list | tuple | set):
+            raise UserError(f"--where {text!r}: `in` takes a list, as in \"language in ['en', 'de']\"")
+        return cls(match[1], match[2], value)
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether a record satisfies the condition (`UserError` if the column cannot be compared); null never does."""
+        found = _find(record, self.column)
+        try:
+            return found is not None and bool(_OPERATORS[self.comparison](found, self.value))
+        except TypeError as error:
+            raise UserError(f"--where {self.column} {self.comparison} {self.value!r}: {error}") from error
+
+
+def _find(record: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of `column.field` in one; None for a field that is not there."""
+    if column in record:
+        return record[column]
+    first, _, rest = column.partition(".")
+    inside = record.get(first)
+    return _find(inside, rest) if isinstance(inside, dict) and rest else None
+
+
 class Fields:
-    """Fields that are read of each record.
+    """Fields that are read of each record: the one that holds the document, and those of conditions.
 
     Attributes:
-        document: holds the document.
-        others: for conditions.
-        kind: of the document: text, a list of ids, or a conversation as a list of messages.
+        names: each once; `column.field` is a field in a column.
     """
 
-    document: str
-    others: tuple[str, ...] = ()
-    kind: Kind = "text"
-
-    @cached_property
-    def names(self) -> list[str]:
-        """All fields, each once; `column.field` is a field in a column."""
-        return list(dict.fromkeys([self.document, *self.others]))
-
-    def columns(self, found: Collection[str]) -> list[str]:
-        """The columns that hold the fields, among those `found`."""
-        return list(dict.fromkeys(name if name in found else name.partition(".")[0] for name in self.names))
+    def __init__(self, source: Source) -> None:
+        self.document, self.kind = source.column, source.kind
+        self.conditions = list(map(Condition.parse, source.where))
+        self.names = list(dict.fromkeys([self.document, *(condition.column for condition in self.conditions)]))
 
     def check_names(self, found: Collection[str]) -> None:
         """Refuses a record, or a file, without one of the fields (`BadRecord`)."""
         for name in self.names:
             if name not in found and (name == self.document or name.partition(".")[0] not in found):
-                options = {"text": "--text_column, --tokens_column or --where", "messages": "--messages_column"}
-                named = options.get(self.kind, options["text"])
-                raise BadRecord(f"no field {name!r} among {list(found)}; name one with {named}")
+                options = "messages_column" if self.kind == "messages" else "text_column, --tokens_column or --where"
+                raise BadRecord(f"no field {name!r} among {list(found)}; name one with --{options}")
 
     def values(self, name: str, column: Any) -> Sequence[Any]:
         """The values of a column of arrow's; lists of ids without copying each id to Python."""
-        import pyarrow
+        from pyarrow import types
 
-        kind = column.type
-        is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-        if not (
-            self.kind == "tokens" and name == self.document and is_list and pyarrow.types.is_integer(kind.value_type)
-        ):
-            return column.to_pylist()  # many times faster than a batch's own to_pylist
-        if column.null_count or column.values.null_count:
-            return column.to_pylist()
-        ids, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-        return [ids[start:stop] for start, stop in itertools.pairwise(offsets)]
+        is_list = types.is_list(column.type) or types.is_large_list(column.type)
+        if self.kind == "tokens" and name == self.document and is_list and not column.null_count:
+            return [cell.values.to_numpy(zero_copy_only=False) for cell in column]
+        return column.to_pylist()  # many times faster than a batch's own to_pylist
 
     def check(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with a valid document, an empty one if it was null (`BadRecord` for one without one of the
         fields, and a document of another kind)."""
         self.check_names(record)
-        document = record[self.document]
+        document, field = record[self.document], f"field {self.document!r}"
         if self.kind == "messages":
-            record[self.document] = _messages(document, f"field {self.document!r}")
+            record[self.document] = _messages(document, field)
         elif self.kind == "tokens":
-            record[self.document] = _ids(document, f"field {self.document!r}")
+            record[self.document] = _ids(document, field)
         elif document is None:
             record[self.document] = ""
         else:
-            _check_text(document, f"field {self.document!r}")
+            _check_text(document, field)
         return record
+
+    def selects(self, record: dict[str, Any]) -> bool:
+        """Whether a record satisfies all conditions."""
+        return all(condition.holds(record) for condition in self.conditions)
 
 
 def _check_text(text: Any, field: str) -> None:

@@ -1,54 +1,107 @@
-"""Readers of parquet, JSON lines and plain text, and the choice among those of all formats that are read here."""
+"""Records of a file, a block at a time: parquet, JSON lines and text are read here, other formats by `datasets`."""
 
 import codecs
+import copy
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.common.command_line import UserError, first_line
 from data_prep.common.files import open_regular
+from data_prep.common.records import Position
 from data_prep.reading.compression import COMPRESSED, decompressed, suffixes
 from data_prep.reading.fields import BadRecord, Fields
-from data_prep.reading.readers import Block, Cursor, Reader
-from data_prep.reading.warc import WARC_SUFFIXES, WarcReader, is_warc
+from data_prep.reading.sources import Source
 
-_EVERY = ("", *COMPRESSED)
+T = TypeVar("T")
+# Records, None for a blank line, each with the number of bytes of the file that have been read.
+Records = Iterator[tuple[dict[str, Any] | None, int]]
+
+_ANY = ("", *COMPRESSED)
 # Suffixes of the formats, and those of the compressions that each is read with. No plain .json: it is rarely lines of
 # records, and other programs leave such files beside the data.
-FORMATS = {
-    ".parquet": ("",),
-    ".jsonl": _EVERY,
-    ".json": tuple(COMPRESSED),
-    ".txt": _EVERY,
-    **dict.fromkeys(WARC_SUFFIXES, ("", ".gz")),
-}
+FORMATS = {".parquet": ("",), ".jsonl": _ANY, ".json": tuple(COMPRESSED), ".txt": _ANY}
+# Formats, by datasets' names, that files on a disk or at a URL may have; those of the Hub's data sets may have any.
+STREAMED = ("csv", "json", "arrow", "webdataset", "xml")
+# A stream uses no cache, but a builder of `datasets` makes its folder, unless that is on a remote file system.
+_NO_CACHE = "memory://"
 MAX_TEXT_DOCUMENT = 64 * 1024  # bytes; a longer text file is read as several documents
+BLOCK_CHARACTERS = 1 << 20
+_RECORD_CHARACTERS = 16  # size of a record beside its text
 _BUFFER_BYTES = 1 << 20
 _REMOTE_READ_BYTES = 32 << 20
 
 
+@dataclass(frozen=True)
+class Block:
+    """Records, or their documents, between two positions; `size` is the number of bytes of the corpus's files."""
+
+    texts: list[Any]
+    start: Position
+    stop: Position
+    size: int
+
+
 def read_file(
-    filesystem: Any, path: str, size: int, fields: Fields, start: Cursor, every_field: bool = False
+    filesystem: Any, path: str, size: int, builder: Any, fields: Fields, start: Position, every_field: bool
 ) -> Iterator[Block]:
     """Reads the records of a file from `start` on: dictionaries with the fields.
 
     Args:
         filesystem: the `fsspec` file system of `path`.
         size: of the file, in bytes.
+        builder: of `datasets`, for a format that is not read here.
         every_field: also read other fields, if the format can skip them.
 
     Raises:
         UserError: for a file of another format, a record without one of the fields, or another kind of document.
     """
-    with _open(filesystem, path) as raw:
+    if builder is not None:
+        records = _after(_streamed(builder, url_of(filesystem, path), fields.document), start.record)
+        yield from blocks_of(records, fields, start, f"{path}, record")
+        return
+    if "file" in filesystem.protocol:
+        raw: Any = open_regular(Path(path))
+    else:
+        raw = filesystem.open(path, "rb", block_size=_REMOTE_READ_BYTES, cache_type="readahead")
+    with raw:
         if suffixes(path)[0] == ".parquet":
-            reader: Reader = _Parquet(raw, path, size, fields, start, every_field)
+            records, unit = _parquet(raw, path, size, fields, start.record, every_field), "row"
+        elif is_plain_text(path):
+            records, unit = _after(_texts(raw, path, fields.document), start.record), "document"
         else:
-            kind = WarcReader if is_warc(path) else _Text if is_plain_text(path) else _JsonLines
-            reader = kind(raw, path, fields, start)
-        yield from reader.blocks(fields.document)
+            records, unit = _json_lines(raw, path, start.record), "line"
+        yield from blocks_of(records, fields, start, f"{path}, {unit}")
+
+
+def blocks_of(records: Records, fields: Fields, start: Position, where: str) -> Iterator[Block]:
+    """Groups of records with about `BLOCK_CHARACTERS` characters, or ids, in their documents (`UserError` for a record
+    that `Fields.check` refuses).
+
+    Args:
+        start: position of the first record.
+        where: names a record, with its number after it.
+    """
+    group: list[dict[str, Any]] = []
+    size, number, before, read = 0, start.record, 0, 0
+    try:
+        for record, read in records:
+            if record is not None:
+                group.append(fields.check(record))
+                size += len(record[fields.document]) + _RECORD_CHARACTERS
+            number += 1
+            if size >= BLOCK_CHARACTERS:
+                stop = replace(start, record=number)
+                yield Block(group, start, stop, read - before)
+                group, size, start, before = [], 0, stop, read
+    except BadRecord as error:
+        raise UserError(f"{where} {number + 1}: {error}") from error
+    if group:
+        yield Block(group, start, replace(start, record=number), read - before)
 
 
 def is_read_here(path: str) -> bool:
@@ -62,99 +115,90 @@ def is_plain_text(path: str) -> bool:
     return suffixes(path)[0] == ".txt"
 
 
-def _open(filesystem: Any, path: str) -> Any:
-    if "file" in filesystem.protocol:
-        return open_regular(Path(path))
-    return filesystem.open(path, "rb", block_size=_REMOTE_READ_BYTES, cache_type="readahead")
+def url_of(filesystem: Any, path: str) -> str:
+    """The name by which `datasets` opens a file."""
+    return path if "file" in filesystem.protocol else filesystem.unstrip_protocol(path)
 
 
-class _Lines(Reader):
-    """What text files have in common: a position in decompressed bytes."""
+def datasets_format(path: str) -> tuple[str, dict[str, Any]] | None:
+    """The name by which `datasets` loads a file, and its arguments; None for a file that is not read."""
+    from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
-    def __init__(self, raw: Any, path: str, fields: Fields, start: Cursor) -> None:
-        self.raw, self.path, self.fields = raw, path, fields
-        self.file, self.record, self.offset = start.file, start.record, start.offset
-        self.stream = decompressed(raw, path)
-        _skip(self.stream, start.offset)
-
-    def cursor(self) -> Cursor:
-        return Cursor(self.file, self.record, self.offset)
-
-    def bytes_read(self) -> int:
-        return self.raw.tell()
+    found = _EXTENSION_TO_MODULE.get(suffixes(path)[0])
+    return found if found and found[0] in STREAMED else None
 
 
-def _skip(stream: io.BufferedReader, count: int) -> None:
-    while count > 0:
-        if not (read := len(stream.read(min(count, _BUFFER_BYTES)))):
-            raise UserError("a file of the source ends before the position to continue at; prepare a new folder")
-        count -= read
+def make_builder(source: Source, filesystem: Any, path: str) -> Any:
+    """The builder of `datasets` for files like this one."""
+    from datasets import load_dataset_builder
+
+    name, options = datasets_format(path) or ("", {})
+    return load_dataset_builder(name, data_files=[url_of(filesystem, path)], cache_dir=_NO_CACHE, **options)
 
 
-class _JsonLines(_Lines):
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for line in self.stream:
-            self.record += 1
-            self.offset += len(line)
-            if not line.isspace():
-                yield self.fields.check(parse_record(line, self.where))
+def _streamed(builder: Any, url: str, column: str) -> Records:
+    """Records that `datasets` reads from one of a builder's files. A cell of CSV is text, which may be "NA", "null" or
+    "007"; only an empty one is missing."""
+    from datasets.packaged_modules.csv.csv import CsvConfig
 
-    def where(self) -> str:
-        return f"{self.path}, line {self.record}"
+    builder, config = copy.copy(builder), copy.copy(builder.config)
+    builder.config, config.data_files = config, {"train": [url]}
+    if isinstance(config, CsvConfig) and config.keep_default_na and config.na_values is None:
+        config.keep_default_na, config.na_values = False, [""]
+        if not config.features:  # types of all columns
+            config.converters = config.converters or {column: str}
+    return ((record, 0) for record in builder.as_streaming_dataset("train"))
 
 
-def parse_record(line: str | bytes, where: Callable[[], str]) -> dict[str, Any]:
-    """Parses a line of JSON (`UserError` if it is no object); `where` tells its origin, for messages."""
+def _after(items: Iterable[T], count: int) -> Iterator[T]:
+    """What follows the first items."""
+    rest = iter(items)
+    if sum(1 for _ in islice(rest, count)) < count:
+        raise UserError("a file of the source ends before the position to continue at; prepare a new folder")
+    return rest
+
+
+def _json_lines(raw: Any, path: str, first: int) -> Records:
+    for number, line in enumerate(_after(decompressed(raw, path), first), start=first + 1):
+        yield None if line.isspace() else parse_record(line, f"{path}, line {number}"), raw.tell()
+
+
+def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
+    """Parses a line of JSON (`UserError` if it is no object); `where` is its origin, for messages."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where()}: not JSON ({first_line(error)})") from error
+        raise UserError(f"{where}: not JSON ({first_line(error)})") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where()}: not a JSON object but {type(record).__name__}")
+        raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
     return record
 
 
-class _Text(_Lines):
-    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere.
-
-    Read as Python reads text, without a byte-order mark and with universal newlines; positions are in the file's bytes.
-    """
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        raw = b"" if self.offset else self.stream.read(len(codecs.BOM_UTF8))
-        if raw == codecs.BOM_UTF8:
-            raw, self.offset = b"", len(raw)
-        text = _universal_newlines(raw)
-        while True:
-            while len(text) <= MAX_TEXT_DOCUMENT and (more := self.stream.read(MAX_TEXT_DOCUMENT + 1)):
-                raw += more
-                text = _universal_newlines(raw)
-            if not text:
-                return
-            size = _cut(text)
-            try:
-                document = text[:size].decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = self.offset + _raw_size(raw, error.start)
-                raise UserError(f"{self.path}: not UTF-8 at byte {byte} ({error.reason})") from error
-            read = _raw_size(raw, size)
-            self.record, self.offset, raw, text = self.record + 1, self.offset + read, raw[read:], text[size:]
-            yield {self.fields.document: document}
-
-    def where(self) -> str:
-        return f"{self.path}, document {self.record}"
+def _texts(raw: Any, path: str, column: str) -> Records:
+    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
+    pieces, text = _utf8(decompressed(raw, path), path), b""
+    while True:
+        while len(text) <= MAX_TEXT_DOCUMENT and (piece := next(pieces, None)) is not None:
+            text += piece.encode()
+        if not text:
+            return
+        size = _cut(text)
+        yield {column: text[:size].decode()}, raw.tell()
+        text = text[size:]
 
 
-def _universal_newlines(raw: bytes) -> bytes:
-    return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in raw else raw
-
-
-def _raw_size(raw: bytes, size: int) -> int:
-    """Number of bytes of which `_universal_newlines` makes `size`."""
-    count = size
-    while missing := size - count + raw.count(b"\r\n", 0, count):
-        count += missing
-    return count + (raw[count - 1 : count + 1] == b"\r\n")
+def _utf8(stream: io.BufferedReader, path: str) -> Iterator[str]:
+    """Text as Python reads it: without a byte-order mark and with universal newlines."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    read, piece = 0, b"\n"
+    while piece:
+        piece = stream.read(MAX_TEXT_DOCUMENT + 1)
+        read += len(piece)
+        try:
+            yield decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            byte = read - len(error.object) + error.start
+            raise UserError(f"{path}: not UTF-8 at byte {byte} ({error.reason})") from error
 
 
 def _cut(data: bytes) -> int:
@@ -170,46 +214,28 @@ def _cut(data: bytes) -> int:
     return stop
 
 
-class _Parquet(Reader):
+def _parquet(raw: Any, path: str, size: int, fields: Fields, first: int, every_field: bool) -> Records:
     """Rows of parquet, few at a time, as a file does not tell how long its rows are."""
+    import pyarrow
+    from pyarrow import parquet
 
-    def __init__(self, raw: Any, path: str, size: int, fields: Fields, start: Cursor, every_field: bool) -> None:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            # With a buffer the pages of a row group are read one by one, not all at once.
-            self.parquet = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not a whole parquet file ({error})") from error
-        try:
-            fields.check_names(self.parquet.schema_arrow.names)
-        except BadRecord as error:
-            raise UserError(f"{path}: {error}") from error
-        self.path, self.size, self.fields = path, size, fields
-        self.file, self.record = start.file, start.record
-        self.wanted = None if every_field else fields.columns(self.parquet.schema_arrow.names)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        metadata, skipped, group = self.parquet.metadata, self.record, 0
-        while group < metadata.num_row_groups and metadata.row_group(group).num_rows <= skipped:
-            skipped -= metadata.row_group(group).num_rows
-            group += 1
-        groups = range(group, metadata.num_row_groups)
-        options = {"columns": self.wanted, "use_threads": False}  # one column leaves nothing to share out
-        for batch in self.parquet.iter_batches(batch_size=64, row_groups=groups, **options):
-            rows = batch.slice(min(skipped, batch.num_rows))
-            skipped -= batch.num_rows - rows.num_rows
-            for cells in zip(*map(self.fields.values, rows.schema.names, rows.columns), strict=True):
-                self.record += 1
-                record = dict(zip(rows.schema.names, cells, strict=True))
-                yield self.fields.check(record)
-
-    def where(self) -> str:
-        return f"{self.path}, row {self.record}"
-
-    def cursor(self) -> Cursor:
-        return Cursor(self.file, self.record)
-
-    def bytes_read(self) -> int:
-        return self.size * self.record // max(1, self.parquet.metadata.num_rows)
+    try:
+        # With a buffer the pages of a row group are read one by one, not all at once.
+        file = parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a whole parquet file ({error})") from error
+    names, metadata, skipped = file.schema_arrow.names, file.metadata, first
+    fields.check_names(names)
+    options = {"columns": None if every_field else fields.names, "use_threads": False}  # one column
+    for group in range(metadata.num_row_groups):
+        if skipped >= (rows := metadata.row_group(group).num_rows):
+            skipped -= rows
+            continue
+        for batch in file.iter_batches(batch_size=64, row_groups=[group], **options):
+            rest = batch.slice(min(skipped, batch.num_rows))
+            skipped -= batch.num_rows - rest.num_rows
+            found = rest.schema.names
+            for cells in zip(*map(fields.values, found, rest.columns), strict=True):
+                first += 1
+                yield dict(zip(found, cells, strict=True)), size * first // metadata.num_rows
+    _after((), skipped)

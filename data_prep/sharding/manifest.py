@@ -14,8 +14,9 @@ import numpy as np
 
 from data_prep.common.command_line import UserError, listed
 from data_prep.common.files import describe_path, read_text, write_text
-from data_prep.common.records import CleaningStep, Dtype, Format, Position, Shard, SourceRecord, Split, TokenizerRecord
+from data_prep.common.records import CleaningStep, Dtype, Format, Position, Shard, Split, TokenizerRecord
 from data_prep.common.schema import STRICT, Count, Positive, parse_json
+from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.shards import open_shard
 from data_prep.tokenization.tokenizer import tokenizer_hash
 

@@ -4,8 +4,9 @@ import sys
 import time
 from typing import Any
 
+from data_prep.common.records import Position
 from data_prep.reading.corpus import Corpus
-from data_prep.reading.readers import Block, Cursor
+from data_prep.reading.formats import Block
 from data_prep.sharding.manifest import Manifest
 
 _SECONDS_BETWEEN_LINES = 30
@@ -20,7 +21,7 @@ class Progress:
         tokens: tokens that this process has made.
     """
 
-    def __init__(self, corpus: Corpus, start: Cursor) -> None:
+    def __init__(self, corpus: Corpus, start: Position) -> None:
         before = corpus.bytes_before(start)
         self.total = 0 if before is None else corpus.bytes
         self.before = self.done = before or 0

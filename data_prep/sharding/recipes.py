@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_prep.common.command_line import UserError, option, raise_all
-from data_prep.common.records import SourceSettings
 from data_prep.common.schema import STRICT, Positive, read_yaml, validate
+from data_prep.reading.corpus import Corpus
 from data_prep.reading.sources import Source
 
 
@@ -30,10 +30,17 @@ class Recipe:
         None, "by default the smaller one that holds the vocabulary", choices=("uint16", "uint32")
     )
     format: Literal["npy", "bin"] = option("npy", "of the shards; bin is llm.c's", choices=("npy", "bin"))
+    on_bad_file: Literal["stop", "skip"] = option(
+        "stop", "skip: leave out and list a file that cannot be read, from there on", choices=("stop", "skip")
+    )
+
+    def resolve(self, commit: str | None = None) -> Corpus:
+        """Finds what the source consists of, as `Source.resolve`."""
+        return self.source.resolve(commit, skip_bad_files=self.on_bad_file == "skip")
 
 
 @dataclass(frozen=True)
-class FolderSettings(SourceSettings):
+class FolderSettings(Source):
     """How a folder is prepared, as the options of `python -m data_prep.prepare`; `weight` is its share of a mixture, in
     any unit."""
 
@@ -48,7 +55,7 @@ class FolderSettings(SourceSettings):
 
     def recipe(self) -> Recipe:
         """The recipe of the folder."""
-        source = {one.name: getattr(self, one.name) for one in fields(Source)} | {"where": tuple(self.where)}
+        source = {one.name: getattr(self, one.name) for one in fields(Source)}
         others = {one.name: getattr(self, one.name) for one in fields(Recipe) if one.name != "source"}
         return Recipe(Source(**source), **others)
 
@@ -66,7 +73,7 @@ class Recipes:
         problems = []
         for name, settings in self.folders.items():
             try:
-                settings.recipe().source.resolve()
+                settings.recipe().resolve()
             except UserError as error:
                 problems.append(f"{name}: {error}")
         raise_all(problems, "folders cannot be prepared")

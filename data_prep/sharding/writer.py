@@ -19,7 +19,7 @@ from data_prep.common.files import partial_name
 from data_prep.common.records import Position, Shard, Split
 from data_prep.reading.ahead import read_ahead
 from data_prep.reading.corpus import Corpus, files_read
-from data_prep.reading.readers import Block, Cursor
+from data_prep.reading.formats import Block
 from data_prep.sharding.manifest import FILE_NAME, Manifest, text_marks
 from data_prep.sharding.progress import Progress
 from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
@@ -58,10 +58,10 @@ class Writer:
             self.bad_files = corpus.bad_files
         position = self.manifest.unfinished or Position()
         self.byte_counter = encoder if isinstance(encoder, HuggingFaceTokenizer) else None
-        cursor, skipped = Cursor(position.file, position.record, position.offset, position.state), position.tokens
-        with Progress(corpus, cursor) as progress:
+        skipped = position.tokens
+        with Progress(corpus, position) as progress:
             try:
-                for block, tokens in tokenized(corpus.blocks(cursor), encoder, self.manifest.dtype, workers):
+                for block, tokens in tokenized(corpus.blocks(position), encoder, self.manifest.dtype, workers):
                     self._add(block, tokens, min(skipped, len(tokens)))
                     skipped -= min(skipped, len(tokens))
                     progress.update(block, len(tokens), self.manifest)
@@ -107,7 +107,7 @@ class Writer:
             self._count_bytes(block.texts, tokens, start, start + len(part), self.file.tokens)
             start += len(part)
             if self.file.tokens == self.manifest.shard_tokens:
-                self._finish_shard(self.file, Position(**vars(block.start), tokens=start))
+                self._finish_shard(self.file, replace(block.start, tokens=start))
                 self.manifest.write(self.folder)
 
     def _count_bytes(self, texts: list[str], tokens: np.ndarray, start: int, stop: int, written: int) -> None:

@@ -25,8 +25,8 @@ from standin_hub import serve_dataset
 
 from data_prep.common.command_line import UserError
 from data_prep.common.locks import locked
+from data_prep.common.records import Position
 from data_prep.prepare import Recipe, main, prepare
-from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
 from data_prep.tokenization.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
@@ -446,7 +446,7 @@ def test_bad_files_are_skipped_and_listed_if_asked_for(corpus, undisturbed, tmp_
     kept = ["some words " * 30_000] * 4  # more than a block
     (copy / "z.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*kept, "lost"]) + "not json\n")
     damaged = recipe(copy, tokenizer=str(undisturbed / "tokenizer"))
-    skips = dataclasses.replace(damaged, source=dataclasses.replace(damaged.source, on_bad_file="skip"))
+    skips = dataclasses.replace(damaged, on_bad_file="skip")
     manifest = prepare(skips, tmp_path / "data")
     assert manifest.source.files == 9 and manifest.bad_files == {
         "aa/cut.jsonl.zst": "the file is cut off",
@@ -471,16 +471,14 @@ def test_bad_files_are_skipped_and_listed_if_asked_for(corpus, undisturbed, tmp_
     assert continued.shards == manifest.shards and list(continued.bad_files) == ["z.jsonl"]
 
 
-def test_what_is_no_file_cannot_be_skipped(data_folder, tmp_path):
+@pytest.mark.parametrize(("name", "reason"), [("a.jsonl", "line 1: not JSON"), ("a.csv", "record 1: no field 'text'")])
+def test_a_source_of_bad_files_only(data_folder, tmp_path, name, reason):
     texts = tmp_path / "texts"
     texts.mkdir()
-    (texts / "a.csv").write_text("text\nx\n")
-    for source in (texts, "builtin"):
-        with pytest.raises(UserError, match="on_bad_file"):
-            Source(str(source), on_bad_file="skip").resolve()
-    (texts / "a.jsonl").write_text("not json\n")
-    recipe = Recipe(Source(str(texts), on_bad_file="skip"), tokenizer=str(data_folder / "tokenizer"))
-    with pytest.raises(UserError, match=r"yields no text; 0 files read, 2 not: 1 \.csv, 1 bad: a\.jsonl \(line 1"):
+    (texts / name).write_text("not json\n1\n")
+    (texts / "a.zip").write_text("")
+    recipe = Recipe(Source(str(texts)), tokenizer=str(data_folder / "tokenizer"), on_bad_file="skip")
+    with pytest.raises(UserError, match=rf"yields no text; 0 files read, 2 not: 1 \.zip, 1 bad: {name} \({reason}"):
         prepare(recipe, tmp_path / "data")
 
 
@@ -650,13 +648,13 @@ def test_a_network_that_fails_is_tried_again(capsys):
         iter([False] * 3 + [True, True] + [False] * 4 + [True]),
     )
     corpus = Source("unreliable://corpus/a.jsonl").resolve()
-    blocks = list(corpus.blocks(Cursor(), retry_delays=(0, 0)))
+    blocks = list(corpus.blocks(Position(), retry_delays=(0, 0)))
     assert [text.split()[0] for block in blocks for text in block.texts] == [str(i) for i in range(1000)]
     assert "timed out; attempt 2 in 0 s" in (output := capsys.readouterr().err) and "attempt 3" in output
 
     Unreliable.fails = iter([True] * 10)
     with pytest.raises(UserError, match=r"the network fails \(timed out\), 3 times in a row"):
-        list(corpus.blocks(Cursor(), retry_delays=(0, 0)))
+        list(corpus.blocks(Position(), retry_delays=(0, 0)))
 
 
 def test_commands_say_it_in_one_line(tmp_path):

@@ -181,7 +181,7 @@ def read_run_files(world: Path) -> None:
 
 
 def read_settings(world: Path) -> None:
-    from data_prep.inspection.documents import sequences
+    from data_prep.inspect import sequences
     from training.settings.parsing import parse_config
     from training.settings.validation import load_config
 

@@ -20,10 +20,9 @@ from standin_hub import Repository, serve, serve_dataset
 
 from data_prep.common.command_line import UserError
 from data_prep.common.hub import Hub, limit_waiting, local_folder
-from data_prep.reading.conditions import Condition
-from data_prep.reading.fields import Fields
-from data_prep.reading.formats import MAX_TEXT_DOCUMENT, _Text
-from data_prep.reading.readers import Cursor
+from data_prep.common.records import Position
+from data_prep.reading.fields import Condition
+from data_prep.reading.formats import MAX_TEXT_DOCUMENT
 from data_prep.reading.sources import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer
 from eval.common.models import load_weights, read_config
@@ -160,12 +159,8 @@ def test_text_is_read_as_python_reads_it(tmp_path, line):
         path.write_text(mark + text, encoding="utf-8", newline=end)
         assert path.read_text(encoding="utf-8-sig") == "".join(expected) == text
         assert documents(path) == expected
-        cursors = [Cursor()]
-        with open(path, "rb") as raw:
-            reader = _Text(raw, str(path), Fields("text"), Cursor())
-            cursors += [reader.cursor() for _ in reader]
-        for number, cursor in enumerate(cursors):
-            blocks = Source(str(path)).resolve().blocks(cursor)
+        for number in range(len(expected)):
+            blocks = Source(str(path)).resolve().blocks(Position(record=number))
             assert [text for block in blocks for text in block.texts] == expected[number:]
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n" * 2 + b"\xff")
     with pytest.raises(UserError, match="not UTF-8 at byte 18 "):
@@ -258,7 +253,7 @@ def long_files(tmp_path_factory):
 def test_reading_goes_on_from_every_block(long_files):
     """What follows a cursor is the same whether it was read before or not."""
     corpus = Source(str(long_files)).resolve()
-    blocks = list(corpus.blocks(Cursor()))
+    blocks = list(corpus.blocks(Position()))
     assert len(blocks) > 8 and {block.start.file for block in blocks} == {0, 1, 2, 3}
     for number, block in enumerate(blocks):
         rest = [text for later in blocks[number:] for text in later.texts]
@@ -402,7 +397,7 @@ def test_an_unfinished_cleaning_is_no_source(tmp_path):
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(tmp_path):
     program = (
         "from data_prep.common.command_line import run; from data_prep.prepare import main\n"
-        "from data_prep.reading import sources; sources.RESOLVE_DELAYS = (0,); run(main)"
+        "from data_prep.reading import resolve; resolve.RESOLVE_DELAYS = (0,); run(main)"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     words = [sys.executable, "-c", program, "data", "--source", "user/corpus"]

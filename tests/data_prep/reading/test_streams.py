@@ -6,19 +6,17 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import sys
 import tarfile
 
 import datasets
 import pytest
 from conftest import ROOT, run_command
-from datasets.iterable_dataset import _BaseExamplesIterable
 from standin_hub import serve_dataset
 
 from data_prep.common.command_line import UserError
+from data_prep.common.records import Position
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.readers import Cursor
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
 from tests.data_prep.test_prepare import KILLED, contents, stopped
@@ -99,15 +97,7 @@ def make_webdataset(folder):
     return Source(str(folder / "part-*.tar"), text_column="txt")
 
 
-def make_sql(folder):
-    with sqlite3.connect(folder / "a.db") as connection:
-        connection.execute("CREATE TABLE documents (text TEXT, n INTEGER, id INTEGER)")
-        values = list(zip(*ROWS.values(), range(RECORDS), strict=True))
-        connection.executemany("INSERT INTO documents VALUES (?, ?, ?)", random.Random(0).sample(values, RECORDS))
-    return Source(f"sqlite:///{folder / 'a.db'}", name="SELECT text, n FROM documents ORDER BY id")
-
-
-KINDS = [make_csv, make_json, make_arrow, make_saved, make_saved_selection, make_webdataset, make_sql]
+KINDS = [make_csv, make_json, make_arrow, make_saved, make_saved_selection, make_webdataset]
 
 
 @pytest.fixture(params=KINDS, ids=lambda make: make.__name__.removeprefix("make_"))
@@ -122,12 +112,10 @@ def source(request, tmp_path, monkeypatch):
 def test_documents_and_resumption(source, data_folder, tmp_path):
     """From each block on, and in shards after a stop at any of them."""
     corpus = source.resolve()
-    blocks = list(corpus.blocks(Cursor()))
+    blocks = list(corpus.blocks(Position()))
     assert [text for block in blocks for text in block.texts] == TEXTS and len(blocks) >= 3
     for number, block in enumerate(blocks):
-        state = json.loads(json.dumps(block.start.state))
-        start = Cursor(record=block.start.record, state=state)
-        assert [text for later in corpus.blocks(start) for text in later.texts] == [
+        assert [text for later in corpus.blocks(block.start) for text in later.texts] == [
             text for later in blocks[number:] for text in later.texts
         ]
     recipe = Recipe(source, tokenizer=str(data_folder / "tokenizer"), shard_tokens=700_000)
@@ -195,7 +183,7 @@ def test_a_data_set_of_the_hub_goes_on_after_a_kill(make, tmp_path, data_folder)
         ("a.arrow", b"ARROW1 not really", {}, "test_bad_files.*: "),
         ("a.tar", b"not a tar", {}, "test_bad_files.*: truncated header"),
         ("a.zip", b"PK", {}, "no file in it is in a format that is read"),
-        ("state.json", b"{}", {}, "state.json.*: "),
+        ("state.json", b"{}", {}, "no file in it is in a format that is read"),
     ],
 )
 def test_bad_files(tmp_path, name, content, options, message):
@@ -203,20 +191,6 @@ def test_bad_files(tmp_path, name, content, options, message):
     with pytest.raises(UserError, match=message) as caught:
         list(Source(str(tmp_path), **options).resolve().documents())
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("records", [1, 700])
-def test_a_stream_that_lost_its_place_is_refused(tmp_path, monkeypatch, records):
-    """A resumed stream whose state stays at the beginning, as with `datasets` 5.0.0, and a cursor from it."""
-    corpus = make_csv(tmp_path).resolve()
-    blocks = list(corpus.blocks(Cursor()))
-    start = datasets.IterableDataset.state_dict(corpus.load())
-    lost = Cursor(record=records, state=start)
-    with pytest.raises(UserError, match=rf"after {records} records, .* would go on after 0 of file 1; prepare a new"):
-        next(corpus.blocks(lost))
-    monkeypatch.setattr(datasets.IterableDataset, "state_dict", lambda stream: start)
-    with pytest.raises(UserError, match="`datasets` would go on after 0 of file 1; install a newer"):
-        next(corpus.blocks(blocks[1].start))
 
 
 def test_files_of_several_formats_are_refused(tmp_path):
@@ -231,44 +205,3 @@ def test_another_split_than_the_folder_has(tmp_path):
     with pytest.raises(UserError, match="has no split 'dev'; it has: test, train"):
         Source(source.source, split="dev").resolve()
     assert list(Source(source.source, split="test").resolve().documents()) == [TEXTS[-1]]
-
-
-@pytest.mark.parametrize("name", [None, "documents", "SELECT text FROM documents"])
-def test_a_query_needs_an_order(name):
-    with pytest.raises(UserError, match="a database needs a query with an order"):
-        Source("sqlite:///a.db", name=name).resolve()
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [("sqlite:///{}/none.db", "no such file"), ("sqlite://{}", "Invalid SQLite URL|not parse|no such")],
-)
-def test_a_database_that_is_missing_is_not_made(tmp_path, url, message):
-    with pytest.raises(UserError, match=message) as raised:
-        Source(url.format(tmp_path), name="SELECT text FROM documents ORDER BY id").resolve()
-    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
-
-
-class WithoutState(_BaseExamplesIterable):
-    """A stream of a kind that has not learned to say where it is."""
-
-    num_shards = 1
-
-    def __iter__(self):
-        yield 0, {"text": "a"}
-
-
-class WithObjects(WithoutState):
-    """One whose state is more than JSON can hold."""
-
-    def _init_state_dict(self):
-        self._state_dict = {"generator": random.Random(0), "type": self.__class__.__name__}
-        return self._state_dict
-
-
-@pytest.mark.parametrize("kind", [WithoutState, WithObjects])
-def test_a_stream_that_cannot_go_on_is_refused(kind, tmp_path, monkeypatch):
-    (tmp_path / "a.csv").write_text("text\na\n")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.IterableDataset(kind()))
-    with pytest.raises(UserError, match=r"a\.csv': `datasets` cannot go on in the middle of it; export it to parquet"):
-        Source(str(tmp_path / "a.csv")).resolve()

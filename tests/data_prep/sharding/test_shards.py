@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from data_prep.common.command_line import UserError
 from data_prep.contamination import documents
-from data_prep.inspection.statistics import statistics
+from data_prep.inspect import measure
 from data_prep.register import register
 from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.order import TokenStream
@@ -217,7 +217,7 @@ def test_hundreds_of_shards_need_few_open_files(data_folder, tmp_path):
             read = TokenStream(tmp_path, manifest, "train", order, 0).read(0, 360)
             assert sorted(read) == sorted([600, *[1] * 119, *range(120), *[9] * 120])
         assert len(list(documents(tmp_path, manifest))) == 121
-        assert statistics(tmp_path, manifest).tokens == 720
+        assert measure(tmp_path, manifest)[1].sum() == 121
         assert read_tokens(tmp_path, tokenizer)[0].tolist()[-3:] == [600, 119, 7]
         assert list(verify(tmp_path)) == []
     finally:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.common.records import Shard, SourceRecord, TokenizerRecord
+from data_prep.common.records import Shard, TokenizerRecord
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
+from data_prep.reading.sources import Source, SourceRecord
 from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.order import Mixture, Sequences, TokenStream
 from data_prep.sharding.shards import open_shard

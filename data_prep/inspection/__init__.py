@@ -1,1 +1,0 @@
-"""What `data_prep.inspect` shows."""
