@@ -6,12 +6,13 @@ For folders of `.bin` (llm.c, modded-nanogpt) or `.npy` (build-nanogpt) shards w
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.common.command_line import ArgumentParser, UserError, listed, run
 from data_prep.common.files import file_hash
-from data_prep.common.records import Dtype, Format, Shard, Split
+from data_prep.common.records import Shard, Split
 from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, split_of_name
 from data_prep.sharding.shards import FORMATS, open_shard
@@ -30,14 +31,13 @@ def register(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
     """
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder} has a {FILE_NAME} already")
-    paths = _shard_paths(folder)
-    own = folder / "tokenizer"
+    paths, own = _shard_paths(folder), folder / "tokenizer"
     tokenizer = load_tokenizer(own if own.exists() else tokenizer_name)
     shards = []
-    kinds: set[tuple[Format, Dtype]] = set()
+    kinds: set[Any] = set()  # format and dtype
     for path, split in paths:
         tokens = open_shard(path)
-        kinds.add(("npy" if path.suffix == ".npy" else "bin", "uint16" if tokens.dtype == np.uint16 else "uint32"))
+        kinds.add((path.suffix.lstrip("."), tokens.dtype.name))
         shards.append(_describe(path, split, tokens, tokenizer))
     if not any(shard.documents for shard in shards):
         raise UserError(
@@ -90,7 +90,7 @@ def _describe(path: Path, split: Split, tokens: np.ndarray, tokenizer: Tokenizer
 def main() -> None:
     parser = ArgumentParser("python -m data_prep.register", __doc__)
     parser.add_argument("folder", type=Path, help="folder of shards")
-    parser.add_option("tokenizer", default="gpt2", help="that wrote them, if there is no tokenizer/ beside them")
+    parser.add_option("tokenizer", default="gpt2", help="tokenizer of the shards, if none is stored with them")
     args = parser.parse_args()
     manifest = register(args.folder, args.tokenizer)
     print(f"{args.folder}: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation tokens")

@@ -17,7 +17,7 @@ MAY_IMPORT = {
 LIBRARIES = {"modeling": {"torch", "transformers"}}
 # Each sub-package imports only those before it, and none imports the commands at the root of its package.
 SUB_PACKAGES = {
-    "data_prep": ["common", "tokenization", "reading", "sharding", "cleaning", "inspection"],
+    "data_prep": ["common", "tokenization", "reading", "sharding", "cleaning"],
     "eval": ["common", "scoring", "reporting"],
     "training": [
         "checkpointing",

@@ -47,7 +47,7 @@ def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield _texts(parse_record(line, functools.partial(str, where)), fields, where)
+            yield _texts(parse_record(line, where), fields, where)
 
 
 def _texts(record: dict[str, Any], fields: list[str] | None, where: str) -> list[str]:

@@ -15,9 +15,11 @@ from data_prep.common.command_line import UserError, listed, redact
 from data_prep.common.records import CleaningStep, Position
 from data_prep.common.retries import Retries, is_transient
 from data_prep.common.schema import read_json
+from data_prep.reading import formats
+from data_prep.reading.compression import suffixes
 from data_prep.reading.fields import Fields
 from data_prep.reading.files import CLEANING_CONFIG, CLEANING_REPORT
-from data_prep.reading.formats import Block, is_plain_text, read_file
+from data_prep.reading.formats import Block, blocks_of, is_plain_text
 from data_prep.reading.sources import Source, SourceRecord
 
 # Seconds before each new attempt if the network fails.
@@ -144,8 +146,20 @@ class Corpus:
     def _read_file(self, start: Position, every_field: bool) -> Iterator[Block]:
         """Records of a file from a position on, with other fields than the wanted ones if `every_field` and the format
         has them."""
-        path, size = self.paths[start.file], self.sizes[start.file]
-        return read_file(self.filesystem, path, size, self.builder, self.fields, start, every_field)
+        path, fields = self.paths[start.file], self.fields
+        if self.builder is not None:
+            records = formats.streamed(self.builder, formats.url_of(self.filesystem, path), fields.document)
+            yield from blocks_of(formats.after(records, start.record), fields, start, f"{path}, record")
+            return
+        with formats.open_file(self.filesystem, path) as raw:
+            if suffixes(path)[0] == ".parquet":
+                size = self.sizes[start.file]
+                records, unit = formats.parquet_rows(raw, path, size, fields, start.record, every_field), "row"
+            elif is_plain_text(path):
+                records, unit = formats.after(formats.texts(raw, path, fields.document), start.record), "document"
+            else:
+                records, unit = formats.json_lines(raw, path, start.record), "line"
+            yield from blocks_of(records, fields, start, f"{path}, {unit}")
 
     def _list_bad_file(self, bad_files: dict[str, str], path: str, error: Exception) -> None:
         folder = os.path.commonpath(map(os.path.dirname, self.paths)) + "/"

@@ -1,4 +1,4 @@
-"""Records of a file, a block at a time: parquet, JSON lines and text are read here, other formats by `datasets`."""
+"""Records of a file: parquet, JSON lines and text are read here, other formats by `datasets`."""
 
 import codecs
 import copy
@@ -46,38 +46,6 @@ class Block:
     size: int
 
 
-def read_file(
-    filesystem: Any, path: str, size: int, builder: Any, fields: Fields, start: Position, every_field: bool
-) -> Iterator[Block]:
-    """Reads the records of a file from `start` on: dictionaries with the fields.
-
-    Args:
-        filesystem: the `fsspec` file system of `path`.
-        size: of the file, in bytes.
-        builder: of `datasets`, for a format that is not read here.
-        every_field: also read other fields, if the format can skip them.
-
-    Raises:
-        UserError: for a file of another format, a record without one of the fields, or another kind of document.
-    """
-    if builder is not None:
-        records = _after(_streamed(builder, url_of(filesystem, path), fields.document), start.record)
-        yield from blocks_of(records, fields, start, f"{path}, record")
-        return
-    if "file" in filesystem.protocol:
-        raw: Any = open_regular(Path(path))
-    else:
-        raw = filesystem.open(path, "rb", block_size=_REMOTE_READ_BYTES, cache_type="readahead")
-    with raw:
-        if suffixes(path)[0] == ".parquet":
-            records, unit = _parquet(raw, path, size, fields, start.record, every_field), "row"
-        elif is_plain_text(path):
-            records, unit = _after(_texts(raw, path, fields.document), start.record), "document"
-        else:
-            records, unit = _json_lines(raw, path, start.record), "line"
-        yield from blocks_of(records, fields, start, f"{path}, {unit}")
-
-
 def blocks_of(records: Records, fields: Fields, start: Position, where: str) -> Iterator[Block]:
     """Groups of records with about `BLOCK_CHARACTERS` characters, or ids, in their documents (`UserError` for a record
     that `Fields.check` refuses).
@@ -120,6 +88,13 @@ def url_of(filesystem: Any, path: str) -> str:
     return path if "file" in filesystem.protocol else filesystem.unstrip_protocol(path)
 
 
+def open_file(filesystem: Any, path: str) -> Any:
+    """Opens a file of `fsspec`'s `filesystem` for reading (`UserError` for a pipe or a device)."""
+    if "file" in filesystem.protocol:
+        return open_regular(Path(path))
+    return filesystem.open(path, "rb", block_size=_REMOTE_READ_BYTES, cache_type="readahead")
+
+
 def datasets_format(path: str) -> tuple[str, dict[str, Any]] | None:
     """The name by which `datasets` loads a file, and its arguments; None for a file that is not read."""
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
@@ -136,7 +111,7 @@ def make_builder(source: Source, filesystem: Any, path: str) -> Any:
     return load_dataset_builder(name, data_files=[url_of(filesystem, path)], cache_dir=_NO_CACHE, **options)
 
 
-def _streamed(builder: Any, url: str, column: str) -> Records:
+def streamed(builder: Any, url: str, column: str) -> Records:
     """Records that `datasets` reads from one of a builder's files. A cell of CSV is text, which may be "NA", "null" or
     "007"; only an empty one is missing."""
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -150,7 +125,7 @@ def _streamed(builder: Any, url: str, column: str) -> Records:
     return ((record, 0) for record in builder.as_streaming_dataset("train"))
 
 
-def _after(items: Iterable[T], count: int) -> Iterator[T]:
+def after(items: Iterable[T], count: int) -> Iterator[T]:
     """What follows the first items."""
     rest = iter(items)
     if sum(1 for _ in islice(rest, count)) < count:
@@ -158,8 +133,9 @@ def _after(items: Iterable[T], count: int) -> Iterator[T]:
     return rest
 
 
-def _json_lines(raw: Any, path: str, first: int) -> Records:
-    for number, line in enumerate(_after(decompressed(raw, path), first), start=first + 1):
+def json_lines(raw: Any, path: str, first: int) -> Records:
+    """Records of JSON lines, without the `first` lines."""
+    for number, line in enumerate(after(decompressed(raw, path), first), start=first + 1):
         yield None if line.isspace() else parse_record(line, f"{path}, line {number}"), raw.tell()
 
 
@@ -174,7 +150,7 @@ def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _texts(raw: Any, path: str, column: str) -> Records:
+def texts(raw: Any, path: str, column: str) -> Records:
     """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
     pieces, text = _utf8(decompressed(raw, path), path), b""
     while True:
@@ -214,8 +190,13 @@ def _cut(data: bytes) -> int:
     return stop
 
 
-def _parquet(raw: Any, path: str, size: int, fields: Fields, first: int, every_field: bool) -> Records:
-    """Rows of parquet, few at a time, as a file does not tell how long its rows are."""
+def parquet_rows(raw: Any, path: str, size: int, fields: Fields, first: int, every_field: bool) -> Records:
+    """Rows of parquet, without the `first` ones; few at a time, as a file does not tell how long its rows are.
+
+    Args:
+        size: of the file, in bytes.
+        every_field: read all columns.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -238,4 +219,4 @@ def _parquet(raw: Any, path: str, size: int, fields: Fields, first: int, every_f
             for cells in zip(*map(fields.values, found, rest.columns), strict=True):
                 first += 1
                 yield dict(zip(found, cells, strict=True)), size * first // metadata.num_rows
-    _after((), skipped)
+    after((), skipped)
