@@ -104,6 +104,7 @@ def _claim(config: CleanConfig, output: Path) -> list[Any]:
     wanted["found"] = {name: asdict(corpus.describe()) for name, corpus in corpora.items()}
     evaluation_sets = (name for step in config.steps for name in (step.model_extra or {}).get("against", []))
     wanted["bytes"] = {name: os.path.getsize(name) for name in evaluation_sets}
+    wanted = json.loads(json.dumps(wanted))  # with lists for tuples, as they are stored
     if stored is not None:
         before, now = _flat(stored), _flat(wanted)
         if different := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
