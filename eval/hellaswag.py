@@ -8,41 +8,38 @@ lm_eval     the activity, the cleaned context and ending; acc by the summed loss
             (EleutherAI's harness, the Open LLM Leaderboard)
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
-from accelerate import Accelerator
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from data_prep.common.command_line import ArgumentParser, UserError, first_line, run
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, prepare_process, run
 from data_prep.common.files import read_text, write_text
 from data_prep.common.hub import limit_waiting
 from data_prep.common.schema import STRICT, parse_json
-from data_prep.tokenization.tokenizer import encode
-from eval.common.devices import make_accelerator
-from eval.common.models import compile_blocks, load_model
-from eval.scoring.multiple_choice import Question, accuracy, count_truncated, score
-from modeling import GPTModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from eval.scoring.multiple_choice import Question
+    from modeling import GPTModel
 
 RULES = ("completion", "lm_eval")
 BATCH_SIZE = 16
 _DATASET = "Rowan/hellaswag"
-_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+_FILE = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
 
 def _clean(text: str) -> str:
-    """Removes the tags of WikiHow's layout, as `[header]` and `[title]`."""
+    """Removes the tags of WikiHow's layout, such as `[header]` and `[title]`."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -102,8 +99,11 @@ class HellaSwag:
     labels: list[int]
 
     @classmethod
-    def prepare(cls, items: Sequence[Mapping[str, Any]], rule: str, tokenizer: Any) -> "HellaSwag":
+    def prepare(cls, items: Sequence[Mapping[str, Any]], rule: str, tokenizer: Any) -> HellaSwag:
         """Tokenizes items of `read_items` by `rule`."""
+        from data_prep.tokenization.tokenizer import encode
+        from eval.scoring.multiple_choice import Question
+
         separate = rule == "completion"
         texts = [(item["ctx"], item["endings"]) if separate else _lm_eval_texts(item) for item in items]
         contexts = encode(tokenizer, [context if separate else context.rstrip() for context, _ in texts])
@@ -126,6 +126,8 @@ class HellaSwag:
         before_batch: Callable[[], object] | None = None,
     ) -> Result:
         """Scores a model, as `score` does. Collective. Returns the same result on all ranks."""
+        from eval.scoring.multiple_choice import accuracy, count_truncated, score
+
         nats = score(accelerator, model, self.questions, batch_size, before_batch)
         acc, acc_norm = (accuracy(nats, self.labels, lengths) for lengths in (None, self.lengths))
         truncated = count_truncated(self.questions, model.config.n_positions)
@@ -137,11 +139,11 @@ def _lm_eval_texts(item: Mapping[str, Any]) -> tuple[str, list[str]]:
     return _clean(context), [_clean(ending) for ending in item["endings"]]
 
 
-def read_items(path: Path | None = None, dataset: str = _DATASET, url: str = _URL) -> list[Item]:
-    """Reads the validation set from a file in the original format, else from the Hub, else from its original address.
-    Raises `UserError` if that fails, and for a wrong item, with its line."""
+def read_items(path: Path | None = None, dataset: str = _DATASET) -> list[Item]:
+    """Reads the validation set from a file in the original format, or from the Hub. Raises `UserError` if that fails,
+    and for a wrong item, with its line."""
     # Not splitlines, which would split at characters that JSON strings may contain.
-    lines = [json.dumps(item) for item in _download(dataset, url)] if path is None else read_text(path).split("\n")
+    lines = [json.dumps(item) for item in _download(dataset)] if path is None else read_text(path).split("\n")
     where = path or dataset
     items = [_parse_item(line, f"{where}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not items:
@@ -156,25 +158,18 @@ def _parse_item(line: str, where: str) -> Item:
     return item
 
 
-def _download(dataset: str, url: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import disable_progress_bars, load_dataset
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise UserError("HellaSwag: to download it, pip install datasets; or give a file with --data") from error
+def _download(dataset: str) -> list[dict[str, Any]]:
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetsError
 
     disable_progress_bars()
     limit_waiting()
-    failures = []
-    for source, options in ((dataset, {"split": "validation"}), ("json", {"data_files": url, "split": "train"})):
-        try:
-            return load_dataset(source, **options).to_list()
-        except (OSError, ValueError, DatasetsError) as error:
-            failures.append(first_line(error))
-    raise UserError(
-        f"HellaSwag: neither the data set {dataset} ({failures[0]}) nor {url} ({failures[1]}) can be downloaded; give "
-        f"a file with --data"
-    )
+    try:
+        return load_dataset(dataset, split="validation").to_list()
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(
+            f"cannot download {dataset} ({first_line(error)}); get {_FILE} and give it as --data"
+        ) from error
 
 
 def main() -> None:
@@ -184,19 +179,19 @@ def main() -> None:
     parser.add_option("limit", type=int, help="only the first N items")
     parser.add_option("rules", nargs="+", choices=RULES, default=list(RULES), help="rules to score by")
     parser.add_option("batch_size", type=int, default=BATCH_SIZE, help="rows in a forward pass of a process")
-    parser.add_option("compile", action="store_true", help="compile the model's blocks first")
     parser.add_option("output", type=Path, metavar="FILE", help="write all scores, also of each item, as JSON")
     args = parser.parse_args()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise UserError(f"batch_size={args.batch_size} and limit={args.limit} must be at least 1")
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"output={args.output}: no such folder {args.output.parent}")
+    from eval.common.devices import make_accelerator
+    from eval.common.models import load_model
+
     accelerator = make_accelerator()
     with accelerator.main_process_first():
         items = read_items(args.data)[: args.limit]
     model, tokenizer = load_model(args.model, accelerator.device)
-    if args.compile:
-        compile_blocks(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     results = []
     for rule in args.rules:
@@ -209,4 +204,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
     run(main)

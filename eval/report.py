@@ -6,12 +6,12 @@ python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.t
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.common.command_line import ArgumentParser, UserError, redact, run
 from data_prep.common.files import partial_name, read_text, write_text
-from eval.common.scores import language_modeling_scores
+from eval.common.scores import perplexity
 from eval.reporting import sections
 from eval.reporting.page import write_page
 from eval.reporting.plots import models_beside, plot_all
@@ -32,9 +32,7 @@ def write_report(records: list[Record], folder: Path) -> Path:
         sections.pictures(pictures),
         section("lm-evaluation-harness", _harness(records)),
     ]
-    for record in records:
-        if samples := sections.last_samples(record):
-            parts.append(section(f"Samples of {record.name} at step {samples[0].step}", sections.samples(record)))
+    parts += map(sections.samples, records)
     parts.append(section("Settings" if len(records) == 1 else "Settings that differ", sections.settings(records)))
     for record in records:
         parts.append(section(f"Data of {record.name}", sections.data(record)))
@@ -48,14 +46,12 @@ def write_report(records: list[Record], folder: Path) -> Path:
 
 def check_output(folder: Path) -> None:
     """Raises `UserError` if a report in a folder that the user names would overwrite a file of others."""
-    texts, pictures = (
-        [folder / name for name in names if os.path.lexists(folder / name)]
-        for names in ((FILE_NAME, PAGE_NAME), sections.CAPTIONS)
-    )
-    # Pictures have no sentinel: they are ours where a text with one is.
-    foreign = [path for path in texts if not read_text(path, "replace").startswith(_SENTINEL)] if texts else pictures
-    if foreign:
-        raise UserError(f"{foreign[0]} exists and does not belong to a report of ours; choose another --output")
+    for name in (FILE_NAME, PAGE_NAME, *sections.CAPTIONS):
+        # Pictures have no sentinel: they are ours where a report.md with one is.
+        marked = folder / (name if name in (FILE_NAME, PAGE_NAME) else FILE_NAME)
+        ours = marked.exists() and read_text(marked, "replace").startswith(_SENTINEL)
+        if os.path.lexists(folder / name) and not ours:
+            raise UserError(f"{folder / name} exists and does not belong to a report of ours; choose another --output")
 
 
 def remove_report(folder: Path) -> None:
@@ -73,26 +69,19 @@ def _harness(records: list[Record]) -> str:
     for record in records:
         for checkpoint, results in record.harness.items():
             for task, scores in results.items():
-                if not scores:  # of a group
-                    continue
-                metrics = {metric: (task, metric.partition(",")[0]) for metric in scores}  # without the filter's name
+                # A metric may have a filter in its name, as in "exact_match,remove_whitespace".
                 beside = [
-                    {metric: model.harness[name] for metric, name in metrics.items() if name in model.harness}
+                    {name: score for name in scores if (score := model.harness.get((task, name.partition(",")[0])))}
                     for model in published
                 ]
-                rows.append([record.name, checkpoint, task, *map(_scores, [scores, *beside])])
+                columns = [", ".join(f"{name} {n:.4f}" for name, n in some.items()) for some in (scores, *beside)]
+                if scores:  # none of a group
+                    rows.append([record.name, checkpoint, task, *columns])
     if not rows:
         return ""
-    note = (
-        "\n\nGPT-3's scores are those of its paper (table H.1, zero-shot), with prompts of its own."
-        if published
-        else ""
-    )
-    return table(["run", "checkpoint", "task", "scores", *(model.name for model in published)], rows) + note
-
-
-def _scores(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
+    text = table(["run", "checkpoint", "task", "scores", *(model.name for model in published)], rows)
+    note = "GPT-3's scores are those of its paper (table H.1, zero-shot), with prompts of its own."
+    return f"{text}\n\n{note}" if published else text
 
 
 def _results(records: list[Record]) -> str:
@@ -103,7 +92,7 @@ def _results(records: list[Record]) -> str:
     notes = ["HellaSwag is acc_norm. Time and speed are those of training alone."]
     for record in records:
         if (limit := record.settings.get("hellaswag_limit")) and record.settings.get("hellaswag_every"):
-            notes.append(f"HellaSwag of {record.name} is of its first {limit:,} items.")
+            notes.append(f"HellaSwag of {record.name} is of its first {limit} items.")
     for model in (published := models_beside(records)):
         loss = f"{model.fineweb_edu_loss:.4f} (FineWeb-Edu)" if model.fineweb_edu_loss else ""
         scores = [number(model.hellaswag_completion, ".4f"), number(model.hellaswag_lm_eval, ".4f")]
@@ -118,10 +107,10 @@ def _result(record: Record) -> list[str]:
     tokens, seconds = record.tokens(), record.seconds()
     return [
         f"**{record.name}**",
-        number(record.environment.parameters if record.environment else None, ",.0f"),
+        number(record.parameters, ",.0f"),
         number(tokens.values[-1] if tokens else None, ",.0f"),
         _with_best(record, "val_loss", min),
-        number(language_modeling_scores(loss, 1, 0)["perplexity"] if loss is not None else None, ",.2f"),
+        number(perplexity(loss) if loss is not None else None, ",.2f"),
         _with_best(record, "val_bits_per_byte", min),
         _with_best(record, "hellaswag/completion/acc_norm", max),
         _with_best(record, "hellaswag/lm_eval/acc_norm", max),

@@ -77,9 +77,9 @@ def main() -> None:
     parser.add_option("dtype", choices=list(_VERSIONS), default="float32", help="of the weights")
     args = parser.parse_args()
 
-    from eval.common.models import load_weights
+    from eval.common.models import from_pretrained
 
-    write_llmc(load_weights(args.model), args.file, args.dtype)
+    write_llmc(from_pretrained(args.model), args.file, args.dtype)
     print(args.file)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_NAME
+from transformers.utils import logging
 
 from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import describe_path
@@ -21,7 +22,7 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     """Loads a float32 model in evaluation mode and its tokenizer from a folder or the Hub. Raises `UserError` if there
     is no GPT-2, or no tokenizer with it."""
     check_folder(name)
-    model, tokenizer = load_weights(name), hf_tokenizer(name)
+    model, tokenizer = from_pretrained(name), hf_tokenizer(name)
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= model.config.vocab_size:
         raise UserError(
             f"model {name!r}: its tokenizer has id {largest}, its vocabulary {model.config.vocab_size} tokens"
@@ -30,36 +31,46 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
     return moved(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
-def load_weights(name: str) -> GPTModel:
-    """Loads the model of `load_model` without its tokenizer, on the CPU."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        return from_pretrained(name).eval()
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"model {name!r}: {first_line(error)}") from error
-
-
 def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
-    """Calls `GPTModel.from_pretrained` in float32. Raises `ValueError` for unreadable files, and for missing, unknown
-    and mismatched weights, about which transformers only warns."""
-    try:
+    """Loads a float32 model in evaluation mode, without its tokenizer, on the CPU; `options` as in transformers. Raises
+    `UserError` for unreadable files, and for missing, unknown and mismatched weights, about which it only warns."""
+    logging.disable_progress_bar()
+    # With "ignored" sizes transformers reports all mismatches instead of raising at the first.
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _user_error(source):
         _check_path(source)
-        # With "ignored" sizes transformers reports all mismatches instead of raising at the first.
-        options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = GPTModel.from_pretrained(source, **options)
         model, report = loaded
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # the libraries that read the files raise errors of any kind
-        raise ValueError(" ".join(str(error).split())) from error
-    problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    problems += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
-    problems += [f"{name} is {list(found)}, expected {list(shape)}" for name, found, shape in report["mismatched_keys"]]
-    if problems:
-        raise ValueError(f"its weights are not those of its config.json: {listed(problems)}")
+        problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+        problems += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
+        problems += [f"{name} is {list(has)}, expected {list(shape)}" for name, has, shape in report["mismatched_keys"]]
+        if problems:
+            raise ValueError(f"its weights are not those of its config.json: {listed(problems)}")
     return model
+
+
+def read_config(name: str) -> GPTConfig:
+    """Reads the configuration of a GPT-2 in a folder or on the Hub. Raises `UserError` if there is none."""
+    with _user_error(name):
+        _check_path(name)
+        return GPTConfig.from_pretrained(name)
+
+
+def check_folder(name: str) -> None:
+    """Raises `UserError` if `name` is a path without a model, or a folder without a tokenizer."""
+    with _user_error(name):
+        _check_path(name)
+    if problem := missing_tokenizer(name):
+        raise UserError(f"model {name!r}: {problem}")
+
+
+@contextmanager
+def _user_error(source: str | Path) -> Iterator[None]:
+    """Turns errors of any kind, as of the libraries that read the files, into a `UserError` with the model's name."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"model {str(source)!r}: {first_line(error)}") from error
 
 
 def _check_path(source: str | Path) -> None:
@@ -81,15 +92,6 @@ def _check_path(source: str | Path) -> None:
         raise ValueError(f"its config.json describes {count:,} parameters, the weights beside it have {size:,} bytes")
 
 
-def read_config(name: str) -> GPTConfig:
-    """Reads the configuration of a GPT-2 in a folder or on the Hub. Raises `UserError` if there is none."""
-    try:
-        _check_path(name)
-        return GPTConfig.from_pretrained(name)
-    except Exception as error:  # of any kind, as above
-        raise UserError(f"model {name!r}: {first_line(error)}") from error
-
-
 def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
     """Raises `UserError` with all fields of a configuration whose values the program `reader` does not support. `also`
     are further fields, each with the only supported value."""
@@ -97,16 +99,6 @@ def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
     fixed |= also
     if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
         raise UserError(f"{reader}'s GPT-2 is another network than this one, which has {', '.join(other)}")
-
-
-def check_folder(name: str) -> None:
-    """Raises `UserError` if `name` is a path without a model, or a folder without a tokenizer."""
-    try:
-        _check_path(name)
-    except Exception as error:  # of any kind, as above
-        raise UserError(f"model {name!r}: {first_line(error)}") from error
-    if problem := missing_tokenizer(name):
-        raise UserError(f"model {name!r}: {problem}")
 
 
 def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:

@@ -9,8 +9,12 @@ def language_modeling_scores(nats: float, tokens: int, text_bytes: int) -> dict[
     Only bits per byte compare between tokenizers. A score is NaN if its number of tokens or bytes is 0.
     """
     loss = nats / tokens if tokens else math.nan
-    perplexity = math.inf if loss >= 700 else math.exp(loss)
-    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte(nats, text_bytes)}
+    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(nats, text_bytes)}
+
+
+def perplexity(loss: float) -> float:
+    """Returns the perplexity per token of a loss in nats per token."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

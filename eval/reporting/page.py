@@ -4,7 +4,6 @@ from base64 import b64encode
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from data_prep.common.files import write_text
 
@@ -25,35 +24,23 @@ def write_page(path: Path, markdown: str, pictures: Iterable[Path], first_line: 
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
-    (title, _), *contents = _number_headings(tokens)
-    _embed(tokens, {picture.name: picture for picture in pictures})
+    headings: list[tuple[str, object]] = []
+    for opening, text in pairwise(tokens):
+        if opening.type == "heading_open":
+            opening.attrSet("id", f"part-{len(headings)}")
+            headings.append((text.content, opening.attrs["id"]))
+    embedded = {picture.name: b64encode(picture.read_bytes()).decode() for picture in pictures}
+    for image in (child for token in tokens for child in token.children or [] if child.type == "image"):
+        if content := embedded.get(str(image.attrs["src"])):
+            image.attrSet("src", f"data:image/png;base64,{content}")
+        else:
+            image.type = "text"  # the description of an image of another source
     body = parser.renderer.render(tokens, parser.options, {})
     # A wide table scrolls in a box of its own. `<table>` is never data, whose angle brackets are escaped.
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    (title, _), *contents = headings
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
     )
     page = template.render(first_line=Markup(first_line), title=title, contents=contents, body=Markup(body))
     write_text(path, page + "\n")
-
-
-def _number_headings(tokens: list[Any]) -> list[tuple[str, str]]:
-    """Gives each heading an id; returns the texts and ids."""
-    found: list[tuple[str, str]] = []
-    for opening, text in pairwise(tokens):
-        if opening.type == "heading_open":
-            opening.attrSet("id", f"part-{len(found)}")
-            found.append((text.content, opening.attrs["id"]))
-    return found
-
-
-def _embed(tokens: list[Any], pictures: dict[str, Path]) -> None:
-    """Puts the pictures into the page; an image of another source becomes its description."""
-    for token in tokens:
-        for image in token.children or []:
-            if image.type != "image":
-                continue
-            if picture := pictures.get(image.attrs["src"]):
-                image.attrSet("src", f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}")
-            else:
-                image.type = "text"

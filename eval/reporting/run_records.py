@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -14,13 +15,12 @@ from typing_extensions import TypedDict
 from data_prep.common.command_line import UserError
 from data_prep.common.files import read_text
 from data_prep.common.records import CleaningStep
-from data_prep.common.schema import STRICT, Count, Positive, read_json, read_json_lines, read_yaml, validate
+from data_prep.common.schema import STRICT, Count, Positive, read_json, read_json_lines, read_yaml
 
 _LARGEST = 1e300  # value that can be plotted
-# Names of our metrics in other trainers' logs. Their HellaSwag follows the completion rule and divides by tokens.
-_HELLASWAG = "hellaswag/completion/acc_norm"
-_BUILD_NANOGPT = {"train": "loss", "val": "val_loss", "hella": _HELLASWAG}
-_LLM_C = {"trl": "loss", "tel": "val_loss", "eval": _HELLASWAG, "lr": "learning_rate", "norm": "grad_norm"}
+# Our names of the metrics in other trainers' logs. Their HellaSwag follows the completion rule and divides by tokens.
+_FOREIGN_NAMES = {"train": "loss", "trl": "loss", "val": "val_loss", "tel": "val_loss", "lr": "learning_rate",
+                  "norm": "grad_norm", **dict.fromkeys(["hella", "eval"], "hellaswag/completion/acc_norm")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,11 @@ class MetricsLine:
     step: Annotated[int, Field(ge=0, lt=2**63)]
 
 
-@dataclass(frozen=True)
-class _ReportedSettings:
-    """Settings of `config.yaml` that reports and cards use."""
-
-    __pydantic_config__ = STRICT | {"extra": "allow"}
-
-    batch_tokens: Positive | None = None
-    hellaswag_every: Count | None = None
-    hellaswag_limit: Positive | None = None
-    sample_prompts: list[str] = field(default_factory=list)
-    model_name_or_path: str | None = None
-    init_from: str | None = None  # name of `model_name_or_path` until 0.2
-
-
 class _ItemCounts(TypedDict):
     original: int
     effective: int
-
-
 _HarnessResults = TypedDict(
-    "_HarnessResults",
-    {"results": dict[str, dict[str, Any]], "n-samples": NotRequired[dict[str, _ItemCounts]]},
+    "_HarnessResults", {"results": dict[str, dict[str, Any]], "n-samples": NotRequired[dict[str, _ItemCounts]]}
 )
 
 
@@ -113,9 +96,9 @@ class Curve:
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
-    def at(self, step: float) -> float:
-        """Returns the value at a step by linear interpolation."""
-        return float(np.interp(step, self.steps, self.values))
+    def at(self, steps: float | Sequence[float]) -> Any:
+        """Returns the value at a step, or an array of those at several, by linear interpolation."""
+        return np.interp(steps, self.steps, self.values)
 
 
 @dataclass
@@ -126,17 +109,21 @@ class Record:
         curves: by metric.
         settings: contents of `config.yaml`; empty for other trainers, whose `environment` is None.
         harness: scores of the lm-evaluation-harness by checkpoint, task and metric.
-        harness_limits: number of evaluated items by checkpoint and task, if not all.
+        harness_limits: number of evaluated items by checkpoint and task, None for all.
     """
 
     name: str
     curves: dict[str, Curve]
-    tokens_per_step: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     environment: Environment | None = None
     samples: list[Sample] = field(default_factory=list)
     harness: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    harness_limits: dict[str, dict[str, int]] = field(default_factory=dict)
+    harness_limits: dict[str, dict[str, int | None]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int | None:
+        """The number of parameters, None if unknown."""
+        return self.environment.parameters if self.environment else None
 
     def last(self, metric: str) -> float | None:
         """Returns the last value of a metric, None if there is none."""
@@ -144,14 +131,11 @@ class Record:
 
     def tokens(self) -> Curve | None:
         """Returns the training tokens by number of finished steps, None if unknown."""
-        if "tokens" in self.curves and "batch_tokens" in self.curves:
-            done, batch = self.curves["tokens"], self.curves["batch_tokens"]
-            before = done.values[0] - batch.values[0]  # not 0 if the run branched off from another
-            return Curve([done.steps[0], *(step + 1 for step in done.steps)], [before, *done.values])
-        if self.tokens_per_step is None:
+        if not {"tokens", "batch_tokens"} <= self.curves.keys():
             return None
-        last = max(curve.steps[-1] for curve in self.curves.values())
-        return Curve([0, last], [0.0, float(last * self.tokens_per_step)])
+        done, batch = self.curves["tokens"], self.curves["batch_tokens"]
+        before = done.values[0] - batch.values[0]  # not 0 if the run branched off from another
+        return Curve([done.steps[0], *(step + 1 for step in done.steps)], [before, *done.values])
 
     def seconds(self) -> Curve | None:
         """Returns the seconds of training, without evaluations and checkpoints, by number of finished steps, None if
@@ -160,7 +144,7 @@ class Record:
         if speed is None or tokens is None or min(speed.values) <= 0:
             return None
         pairs = zip(speed.steps, speed.values, strict=True)
-        took = [(tokens.at(step + 1) - tokens.at(step)) / value for step, value in pairs]
+        took = [float(tokens.at(step + 1) - tokens.at(step)) / value for step, value in pairs]
         return Curve([speed.steps[0], *(step + 1 for step in speed.steps)], list(accumulate(took, initial=0.0)))
 
 
@@ -171,14 +155,16 @@ def read_run(path: Path, batch_tokens: int | None = None) -> Record:
         return _read_our_run(path)
     files = [path] if path.is_file() else [path / name for name in ("log.txt", "main.log") if (path / name).exists()]
     if not files:
-        raise UserError(f"{path}: no run there, for want of a metrics.jsonl, log.txt or main.log")
-    return Record("/".join(files[0].resolve().parts[-2:]), _read_log(files[0]), batch_tokens)
+        raise UserError(f"{path}: not a run folder or log (no metrics.jsonl, log.txt or main.log)")
+    curves = _read_log(files[0])
+    if batch_tokens and (loss := curves.get("loss")):
+        curves["batch_tokens"] = Curve(loss.steps, [batch_tokens] * len(loss.steps))
+        curves["tokens"] = Curve(loss.steps, [batch_tokens * (step + 1) for step in loss.steps])
+    return Record("/".join(files[0].resolve().parts[-2:]), curves)
 
 
 def _read_our_run(folder: Path) -> Record:
     config, environment, samples = (folder / name for name in ("config.yaml", "environment.json", "samples.jsonl"))
-    settings = read_yaml(config) if config.exists() else {}
-    validate(settings, _ReportedSettings, str(config))
     curves: dict[str, Curve] = {}
     for line in map(vars, read_json_lines(folder / "metrics.jsonl", MetricsLine)):
         for name, value in line.items():
@@ -190,35 +176,25 @@ def _read_our_run(folder: Path) -> Record:
                 curve.values.append(value)
     if not curves:
         raise UserError(f"{folder / 'metrics.jsonl'}: there is nothing in it yet")
-    results = _harness_results(folder / "checkpoints")
-    return Record(
+    record = Record(
         name=folder.resolve().name,
         curves=curves,
-        tokens_per_step=settings.get("batch_tokens"),
-        settings=settings,
+        settings=read_yaml(config) if config.exists() else {},
         environment=read_json(environment, Environment) if environment.exists() else None,
         samples=read_json_lines(samples, Sample) if samples.exists() else [],
-        harness={name: harness_scores(found) for name, found in results.items()},
-        harness_limits={
-            name: {task: n["effective"] for task, n in found["n-samples"].items() if n["effective"] < n["original"]}
-            for name, found in results.items()
-        },
     )
-
-
-def _harness_results(checkpoints: Path) -> dict[str, dict[str, Any]]:
-    """Returns the harness's results for each checkpoint, merged from all files beside it."""
-    merged: dict[str, dict[str, Any]] = {}
-    for path in sorted(checkpoints.glob("step_*.lm_eval*.json")):
+    for path in sorted((folder / "checkpoints").glob("step_*.lm_eval*.json")):
         if re.fullmatch(r"step_\d{8}", name := path.name.partition(".")[0]):
             try:
-                found: dict[str, Any] = dict(read_json(path, _HarnessResults))
+                results: dict[str, Any] = dict(read_json(path, _HarnessResults))
             except UserError as error:  # a damaged file must not prevent the report
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
-            for kind in ("results", "n-samples"):
-                merged.setdefault(name, {"results": {}, "n-samples": {}})[kind].update(found.get(kind, {}))
-    return merged
+            record.harness.setdefault(name, {}).update(harness_scores(results))
+            for task, n in results.get("n-samples", {}).items():
+                limit = n["effective"] if n["effective"] < n["original"] else None
+                record.harness_limits.setdefault(name, {})[task] = limit
+    return record
 
 
 def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -237,15 +213,11 @@ def _read_log(path: Path) -> dict[str, Curve]:
     """Reads lines `STEP KIND VALUE` or `s:STEP KIND:VALUE ...`; the last value of a step counts."""
     values: dict[str, dict[int, float]] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if pairs := re.fullmatch(r"s:(\d+)((?: \w+:\S+)+)\s*", line):
-            step, found, names = pairs[1], dict(pair.split(":", 1) for pair in pairs[2].split()), _LLM_C
-        elif words := re.fullmatch(r"(\d+) (\w+) (\S+)\s*", line):
-            step, found, names = words[1], {words[2]: words[3]}, _BUILD_NANOGPT
-        else:
-            raise UserError(f"{path}, line {number}: neither build-nanogpt's nor llm.c's kind of log ({line[:60]!r})")
-        for kind, value in found.items():
+        if not (parts := re.fullmatch(r"(?:s:)?(\d+)((?: \w+[: ]\S+)+)\s*", line)):
+            raise UserError(f"{path}, line {number}: not a line of build-nanogpt's or llm.c's logs ({line[:60]!r})")
+        for kind, value in re.findall(r"(\w+)[: ](\S+)", parts[2]):
             try:
-                values.setdefault(names.get(kind, kind), {})[int(step)] = float(value)
+                values.setdefault(_FOREIGN_NAMES.get(kind, kind), {})[int(parts[1])] = float(value)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {value!r} is not a number") from error
     if not values:

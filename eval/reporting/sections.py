@@ -9,7 +9,7 @@ from data_prep import contamination
 from data_prep.common.command_line import UserError
 from data_prep.common.hub import local_folder
 from data_prep.reading.sources import BUILTIN
-from eval.reporting.run_records import DataRecord, Environment, Record, Sample
+from eval.reporting.run_records import DataRecord, Environment, Record
 
 CAPTIONS = {
     "overview.png": "Losses, and texts of the model",
@@ -86,15 +86,12 @@ def _contamination(folder: str) -> list[str]:
     ]
 
 
-def last_samples(record: Record) -> list[Sample]:
-    """Returns up to three samples of the last step that has some."""
-    return [sample for sample in record.samples if sample.step == record.samples[-1].step][:_SAMPLES]
-
-
 def samples(record: Record) -> str:
-    """Shows `last_samples` as blocks of text."""
-    texts = [(sample.prompt + sample.text).replace("```", "'''") for sample in last_samples(record)]
-    return "\n\n".join(f"```text\n{text}\n```" for text in texts)
+    """Shows up to three samples of the last step that has some, as blocks of text under a heading."""
+    last = [sample for sample in record.samples if sample.step == record.samples[-1].step][:_SAMPLES]
+    texts = [(sample.prompt + sample.text).replace("```", "'''") for sample in last]
+    title = f"Samples of {record.name} at step {last[0].step}" if last else ""
+    return section(title, "\n\n".join(f"```text\n{text}\n```" for text in texts))
 
 
 def environment(record: Record) -> str:

@@ -8,7 +8,6 @@ token attends to its own branch and to the stem:
     label       -  -  -   a0 a1 a2   b0 b1 b2 b3
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data_prep.common.command_line import UserError
-from eval.common.models import evaluating, is_compiled
+from eval.common.models import evaluating
 from modeling import GPTModel
 from modeling.loss import IGNORE_INDEX
-
-_ROW_TOKENS = (
-    512  # in each row of a compiled model, which has one shape; long enough to be filled well by several trees
-)
 
 
 @dataclass(frozen=True)
@@ -73,40 +68,40 @@ def score(
     the model's context.
 
     Args:
-        model: without DDP or other wrappers.
-        batch_size: rows in a forward pass; a row has one question, in a compiled model several.
+        model: without DDP or other wrappers. Compiled blocks run uncompiled: rows have many shapes.
+        batch_size: rows in a forward pass; a row has one question.
         before_batch: called before each batch, equally often on all ranks.
     """
-    device, n_positions = accelerator.device, model.config.n_positions
+    device = accelerator.device
     endings = sum(len(question.endings) for question in questions)
     nats = torch.zeros(endings, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    width = min(_ROW_TOKENS, n_positions) if is_compiled(model) else None
-    rows = _pack(_trees(questions, n_positions, width or n_positions), width)
+    rows = sorted(_trees(questions, model.config.n_positions), key=len, reverse=True)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    with evaluating(model, "sdpa"):  # the only kernel with arbitrary masks on all devices
+    # SDPA is the only kernel with arbitrary masks on all devices.
+    with evaluating(model, "sdpa"), torch.compiler.set_stance("force_eager"):
         for first in range(0, len(batches), accelerator.num_processes):
             if before_batch is not None:
                 before_batch()
             own = first + accelerator.process_index
-            batch = batches[own] if own < len(batches) else [[]]
-            batch = batch + [[]] * (batch_size - len(batch) if width else 0)
-            tensors = {name: tensor.to(device) for name, tensor in _to_tensors(batch, width).items()}
+            tensors = _to_tensors(batches[own] if own < len(batches) else [_Tree([], [])])
+            ids, positions, labels, branch, ending = (tensor.to(device) for tensor in tensors)
             loss = model(
-                input_ids=tensors["input_ids"],
-                position_ids=tensors["position_ids"],
-                attention_mask=_tree_mask(tensors["tree"], tensors["branch"]),
-                shift_labels=tensors["labels"],
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=_tree_mask(branch),
+                shift_labels=labels,
                 loss_reduction="none",
                 use_cache=False,
                 skip_logits=True,
             ).loss
-            nats.index_add_(0, tensors["ending"].flatten().cpu(), loss.flatten().cpu().to(nats.dtype))
+            nats.index_add_(0, ending.flatten().cpu(), loss.flatten().cpu().to(nats.dtype))
     summed = iter(accelerator.reduce(nats.to(device)).tolist())
     return [[next(summed) for _ in question.endings] for question in questions]
 
 
-def _trees(questions: Sequence[Question], n_positions: int, width: int) -> Iterator[_Tree]:
-    """Yields a tree for each question, or several if endings need different contexts or exceed the `width` of a row."""
+def _trees(questions: Sequence[Question], n_positions: int) -> Iterator[_Tree]:
+    """Yields a tree for each question, or several if endings need different contexts or exceed a row of `n_positions`
+    tokens."""
     index = 0
     for question in questions:
         trees: dict[int, _Tree] = {}
@@ -118,7 +113,7 @@ def _trees(questions: Sequence[Question], n_positions: int, width: int) -> Itera
                 )
             context = question.context[-(n_positions + 1 - len(ending)) :]
             tree = trees.get(len(context))
-            if tree is None or len(tree) + len(ending) > width:
+            if tree is None or len(tree) + len(ending) > n_positions:
                 if tree is not None:
                     yield tree
                 tree = trees[len(context)] = _Tree(context[:-1], [])
@@ -127,43 +122,22 @@ def _trees(questions: Sequence[Question], n_positions: int, width: int) -> Itera
         yield from trees.values()
 
 
-def _pack(trees: Iterator[_Tree], width: int | None) -> list[list[_Tree]]:
-    """Returns rows of trees, the longest first: one tree per row, or with a `width` as many as fit (best fit)."""
-    rows: list[list[_Tree]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, index of the row), sorted
-    for tree in sorted(trees, key=len, reverse=True):
-        best = bisect_left(free, (len(tree), 0))
-        if best < len(free):
-            left, row = free.pop(best)
-        else:
-            left, row = max(width or 0, len(tree)), len(rows)
-            rows.append([])
-        rows[row].append(tree)
-        if width:
-            insort(free, (left - len(tree), row))
-    return rows
-
-
-def _to_tensors(rows: list[list[_Tree]], width: int | None) -> dict[str, Tensor]:
-    """Returns tensors `[B, T]`: inputs of the model, and the tree, branch (0: stem) and ending of each token."""
-    padding = {"input_ids": 0, "position_ids": 0, "labels": IGNORE_INDEX, "tree": -1, "branch": 0, "ending": 0}
-    length = max([width or 1, *(sum(map(len, row)) for row in rows)])
+def _to_tensors(trees: list[_Tree]) -> Sequence[Tensor]:
+    """Returns tensors `[B, T]`: input ids, positions, labels, and the branch (0: stem) and ending of each token."""
+    length = max(1, *map(len, trees))
     batch = []
-    for row in rows:
-        tokens: list[tuple[int, ...]] = []
-        for number, tree in enumerate(row):
-            tokens += [(token, n, IGNORE_INDEX, number, 0, 0) for n, token in enumerate(tree.stem)]
-            for branch, (ending, ids, labels) in enumerate(tree.branches, start=1):
-                pairs = enumerate(zip(ids, labels, strict=True), start=len(tree.stem))
-                tokens += [(token, n, label, number, branch, ending) for n, (token, label) in pairs]
-        batch.append(tokens + [tuple(padding.values())] * (length - len(tokens)))
-    return dict(zip(padding, torch.tensor(batch).permute(2, 0, 1).contiguous(), strict=True))
+    for tree in trees:
+        tokens = [(token, n, IGNORE_INDEX, 0, 0) for n, token in enumerate(tree.stem)]
+        for branch, (ending, ids, labels) in enumerate(tree.branches, start=1):
+            pairs = enumerate(zip(ids, labels, strict=True), start=len(tree.stem))
+            tokens += [(token, n, label, branch, ending) for n, (token, label) in pairs]
+        batch.append(tokens + [(0, 0, IGNORE_INDEX, 0, 0)] * (length - len(tokens)))
+    return torch.tensor(batch).permute(2, 0, 1).contiguous().unbind()
 
 
-def _tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
+def _tree_mask(branch: Tensor) -> Tensor:
     """Returns the boolean attention mask `[B, 1, T, T]`: a token sees earlier tokens of its branch and of its stem."""
-    indices = torch.arange(tree.shape[1], device=tree.device)
+    indices = torch.arange(branch.shape[1], device=branch.device)
     earlier = indices[:, None] >= indices
-    same_tree = tree[:, :, None] == tree[:, None, :]
     same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return (earlier & same_tree & same_branch)[:, None]
+    return (earlier & same_branch)[:, None]

@@ -20,7 +20,7 @@ from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
 from data_prep.tokenization.tokenizer import hf_tokenizer, load_tokenizer
 from eval.common.generation import Sampling, generate
-from eval.common.models import check_folder, load_model, load_weights, read_config
+from eval.common.models import check_folder, from_pretrained, load_model, read_config
 from eval.common.scores import language_modeling_scores
 from eval.hellaswag import HellaSwag
 from eval.loss import read_tokens, summed_loss, windows
@@ -187,7 +187,7 @@ def test_another_folder_than_a_model_is_recognized(tiny_run, data_folder, tmp_pa
         "./step_8": "it is missing",
     }
     for name, message in expected.items():
-        for load in (load_model, load_weights, read_config, check_folder):
+        for load in (load_model, from_pretrained, read_config, check_folder):
             with pytest.raises(UserError, match=re.escape(message)) as caught:
                 load(name)
             assert str(caught.value).startswith(f"model {name!r}: ") and "\n" not in str(caught.value)
@@ -341,7 +341,7 @@ def test_a_compiled_model_generates_the_same(checkpoint):
             "task unknown 'helaswag'; did you mean 'hellaswag'?",
             marks=pytest.mark.slow,  # the harness reads all of its tasks
         ),
-        (["eval.report", "no/such/run"], "error: no/such/run: no run there"),
+        (["eval.report", "no/such/run"], "error: no/such/run: not a run folder or log"),
         (["eval.report", "x", "--batch_tokens", "0"], "error: batch_tokens=0 must be at least 1"),
     ],
 )

@@ -148,7 +148,7 @@ def test_logs_of_other_trainers(tmp_path):
     }
     run = read_run(tmp_path / "main.log", batch_tokens=524288)
     assert run.curves["loss"] == Curve([0, 1], [10.99, 10.4]), "of a step that was done again the later value holds"
-    assert run.curves["grad_norm"].values == [15.2, 12.1] and run.tokens_per_step == 524288
+    assert run.curves["grad_norm"].values == [15.2, 12.1] and run.tokens().values == [0, 524288, 2 * 524288]
 
 
 def test_several_runs_are_compared(tiny_run, tmp_path):
@@ -199,14 +199,14 @@ def test_a_model_of_a_published_size_is_put_beside_it(tmp_path):
     )
     run.harness["step_00000001"] = {
         "lambada_openai": {"acc": 0.3, "perplexity": 40.5, "other": 1.0},
-        "nq_open": {"exact_match,remove_whitespace": 0.25},
+        "triviaqa": {"exact_match,remove_whitespace": 0.25},
         "arc_easy": {"acc": 0.5},
         "gpt3_zero_shot": {},
     }
     text = write_report([run], tmp_path / "report").read_text()
     assert "| task | scores | GPT-3 125M |" in text
     assert "| lambada_openai | acc 0.3000, perplexity 40.5000, other 1.0000 | acc 0.4270, perplexity 18.6000 |" in text
-    assert "| exact_match,remove_whitespace 0.2500 | exact_match,remove_whitespace 0.0064 |" in text
+    assert "| exact_match,remove_whitespace 0.2500 | exact_match,remove_whitespace 0.0415 |" in text
     assert "| arc_easy | acc 0.5000 |  |" in text, "GPT-3's is of another metric"
     assert "gpt3_zero_shot" not in text
     assert "\n- `training/train.py --seed 1`\n" in text
@@ -253,7 +253,7 @@ def test_contamination_is_reported_of_the_shards_that_are_there(tiny_run, data_f
 @pytest.mark.parametrize(
     ("log", "message"),
     [
-        ("0 val 1.0\nwhat is this\n", "line 2: neither build-nanogpt's nor llm.c's kind of log"),
+        ("0 val 1.0\nwhat is this\n", "line 2: not a line of build-nanogpt's or llm.c's logs"),
         ("s:0 tel:high\n", "line 1: 'high' is not a number"),
         ("", "there is nothing in it"),
     ],

@@ -25,7 +25,7 @@ from data_prep.reading.fields import Condition
 from data_prep.reading.formats import MAX_TEXT_DOCUMENT
 from data_prep.reading.sources import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer
-from eval.common.models import load_weights, read_config
+from eval.common.models import from_pretrained, read_config
 from eval.hellaswag import read_items
 
 TEXTS = ["first\nof two lines", "", "zweiter, ünïcode 🙂", "   ", "third"]
@@ -431,7 +431,7 @@ def test_an_environment_without_a_way_to_the_hub_is_named(setting, reason, monke
         Hub("user/corpus", "dataset").create: True,
         hf_tokenizer: "user/model",
         read_config: "user/model",
-        load_weights: "user/model",
+        from_pretrained: "user/model",
         documents: "user/corpus",
         partial(read_items, None): "user/corpus",
     }

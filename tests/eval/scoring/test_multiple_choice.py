@@ -73,22 +73,13 @@ def test_every_ending_costs_what_it_costs_alone(model, tmp_path, batch_size, com
         torch.testing.assert_close(torch.tensor(costs), torch.tensor(reference), atol=2e-5, rtol=0)
 
 
-def test_a_compiled_model_sees_one_shape(model):
-    """Also after it has trained, and for a number of rows that is no multiple of the batch."""
-    graphs = []
-
+def test_a_compiled_model_is_not_compiled_for_each_length(model):
     def backend(graph, inputs):
-        graphs.append([tuple(i.shape) for i in inputs if isinstance(i, torch.Tensor)])
-        return graph.forward
+        raise AssertionError(f"compiled for {[tuple(i.shape) for i in inputs if isinstance(i, torch.Tensor)]}")
 
     for block in model.transformer.h:
         block.compile(backend=backend)
     score(make_accelerator(), model, questions(7), 4)
-    compiled = len(graphs)
-    assert compiled > 0
-    for seed in range(1, 5):
-        score(make_accelerator(), model, questions(5 * seed, seed), 4)
-    assert len(graphs) == compiled
 
 
 def test_the_model_is_left_as_it_was(model):
