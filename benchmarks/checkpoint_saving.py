@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import limit_spinning
 
 if __name__ == "__main__":
     limit_spinning()  # before torch is loaded

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import limit_spinning
 
 if __name__ == "__main__":
     limit_spinning()  # before torch is loaded

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import limit_spinning
 
 if __name__ == "__main__":
     limit_spinning()  # before torch is loaded

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import limit_spinning
 
 if __name__ == "__main__":
     limit_spinning()  # before torch is loaded

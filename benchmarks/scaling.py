@@ -8,7 +8,7 @@ An estimate, not a measurement: throughput is an assumed share of the GPU's peak
 from dataclasses import dataclass
 from itertools import product
 
-from data_prep.common.openmp import limit_spinning
+from data_prep.common.command_line import limit_spinning
 
 if __name__ == "__main__":
     limit_spinning()  # before torch is loaded

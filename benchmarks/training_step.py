@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from benchmarks.interleaved import Setup, Workload, run_interleaved, spread
 from data_prep.common.command_line import ArgumentParser, run
-from data_prep.common.openmp import spin_limit
 from eval.common.devices import make_accelerator
 from eval.common.models import compile_blocks
 from modeling import GPTConfig, GPTModel, flops_per_token
@@ -315,7 +314,8 @@ def main() -> None:
             name: partial(step_workload, name, size, args.precision, args.steps) for name in args.implementations
         }
         ours = [name for name in args.implementations if name.startswith("gpt-accelerate")]
-        results = run_interleaved(setups, args.rounds, dict.fromkeys(ours, spin_limit()))
+        as_in_commands = {name: {"GOMP_SPINCOUNT": "1000"} for name in ours}
+        results = run_interleaved(setups, args.rounds, as_in_commands)
         speeds = {name: [args.steps * size.tokens / one for one in seconds] for name, (seconds, _) in results.items()}
         print(table(size, args.precision, speeds, {name: memory for name, (_, memory) in results.items()}), flush=True)
 

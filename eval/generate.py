@@ -8,11 +8,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
 from data_prep.common.command_line import ArgumentParser, UserError, run
 
 if TYPE_CHECKING:

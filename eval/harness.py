@@ -7,25 +7,23 @@ Other options go to the harness (`lm_eval run --help`). The plain `lm_eval --mod
 pretrained=CHECKPOINT` works too; add `--include_path eval/tasks` for the tasks over local files.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, raise_all, run, unknown_name
 from data_prep.common.files import write_text
-from eval.common.models import check_folder, evaluating
 from eval.reporting.run_records import harness_scores
-from modeling import GPTModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from modeling import GPTModel
 
 TASKS = Path(__file__).with_name("tasks")
 
@@ -107,6 +105,7 @@ def evaluate_tasks(
     import lm_eval
     from lm_eval.utils import handle_non_serializable
 
+    from eval.common.models import evaluating
     from eval.scoring.harness_model import StoppableLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about a model in memory, and about `limit`
@@ -132,6 +131,8 @@ def main() -> None:
     parser.add_option("include_path", default=str(TASKS), help="folder of task files")
     parser.add_option("output_path", help="results; by default beside the checkpoint")
     args, others = parser.parse_known_args()
+    from eval.common.models import check_folder
+
     check_folder(args.model)
     check_installed()
     from lm_eval import evaluator

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from data_prep.common.command_line import ArgumentParser, UserError, first_line, prepare_process, run
+from data_prep.common.command_line import ArgumentParser, UserError, first_line, run
 from data_prep.common.files import read_text, write_text
 from data_prep.common.hub import limit_waiting
 from data_prep.common.schema import STRICT, parse_json
@@ -204,5 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
     run(main)

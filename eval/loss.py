@@ -4,26 +4,20 @@ python -m eval.loss runs/quickstart/checkpoints/step_00001000 --data data/quicks
 python -m eval.loss gpt2 --data some.txt --stride 512
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import read_text
 from data_prep.common.hub import local_folder
-from data_prep.tokenization.byte_level import bytes_of_tokens
-from eval.common.models import evaluating, load_model
 from eval.common.scores import language_modeling_scores
-from modeling.loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def summed_loss(
@@ -35,6 +29,11 @@ def summed_loss(
         batches: arguments of the model, `[B, T]` each, among them `shift_labels`.
         before_batch: called before each of them.
     """
+    import torch
+
+    from eval.common.models import evaluating
+    from modeling.loss import IGNORE_INDEX
+
     nats, count = [], 0
     with evaluating(model):
         for batch in batches:
@@ -54,9 +53,11 @@ def read_tokens(data: Path, tokenizer: Any) -> tuple[Tensor, int | None]:
         UserError: for unreadable data and for data of another tokenizer.
     """
     import numpy as np
+    import torch
 
     from data_prep.sharding.manifest import Manifest
     from data_prep.sharding.shards import open_shard
+    from data_prep.tokenization.byte_level import bytes_of_tokens
     from data_prep.tokenization.tokenizer import encode_document, hf_tokenizer
 
     if not data.is_dir():
@@ -81,6 +82,10 @@ def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterat
     rolling log-likelihood of EleutherAI's harness. With a smaller stride each label after the first window has at least
     `length - stride` tokens of context.
     """
+    import torch
+
+    from modeling.loss import IGNORE_INDEX
+
     last = len(tokens) - 1
     ends = [min(length, last)]
     while ends[-1] < last:
@@ -101,6 +106,8 @@ def main() -> None:
     parser.add_option("stride", type=int, help="tokens between the starts of windows; by default their length")
     parser.add_option("batch_size", type=int, default=8, help="windows in a forward pass")
     args = parser.parse_args()
+    from eval.common.models import load_model
+
     model, tokenizer = load_model(args.model)
     length = model.config.n_positions if args.length is None else args.length
     stride = length if args.stride is None else args.stride

@@ -138,7 +138,7 @@ LONGER = {
     ),
     "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
     "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.html"),
-    "benchmarks.busy_machine": ("--busy 0 1 --steps 1 --rounds 1", "beside 1"),
+    "benchmarks.busy_machine": ("--busy 0 1 --steps 1 --rounds 1", "| 1 | "),
     "benchmarks.time_to_loss": (
         "text.txt --vocab_size 300 --seeds 1 --recipe tiny.yaml --steps 10 --our_steps 10 --trainers build-nanogpt",
         "| gpt-accelerate |",
@@ -220,8 +220,8 @@ def test_a_user_id_without_passwd_entry_has_a_home_and_a_name(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid"
     )
-    program = "import getpass, os; from data_prep.common.command_line import prepare_process\n"
-    program += "prepare_process(); print(os.path.expanduser('~'), getpass.getuser())"
+    program = "import getpass, os; from data_prep.common.command_line import run\n"
+    program += "run(lambda: print(os.path.expanduser('~'), getpass.getuser()))"
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", *NAMES_OF_USERS)}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment)
@@ -259,3 +259,17 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module", LONGER)
 def test_a_longer_command_runs_on_tiny_input(module, inputs, tmp_path):
     run_on_tiny_input(module, *LONGER[module], inputs, tmp_path)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
+)
+def test_threads_sleep_soon_unless_the_user_says_otherwise(settings, expected, tmp_path):
+    """As libgomp itself says."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment = others | {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)} | settings
+    program = "from data_prep.common.command_line import run; run(lambda: __import__('torch'))"
+    done = run_command(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr

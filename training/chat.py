@@ -19,11 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import write_text
 from data_prep.common.schema import find_problems, read_json

@@ -16,11 +16,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import read_text
 from data_prep.common.locks import locked

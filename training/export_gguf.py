@@ -12,11 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
 from data_prep.common.command_line import ArgumentParser, UserError, run
 
 if TYPE_CHECKING:

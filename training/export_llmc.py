@@ -7,11 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
 from data_prep.common.command_line import ArgumentParser, run
 
 if TYPE_CHECKING:

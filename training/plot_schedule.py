@@ -7,11 +7,6 @@ Prints both where they begin or end to change, and draws them.
 
 from pathlib import Path
 
-from data_prep.common.command_line import prepare_process
-
-if __name__ == "__main__":
-    prepare_process()  # before torch is loaded
-
 from data_prep.common.command_line import ArgumentParser, raise_all, run
 from training.settings.parsing import parse_config
 from training.settings.schedule import BatchPlan, Schedule

@@ -11,12 +11,11 @@ import os
 import time
 from functools import partial
 
-from data_prep.common.command_line import UserError, first_line, prepare_process
+from data_prep.common.command_line import UserError, first_line
 from data_prep.common.command_line import run as run_command
 from training.settings.validation import read_config
 
 if __name__ == "__main__":
-    prepare_process()
     CONFIG = run_command(read_config)  # before torch is loaded: a wrong setting is reported within a second
 
 import torch

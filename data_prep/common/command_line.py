@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from data_prep.common.openmp import limit_spinning
-
 
 class UserError(Exception):
     """An error that the user can fix. Only its text is shown: the value, the bound and the remedy."""
@@ -167,9 +165,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {redact(message)}\n")
 
 
-def prepare_process() -> None:
-    """Prepares what libraries read when they are loaded; call this before commands load torch or transformers."""
-    run(limit_spinning)
+def limit_spinning() -> None:
+    """Makes OpenMP's threads sleep soon where they wait for each other, unless the environment says how they wait.
+
+    By default they spin for milliseconds: beside another busy process, or a second rank, on the core of the thread that
+    they wait for (docs/benchmarks.md). libgomp reads the environment when it is loaded: call this before torch is.
+    """
+    if not any(os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def _check_environment() -> None:
@@ -193,6 +196,7 @@ def run(main: Callable[[], T]) -> T:
         sys.exit(2)
     try:
         _check_environment()
+        limit_spinning()
         result = main()
         sys.stdout.flush()
         return result

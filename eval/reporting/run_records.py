@@ -84,6 +84,8 @@ class MetricsLine:
 class _ItemCounts(TypedDict):
     original: int
     effective: int
+
+
 _HarnessResults = TypedDict(
     "_HarnessResults", {"results": dict[str, dict[str, Any]], "n-samples": NotRequired[dict[str, _ItemCounts]]}
 )
