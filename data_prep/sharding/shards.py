@@ -77,13 +77,23 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         if not path.is_file():  # reading a pipe would block
             raise ValueError("not a regular file" if path.exists() else "no such file")
-        dtype, start, count = (_read_bin_header if path.suffix == ".bin" else _read_npy_header)(path)
-        expected = start + count * np.dtype(dtype).itemsize
-        if path.stat().st_size != expected:
-            raise ValueError(f"{path.stat().st_size:,} bytes, and not the {expected:,} of {count:,} {dtype} tokens")
-        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
-    except (OSError, ValueError) as error:
+        tokens = _open_bin(path) if path.suffix == ".bin" else np.lib.format.open_memmap(path, mode="r")
+        if tokens.ndim != 1 or tokens.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+            raise ValueError(f"a shard is 1-D uint16 or uint32, this is {tokens.ndim}-D {tokens.dtype}")
+        if (size := path.stat().st_size) != tokens.offset + tokens.nbytes:
+            raise ValueError(f"{size:,} bytes, and not the {tokens.offset + tokens.nbytes:,} of {len(tokens):,} tokens")
+        return tokens
+    except Exception as error:  # numpy parses a header as Python and lets any error through
         raise UserError(f"{path}: not a readable shard ({first_line(error)})") from error
+
+
+def _open_bin(path: Path) -> np.memmap:
+    header = np.fromfile(path, dtype="<i4", count=3)
+    kinds = {kind: dtype for dtype, kind in _BIN_KINDS.items()}
+    if len(header) < 3 or tuple(header[:2].tolist()) not in kinds or header[2] < 0:
+        raise ValueError(f"its header is {header.tolist()}, not one of {[[*kind, 'tokens'] for kind in kinds]}")
+    dtype, start = kinds[tuple(header[:2].tolist())], _BIN_HEADER_INTS * 4
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(int(header[2]),))
 
 
 def token_documents(paths: Iterable[Path], eos_token_id: int) -> Iterator[np.ndarray]:
@@ -101,31 +111,3 @@ def token_documents(paths: Iterable[Path], eos_token_id: int) -> Iterator[np.nda
                 parts = [part]
     if parts:
         yield np.concatenate(parts)
-
-
-def _read_npy_header(path: Path) -> tuple[str, int, int]:
-    """Returns dtype, offset and number of the tokens (`ValueError` for a file that is no shard)."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version not in readers:
-            raise ValueError(f"version {version} of the npy format")
-        try:
-            shape, _, dtype = readers[version](file)
-        except Exception as error:  # numpy parses it as Python and lets any error through
-            raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
-        if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-            raise ValueError(f"a shard is 1-D uint16 or uint32, this is {len(shape)}-D {dtype}")
-        return str(dtype), file.tell(), shape[0]
-
-
-def _read_bin_header(path: Path) -> tuple[str, int, int]:
-    """As `_read_npy_header`, for llm.c's format."""
-    header = np.fromfile(path, dtype="<i4", count=3)
-    kinds = {kind: dtype for dtype, kind in _BIN_KINDS.items()}
-    dtype = kinds.get(tuple(header[:2].tolist()))
-    if len(header) < 3 or dtype is None:
-        raise ValueError(f"its header is {header.tolist()}, not one of {[[*kind, 'tokens'] for kind in kinds]}")
-    if header[2] < 0:
-        raise ValueError(f"its header says {header[2]} tokens")
-    return dtype, _BIN_HEADER_INTS * 4, int(header[2])

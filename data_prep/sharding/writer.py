@@ -3,11 +3,11 @@
 import contextlib
 import errno
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from data_prep.reading.ahead import read_ahead
 from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.formats import Block
 from data_prep.sharding.manifest import FILE_NAME, Manifest, text_marks
-from data_prep.sharding.progress import Progress
 from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
 from data_prep.tokenization.tokenizer import Encoder, HuggingFaceTokenizer, tokenizer_files
 
@@ -31,6 +30,43 @@ SHARDS_OF_A_SMALL_CORPUS = 20
 _BLOCKS_AHEAD = 8
 # Blocks that are read before they are asked for.
 _BLOCKS_READ_AHEAD = 4
+_SECONDS_BETWEEN_LINES = 30  # of progress, where no terminal is
+
+
+class Progress:
+    """A progress bar on a terminal, a line every 30 seconds elsewhere; in bytes of the corpus, if they are known."""
+
+    def __init__(self, corpus: Corpus, start: Position) -> None:
+        from tqdm import tqdm
+
+        before, is_terminal = corpus.bytes_before(start), sys.stderr.isatty()
+        total = 0 if before is None else corpus.bytes
+        share = "{percentage:3.0f}% |{bar:20}| " if is_terminal else "{percentage:3.0f}%  "
+        form = share + "{desc}, {elapsed} gone, {remaining} left"
+        self.bar = tqdm(
+            total=total or None,
+            initial=before or 0,
+            bar_format=(form if total else "{desc}, {elapsed} gone") + ("" if is_terminal else "\n"),
+            mininterval=0.1 if is_terminal else _SECONDS_BETWEEN_LINES,
+            delay=0 if is_terminal else _SECONDS_BETWEEN_LINES,
+        )
+        self.tokens = self.documents = 0
+
+    def update(self, block: Block, tokens: int, shards: int) -> None:
+        """Counts a written block."""
+        self.tokens += tokens
+        self.documents += len(block.texts)
+        millions = self.tokens / 1e6
+        speed = f"{millions / max(self.bar.format_dict['elapsed'], 1e-9):.2f}M tokens/s"
+        text = f"shard {shards}: {self.documents:,} documents, {millions:,.1f}M tokens, {speed}"
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update(block.size)
+
+    def remaining_tokens(self) -> int | None:
+        """Estimated number of tokens in the rest of the corpus; None if its size is not known."""
+        if not self.bar.total:
+            return None
+        return int(self.tokens * max(0, self.bar.total - self.bar.n) / max(self.bar.n - self.bar.initial, 1))
 
 
 class Writer:
@@ -45,7 +81,7 @@ class Writer:
         self.file: ShardFile | None = None
         self.documents = self.text_bytes = 0
         self.bad_files = manifest.bad_files
-        self.byte_counter: HuggingFaceTokenizer | None = None
+        self.counts_bytes = False
         for path in list(folder.iterdir()):
             if path.suffix == ".tmp" and is_shard_name(path.name, folder):  # of a killed process
                 path.unlink()
@@ -57,23 +93,23 @@ class Writer:
             corpus.bad_files.update(self.bad_files)
             self.bad_files = corpus.bad_files
         position = self.manifest.unfinished or Position()
-        self.byte_counter = encoder if isinstance(encoder, HuggingFaceTokenizer) else None
-        skipped = position.tokens
-        with Progress(corpus, position) as progress:
-            try:
-                for block, tokens in tokenized(corpus.blocks(position), encoder, self.manifest.dtype, workers):
-                    self._add(block, tokens, min(skipped, len(tokens)))
-                    skipped -= min(skipped, len(tokens))
-                    progress.update(block, len(tokens), self.manifest)
-                if not self._only_dropped:
-                    return self._finish(corpus)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise UserError(self._disk_full(progress)) from error
-            finally:
-                if self.file is not None:
-                    self.file.discard()
+        self.counts_bytes = isinstance(encoder, HuggingFaceTokenizer)
+        progress, skipped = Progress(corpus, position), position.tokens
+        try:
+            for block, tokens in tokenized(corpus.blocks(position), encoder, self.manifest.dtype, workers):
+                self._add(block, tokens, min(skipped, len(tokens)))
+                skipped -= min(skipped, len(tokens))
+                progress.update(block, len(tokens), len(self.manifest.shards))
+            if not self._only_dropped:
+                return self._finish(corpus)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(self._disk_full(progress)) from error
+        finally:
+            progress.bar.close()
+            if self.file is not None:
+                self.file.discard()
         # Instead of nothing, training gets the rest of the document that validation ends in.
         self.manifest = replace(self.manifest, dropped_tokens=0, split_document=True)
         return self.write(corpus, encoder, workers)
@@ -104,24 +140,25 @@ class Writer:
             part = tokens[start : start + self.manifest.shard_tokens - self.file.tokens]
             self.file.add(part)
             self.documents += int(np.count_nonzero(part == self.manifest.tokenizer.eos_token_id))
-            self._count_bytes(block.texts, tokens, start, start + len(part), self.file.tokens)
+            if self.counts_bytes:
+                self._count_bytes(block.texts, tokens, start, start + len(part), self.file.tokens)
             start += len(part)
             if self.file.tokens == self.manifest.shard_tokens:
                 self._finish_shard(self.file, replace(block.start, tokens=start))
                 self.manifest.write(self.folder)
 
     def _count_bytes(self, texts: list[str], tokens: np.ndarray, start: int, stop: int, written: int) -> None:
-        """Adds the size of the text of the tokens `start` to `stop`, with which a shard has `written` tokens."""
-        if self.byte_counter is None:
-            return
-        count = partial(self.byte_counter.text_bytes, texts, tokens, start)
+        """Counts the text of tokens `start` to `stop`, with which the shard has `written`; interpolated."""
+        ends = [*np.flatnonzero(tokens == self.manifest.tokenizer.eos_token_id), len(tokens)]
+        sizes = [0, *np.cumsum([len(text.encode("utf-8")) for text in texts])]
+        manifest, before = self.manifest, self.text_bytes - round(np.interp(start, ends, sizes))
         if self._split == "val":
-            known, before = self.manifest.val_text_bytes, (self.manifest.text_bytes("val") or 0) + self.text_bytes
-            end = self.manifest.tokens("val") + written
-            marks = takewhile(lambda mark: mark <= end, islice(text_marks(), len(known), None))
-            new = [before + count(stop + mark - end) for mark in marks]
-            self.manifest = replace(self.manifest, val_text_bytes=known + new)
-        self.text_bytes += count(stop)
+            first = manifest.tokens("val") + written - stop  # token of the block
+            unknown = islice(text_marks(), len(manifest.val_text_bytes), None)
+            marks = [mark - first for mark in takewhile(lambda mark: mark <= first + stop, unknown)]
+            found = np.rint(np.interp(marks, ends, sizes)).astype(int) + before + (manifest.text_bytes("val") or 0)
+            self.manifest = replace(manifest, val_text_bytes=manifest.val_text_bytes + found.tolist())
+        self.text_bytes = before + round(np.interp(stop, ends, sizes))
 
     def _drop(self, tokens: np.ndarray) -> int:
         """Number of tokens to drop: before the first training shard, the rest of validation's last document."""
@@ -133,7 +170,7 @@ class Writer:
         return dropped
 
     def _finish_shard(self, file: ShardFile, unfinished: Position | None) -> None:
-        text_bytes = None if self.byte_counter is None else self.text_bytes
+        text_bytes = self.text_bytes if self.counts_bytes else None
         shard = Shard(file.path.name, self._split, file.tokens, self.documents, file.finish(), text_bytes)
         self.file = None
         shards, bad_files = [*self.manifest.shards, shard], dict(self.bad_files)

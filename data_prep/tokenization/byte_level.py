@@ -3,15 +3,11 @@
 import json
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 _CHUNK_END = re.compile(r"\S(?=[ \n])")
-_LONGEST_WORD = 512  # characters; the standard library's longest has 201
-_LONG_SPACE = re.compile(rf"\s{{{_LONGEST_WORD + 1}}}")
-_LETTERS_DIGITS_SPACE_OTHERS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 
 
 def _byte_to_character() -> dict[int, str]:
@@ -54,16 +50,6 @@ def chunks(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def cut_long_words(text: str) -> Iterator[str]:
-    """Cuts a text within words of GPT-2's split of more than `_LONGEST_WORD` characters, which text without white space
-    has: the time to train a tokenizer grows with the square of their length."""
-    cuts: list[int] = []
-    if max(map(len, text.split()), default=0) > _LONGEST_WORD or _LONG_SPACE.search(text):
-        for word in _LETTERS_DIGITS_SPACE_OTHERS.finditer(text):
-            cuts += range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD)
-    return (text[start:stop] for start, stop in pairwise([0, *cuts, len(text)]))
-
-
 def ends_a_word(text: str, stop: int) -> bool:
     """Whether a chunk that ends at `stop` leaves GPT-2's split of a text into words as it is."""
     return stop == len(text) or _CHUNK_END.match(text, stop - 1) is not None
@@ -88,14 +74,11 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 def byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, int] | None:
     """Ranks with which tiktoken gives the same ids as a tokenizer of the `tokenizers` library; None if it cannot."""
     model, split = state["model"], state["pre_tokenizer"] or {}
-    unsupported = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     supported = (
-        model["type"] == "BPE"
-        and split.get("type") == "ByteLevel"
-        and not split["add_prefix_space"]
+        _keeps_bytes(state)
+        and split["type"] == "ByteLevel"
         and split.get("use_regex", True)
-        and state["normalizer"] is None
-        and not any(model.get(name) for name in unsupported)
+        and not any(model.get(name) for name in ("dropout", "byte_fallback", "ignore_merges"))
         and [token["id"] for token in state["added_tokens"]] == [eos_token_id]
     )
     if not supported:
@@ -126,6 +109,7 @@ def bytes_of_tokens(tokenizer: Any) -> np.ndarray | None:
 
 
 def _keeps_bytes(state: dict[str, Any]) -> bool:
+    """Whether the tokens of a text are its bytes, each once, for a tokenizer of the `tokenizers` library."""
     model, split = state["model"], state["pre_tokenizer"] or {"type": None}
     steps = split.get("pretokenizers", [split])
     return (

@@ -31,31 +31,19 @@ class TokenIds:
                 raise UserError(f"token id {wrong[0]} is not among {ids_of}; name the tokenizer that made the column")
             start, stop = int(ids[0] == self.eos_token_id), len(ids) - int(ids[-1] == self.eos_token_id)
             pieces += [eos, ids[start:stop].astype(np.uint32)] if start < stop else []
-        self._compare(_sample(documents))
-        return np.concatenate(pieces) if pieces else eos[:0]
+        tokens = np.concatenate(pieces) if pieces else eos[:0]
+        self._compare(tokens[:_SAMPLE_IDS])
+        return tokens
 
-    def _compare(self, documents: list[np.ndarray]) -> None:
+    def _compare(self, sample: np.ndarray) -> None:
         """Refuses ids whose text the tokenizer encodes as others (`UserError`)."""
-        found, again, same = 0, 0, 0
-        for document in documents:
-            ids = document[document != self.eos_token_id]
-            encoded = self.tokenizer.encode([self.tokenizer.decode(ids)])[1:]
-            found, again = found + len(ids), again + len(encoded)
-            same += (Counter(ids.tolist()) & Counter(encoded.tolist())).total()
-        if same < _SHARE_THAT_RETURNS * max(found, again):
-            shown = ", ".join(map(str, documents[0][:8]))
+        documents = np.split(sample, np.flatnonzero(sample == self.eos_token_id))
+        again = self.tokenizer.encode([self.tokenizer.decode(ids[1:]) for ids in documents[1:]])
+        found, again = (ids[ids != self.eos_token_id] for ids in (sample, again))
+        same = (Counter(found.tolist()) & Counter(again.tolist())).total()
+        if same < _SHARE_THAT_RETURNS * max(len(found), len(again)):
+            shown = ", ".join(map(str, found[:8]))
             raise UserError(
-                f"the token ids {shown}, ... are not those of tokenizer {self.name!r}: of {found}, {same} come back "
-                f"when their text is encoded again; name the tokenizer that made the column"
+                f"the token ids {shown}, ... are not those of tokenizer {self.name!r}: of {len(found)}, {same} come "
+                f"back when their text is encoded again; name the tokenizer that made the column"
             )
-
-
-def _sample(documents: list[np.ndarray]) -> list[np.ndarray]:
-    """The beginning of a call's documents."""
-    sample, left = [], _SAMPLE_IDS
-    for document in documents:
-        if left <= 0:
-            break
-        sample.append(document[:left])
-        left -= len(document)
-    return sample

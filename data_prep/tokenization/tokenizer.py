@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,14 +17,7 @@ from data_prep.common.files import describe_path, file_hash
 from data_prep.common.hub import limit_waiting
 from data_prep.common.records import TokenizerRecord
 from data_prep.common.schema import read_json
-from data_prep.tokenization.byte_level import (
-    byte_level_ranks,
-    bytes_to_unicode,
-    chunks,
-    cut_long_words,
-    merges,
-    unicode_to_bytes,
-)
+from data_prep.tokenization.byte_level import byte_level_ranks, bytes_to_unicode, chunks, merges, unicode_to_bytes
 
 if TYPE_CHECKING:
     import tiktoken
@@ -37,6 +30,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 # Longer documents are encoded in chunks; each takes at most about 100 bytes of memory per character.
 CHUNK_CHARACTERS = 1 << 20
 _MAX_IDS = 1 << 24  # ten times as many as any published vocabulary
+_LONGEST_WORD = 2048  # bytes; the time to train a tokenizer grows with the square of their length
 
 
 class Encoder(Protocol):
@@ -146,43 +140,19 @@ class HuggingFaceTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True
-        self._located = lru_cache(maxsize=1)(self._locate)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """As in `Tokenizer`. Memory grows with the longest document, as such a tokenizer has no known safe cuts."""
-        documents = [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        for i, ids in enumerate(documents):
-            if self.eos_token_id in ids:  # in some models the spelling of the end of text is an ordinary word
-                documents[i] = [number for number, _ in self._locate(texts[i])]
+
+        def ids_of(texts: list[str]) -> list[list[int]]:
+            return [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+        documents = _encode(ids_of, self.tokenizer, texts)
         return np.concatenate([np.array([self.eos_token_id, *ids], dtype=np.uint32) for ids in documents])
 
     def decode(self, ids: np.ndarray) -> str:
         """As in `Tokenizer`."""
         return self.backend.decode(ids.tolist(), skip_special_tokens=False)
-
-    def text_bytes(self, texts: list[str], ids: np.ndarray, start: int, stop: int) -> int:
-        """Number of bytes of `texts`, whose tokens are `ids`, that tokens `start` to `stop` stand for."""
-        return self._bytes_before(texts, ids, stop) - self._bytes_before(texts, ids, start)
-
-    def _bytes_before(self, texts: list[str], ids: np.ndarray, count: int) -> int:
-        starts = np.flatnonzero(ids[:count] == self.eos_token_id)
-        whole = texts[: len(starts)]
-        if count < len(ids) and ids[count] != self.eos_token_id:  # within the last of them
-            *whole, last = whole
-            whole.append(last[: self._located(last)[count - starts[-1] - 1][1]])
-        return sum(len(text.encode("utf-8")) for text in whole)
-
-    def _locate(self, text: str) -> list[tuple[int, int]]:
-        """Ids of a text without ends of text, each with the index of the character that it begins at."""
-        parts, start, found = [text], 0, []
-        if self.eos_token_id in self.backend.encode(text, add_special_tokens=False).ids:
-            parts = _split_end_of_text(self.tokenizer, text)
-        for part in parts:
-            encoded = self.backend.encode(part, add_special_tokens=False)
-            pairs = zip(encoded.ids, encoded.offsets, strict=True)
-            found += [(number, start + first) for number, (first, _) in pairs if number != self.eos_token_id]
-            start += len(part)
-        return found
 
     def save(self, folder: Path) -> str:
         """As in `Tokenizer`."""
@@ -236,10 +206,17 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     def ids_of(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
-    documents, eos = ids_of(texts), tokenizer.eos_token_id
+    return _encode(ids_of, tokenizer, texts)
+
+
+def _encode(ids_of: Callable[[list[str]], list[list[int]]], tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text by `ids_of`, without ends of text, whose spelling is an ordinary word in some models."""
+    documents, eos, spelling = ids_of(texts), tokenizer.eos_token_id, tokenizer.eos_token
     for i, ids in enumerate(documents):
-        if eos in ids:  # as in `HuggingFaceTokenizer.encode`
-            parts = ids_of(_split_end_of_text(tokenizer, texts[i]))
+        if eos in ids:
+            # Encoded in parts that end in the middle of each spelling.
+            halves = re.escape(spelling[: len(spelling) // 2]), re.escape(spelling[len(spelling) // 2 :])
+            parts = ids_of(re.split(f"(?<={halves[0]})(?={halves[1]})", texts[i]))
             documents[i] = [number for part in parts for number in part if number != eos]
     return documents
 
@@ -249,13 +226,6 @@ def encode_document(tokenizer: Any, text: str) -> list[int]:
     without end of text."""
     _check_end_of_text(tokenizer, tokenizer.name_or_path)
     return [tokenizer.eos_token_id, *encode(tokenizer, [text])[0]]
-
-
-def _split_end_of_text(tokenizer: Any, text: str) -> list[str]:
-    """Cuts a text in the middle of each spelling of the end of text."""
-    spelling = tokenizer.eos_token
-    halves = re.escape(spelling[: len(spelling) // 2]), re.escape(spelling[len(spelling) // 2 :])
-    return re.split(f"(?<={halves[0]})(?={halves[1]})", text)
 
 
 def _check_end_of_text(tokenizer: Any, name: str) -> None:
@@ -327,11 +297,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size}: the 256 bytes and the end of text need at least 257 tokens")
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    shows = sys.stderr.isatty()
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST_WORD)])
+    alphabet, shows = words.alphabet(), sys.stderr.isatty()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=shows)
-    backend.train_from_iterator((piece for text in documents for piece in cut_long_words(text)), trainer)
+    backend.train_from_iterator(documents, trainer)
     if (size := backend.get_vocab_size() + 1) < vocab_size:
         text = f"the corpus yields only {size} tokens; choose at most that many, or more text"
         raise UserError(f"vocab_size={vocab_size}: {text}")
