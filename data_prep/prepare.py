@@ -22,7 +22,7 @@ from data_prep.common.records import Position
 from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
-from data_prep.sharding.recipes import Recipe, read_recipes
+from data_prep.sharding.recipes import Recipe, check_sources, read_recipes, training_flags
 from data_prep.sharding.shards import smallest_dtype
 from data_prep.sharding.writer import SHARDS_OF_A_SMALL_CORPUS, Writer, remove_files
 from data_prep.tokenization.gigatoken import Engine, with_engine
@@ -166,14 +166,9 @@ def preparing_command(folder: str, manifest: Manifest) -> list[str]:
     source, name = manifest.source, manifest.tokenizer.name
     tokenizer = ["bpe", "--vocab_size", str(manifest.tokenizer.vocab_size)] if name.startswith("bpe-") else [name]
     words = ["data_prep.prepare", folder, "--source", source.source, "--tokenizer", *tokenizer]
-    for flag, value, default in (
-        ("name", source.name, None),
-        ("revision", source.commit or source.revision, None),
-        ("split", source.split, "train"),
-        ("text_column", source.text_column, "text"),
-        ("tokens_column", source.tokens_column, None),
-    ):
-        words += [f"--{flag}", value] if value and value != default else []
+    given = asdict(source) | {"revision": source.commit or source.revision}
+    for option in ("name", "revision", "split", "text_column", "tokens_column"):
+        words += [f"--{option}", given[option]] if given[option] != getattr(Source, option) else []
     words += [word for condition in source.where for word in ("--where", condition)]
     words += ["--on_bad_file", "skip"] if manifest.bad_files else []
     words += ["--shard_tokens", str(manifest.shard_tokens), "--val_shards", str(manifest.val_shards)]
@@ -197,10 +192,10 @@ def main() -> None:
         if given := [name for name, value in options.items() if value != parser.get_default(name)]:
             raise UserError(f"{folder}: {given[0]} is a setting in the recipe file; give --workers and --engine only")
         recipes = read_recipes(folder)
-        recipes.check_sources()
-        for name, settings in recipes.folders.items():
-            _report(Path(name), prepare(settings.recipe(), Path(name), workers, engine))
-        print(f"for the trainer: {recipes.training_flags()}")
+        check_sources(recipes)
+        for name, recipe in recipes.items():
+            _report(name, prepare(recipe, name, workers, engine))
+        print(f"for the trainer: {training_flags(recipes)}")
         return
     if options["source"] is None:
         raise UserError("no --source is given, and no recipe file: builtin, a file, a folder or a data set of the Hub")

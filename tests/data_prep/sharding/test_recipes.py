@@ -13,16 +13,17 @@ from pyarrow import parquet
 from standin_hub import COMMIT, Repository, serve
 
 from data_prep.common.command_line import UserError
+from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
-from data_prep.sharding.recipes import read_recipes
+from data_prep.sharding.recipes import check_sources, read_recipes, training_flags
 from data_prep.tokenization.tokenizer import gpt2_tokenizer
 from tests.data_prep.test_prepare import texts
 
 RECIPES = sorted(path for path in (ROOT / "data_prep" / "configs").glob("*.yaml") if path.name != "clean.yaml")
 
 
-def small_copy(settings) -> tuple[str, dict[str, bytes]]:
-    """Name and files of a data set with the configuration, split and column of a recipe's folder."""
+def small_copy(settings: Source) -> tuple[str, dict[str, bytes]]:
+    """Name and files of a data set with the configuration, split and column of a source."""
     documents = texts(150)
     if settings.source.startswith("hf://"):  # a folder of lines
         owner, name, folder = settings.source.removeprefix("hf://datasets/").split("/", 2)
@@ -55,25 +56,24 @@ def test_each_recipe_is_prepared_from_a_hub(path, tmp_path):
     small = {name: {"shard_tokens": 1000, **settings} for name, settings in folders.items()}
     (tmp_path / path.name).write_text(yaml.safe_dump({"folders": small}, sort_keys=False))
     with serve() as hub:
-        for settings in recipes.folders.values():
-            name, files = small_copy(settings)
+        for recipe in recipes.values():
+            name, files = small_copy(recipe.source)
             hub.repositories.setdefault(f"datasets/{name}", Repository()).add(files, "files", COMMIT)
         environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
         done = run_command(
             sys.executable, "-m", "data_prep.prepare", path.name, "--workers", "1", cwd=tmp_path, env=environment
         )
-    for name, settings in recipes.folders.items():
+    for name, recipe in recipes.items():
         manifest = Manifest.read(tmp_path / name)
-        assert manifest.source.source == settings.source
-        assert manifest.source.commit == (None if settings.source.startswith("hf://") else COMMIT)
+        assert manifest.source.source == recipe.source.source
+        assert manifest.source.commit == (None if recipe.source.source.startswith("hf://") else COMMIT)
         assert manifest.tokens("train") > 0 and manifest.tokenizer.name == "gpt2"
-    assert f"--data {' '.join(recipes.folders)}" in done.stdout
-    weights = [settings.weight for settings in recipes.folders.values()]
-    assert ("--data_weights" in done.stdout) == (None not in weights)
+    assert f"--data {' '.join(map(str, recipes))}" in done.stdout
+    assert ("--data_weights" in done.stdout) == (None not in [recipe.weight for recipe in recipes.values()])
 
 
 def test_the_flags_are_those_of_the_trainer():
-    flags = read_recipes(ROOT / "data_prep" / "configs" / "gpt3_mixture.yaml").training_flags()
+    flags = training_flags(read_recipes(ROOT / "data_prep" / "configs" / "gpt3_mixture.yaml"))
     names = [f"data/gpt3-{name}" for name in ("crawl", "webtext", "books", "wikipedia")]
     assert flags == f"--data {' '.join(names)} --data_weights 60 22 16 3"
 
@@ -81,9 +81,9 @@ def test_the_flags_are_those_of_the_trainer():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("folders: {}", "no folder is named"),
+        ("folders: {}", "folders={}: dictionary should have at least 1 item"),
         ("folders: {a: {name: x}}", "source is missing"),
-        ("folders: {a: {source: x, colunm: y}}", "unknown 'folders.a.colunm'"),
+        ("folders: {a: {source: x, colunm: y}}", "a: unknown 'colunm'"),
         ("folders: {a: {source: x, weight: 0}}", "weight=0: input should be greater than 0"),
         ("folders: {a: {source: x, weight: 1}, b: {source: y}}", "b has no weight, others have"),
         ("folder: {}", "unknown 'folder'; did you mean 'folders'?"),
@@ -117,9 +117,9 @@ def test_all_sources_are_found_before_the_first_folder_is_made(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"folders": folders}, sort_keys=False))
     recipes = read_recipes(tmp_path / "r.yaml")
     with pytest.raises(UserError, match="2 folders cannot be prepared") as raised:
-        recipes.check_sources()
+        check_sources(recipes)
     assert "none.jsonl" in str(raised.value) and "missing/*.parquet" in str(raised.value)
-    assert f"'{tmp_path}/my b'" in recipes.training_flags()
+    assert f"'{tmp_path}/my b'" in training_flags(recipes)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "data_prep.prepare", "r.yaml"]
     assert "2 folders" in run_command(*words, cwd=tmp_path, env=environment, exit_code=2).stderr
