@@ -17,7 +17,7 @@ from training.checkpointing.storage import RunState
 from training.checkpointing.writer import Saver
 from training.engine.batches import Batch, Batches, Prefetcher
 from training.engine.data import Data, load_data
-from training.engine.distributed import decide_on_main, describe_device, make_accelerator
+from training.engine.distributed import accelerator_for, decide_on_main, describe_device
 from training.engine.model import check_initial_model, find_micro_batch, make_model
 from training.engine.optimizer import describe, make_optimizer
 from training.evaluations import HarnessEvaluation, HellaSwagEvaluation, Samples, Validation
@@ -46,7 +46,7 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    accelerator = make_accelerator(config)
+    accelerator = accelerator_for(config)
     data, checkpoint, state = _find_start(config, accelerator)
     tokenizer = hf_tokenizer(data.tokenizer_folder)
     if problem := tokenizer_problem(tokenizer, data.tokenizer):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from data_prep.common.command_line import UserError, raise_all
-from eval.common.launch import configured_precision, device_problems, launch_problems, on_cpu
+from eval.common.launch import configured_precision, device_problems, launch_problems, on_cpu, uses_fsdp
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -22,7 +23,7 @@ def make_accelerator(
     timeout: float = 3600, kwargs_handlers: Sequence[KwargsHandler] = (), **kwargs: Any
 ) -> Accelerator:
     """Returns the Accelerator of this process; `kwargs` go to `Accelerator`. Raises `UserError` if the launch asked for
-    processes or devices that are not available.
+    something that this machine does not have, or that this project does not work with.
 
     Args:
         timeout: seconds that ranks wait for each other; NCCL's 10 minutes are too short for rank 0 to hash data.
@@ -35,7 +36,28 @@ def make_accelerator(
     # `cpu=True`: several processes on a machine without GPU use gloo only if told so.
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kwargs_handlers]
     # The run compiles its blocks itself: Accelerate's wrapper would get into the names of weights.
-    return Accelerator(cpu=cpu_only, dynamo_backend="no", kwargs_handlers=handlers, **kwargs)
+    accelerator = Accelerator(cpu=cpu_only, dynamo_backend="no", kwargs_handlers=handlers, **kwargs)
+    if uses_fsdp() and accelerator.distributed_type != "FSDP":
+        if not accelerator.is_main_process:
+            sys.exit(2)  # the first rank prints the error for all
+        raise UserError(
+            f"the Accelerate config asks for FSDP, Accelerate gives {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}; use accelerate_configs/ddp.yaml, or a machine with GPUs"
+        )
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = _sharded_precision(accelerator.mixed_precision)
+    return accelerator
+
+
+def _sharded_precision(mixed_precision: str) -> MixedPrecisionPolicy:
+    """FSDP2's precision: computation in `mixed_precision`, gradients summed in float32.
+
+    Accelerate's own policy would sum gradients, and return the loss, in the precision of the computation.
+    """
+    if mixed_precision == "no":
+        return MixedPrecisionPolicy()
+    compute_dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.common import devices
 from eval.common.models import compile_blocks
-from training.engine.distributed import sharded_precision
 from training.engine.optimizer import make_optimizer, share_work
 from training.engine.step import training_step
 from training.settings.schema import OptimizerSettings
@@ -53,8 +52,6 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
     """Losses over some steps, the collectives of the last one by name, and the dtypes that things have."""
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = devices.make_accelerator(mixed_precision=precision, timeout=1234)
-    if accelerator.is_fsdp2:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(precision)
     model = make_model()
     if compiled:
         compile_blocks(model)
