@@ -8,6 +8,7 @@ Training with --push_to_hub runs this command by itself. After a failure, the sa
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -117,10 +118,8 @@ def main() -> None:
     parser.add_option("hub_license", help="licence that the model card names; the run's, which is mit, if not given")
     parser.add_option("check", action="store_true", help="only check whether the Hub would accept an upload")
     args = parser.parse_args()
-    settings = _settings(args.run)
-    for name, value in vars(args).items():
-        if name.startswith("hub_") and value:
-            setattr(settings, name, value)
+    given = {name: value for name, value in vars(args).items() if name.startswith("hub_") and value}
+    settings = replace(_settings(args.run), **given)
     repository = settings.hub_model_id
     if repository is None:
         raise UserError(f"{args.run} has no hub_model_id; name the repository: --hub_model_id USER/NAME")
