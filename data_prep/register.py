@@ -16,7 +16,7 @@ from data_prep.common.records import Shard, Split
 from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, split_of_name
 from data_prep.sharding.shards import FORMATS, open_shard
-from data_prep.tokenization.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer, tokenizer_hash
+from data_prep.tokenization.tokenizer import describe_tokenizer, load_tokenizer, tokenizer_hash
 
 
 def register(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
@@ -31,14 +31,22 @@ def register(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
     """
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder} has a {FILE_NAME} already")
-    paths, own = _shard_paths(folder), folder / "tokenizer"
+    own = folder / "tokenizer"
     tokenizer = load_tokenizer(own if own.exists() else tokenizer_name)
-    shards = []
+    shards: list[Shard] = []
     kinds: set[Any] = set()  # format and dtype
-    for path, split in paths:
+    for path, split in _shard_paths(folder):
         tokens = open_shard(path)
+        if not len(tokens):
+            raise UserError(f"{path}: there are no tokens in it; remove it")
+        if (largest := int(tokens.max())) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{path}: its largest id is {largest}, and those of tokenizer {tokenizer.name!r} end at "
+                f"{tokenizer.vocab_size - 1}; name the one that wrote it with --tokenizer"
+            )
+        documents = int(np.count_nonzero(tokens == tokenizer.eos_token_id))
+        shards.append(Shard(path.name, split, len(tokens), documents, file_hash(path)))
         kinds.add((path.suffix.lstrip("."), tokens.dtype.name))
-        shards.append(_describe(path, split, tokens, tokenizer))
     if not any(shard.documents for shard in shards):
         raise UserError(
             f"{folder}: none of the shards has id {tokenizer.eos_token_id} in it, with which tokenizer "
@@ -73,18 +81,6 @@ def _shard_paths(folder: Path) -> list[tuple[Path, Split]]:
     if not all(paths.values()):
         raise UserError(f"{folder}: no .npy or .bin files with 'val' and with 'train' in their names")
     return [(path, split) for split, found in paths.items() for path in found]
-
-
-def _describe(path: Path, split: Split, tokens: np.ndarray, tokenizer: Tokenizer) -> Shard:
-    if not len(tokens):
-        raise UserError(f"{path}: there are no tokens in it; remove it")
-    if (largest := int(tokens.max())) >= tokenizer.vocab_size:
-        raise UserError(
-            f"{path}: its largest id is {largest}, and those of tokenizer {tokenizer.name!r} end at "
-            f"{tokenizer.vocab_size - 1}; name the one that wrote it with --tokenizer"
-        )
-    documents = int(np.count_nonzero(tokens == tokenizer.eos_token_id))
-    return Shard(path.name, split, len(tokens), documents, file_hash(path))
 
 
 def main() -> None:

@@ -151,30 +151,46 @@ def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
 
 
 def texts(raw: Any, path: str, column: str) -> Records:
-    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere."""
-    pieces, text = _utf8(decompressed(raw, path), path), b""
+    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere.
+
+    Read as Python reads text, without a byte-order mark and with universal newlines.
+    """
+    stream = decompressed(raw, path)
+    text = _read(stream, len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
     while True:
-        while len(text) <= MAX_TEXT_DOCUMENT and (piece := next(pieces, None)) is not None:
-            text += piece.encode()
+        while len(text) <= MAX_TEXT_DOCUMENT and (piece := _read(stream, MAX_TEXT_DOCUMENT + 1)):
+            text += piece
         if not text:
             return
         size = _cut(text)
-        yield {column: text[:size].decode()}, raw.tell()
+        try:
+            document = text[:size].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 at byte {_bad_byte(raw, path)} ({error.reason})") from error
+        yield {column: document}, raw.tell()
         text = text[size:]
 
 
-def _utf8(stream: io.BufferedReader, path: str) -> Iterator[str]:
-    """Text as Python reads it: without a byte-order mark and with universal newlines."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    read, piece = 0, b"\n"
-    while piece:
-        piece = stream.read(MAX_TEXT_DOCUMENT + 1)
-        read += len(piece)
-        try:
-            yield decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
-            byte = read - len(error.object) + error.start
-            raise UserError(f"{path}: not UTF-8 at byte {byte} ({error.reason})") from error
+def _read(stream: io.BufferedReader, count: int) -> bytes:
+    """About `count` bytes, with universal newlines; none at the end."""
+    piece = stream.read(count)
+    while piece.endswith(b"\r") and (more := stream.read(1)):
+        piece += more
+    return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in piece else piece
+
+
+def _bad_byte(raw: Any, path: str) -> int:
+    """Position of the first byte of a file that is not UTF-8."""
+    raw.seek(0)
+    stream, decoder, read = decompressed(raw, path), codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        while piece := stream.read(_BUFFER_BYTES):
+            read += len(piece)
+            decoder.decode(piece)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        return read - len(error.object) + error.start
+    return read
 
 
 def _cut(data: bytes) -> int:
