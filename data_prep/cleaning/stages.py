@@ -57,7 +57,7 @@ def plan(
             found[name] = construct(known[source.reader], settings, where, problems)
         elif source.reader is not None:
             problems.append(f"{where}: {unknown_name(source.reader, known)}")
-        elif request := construct(Source, settings, where, problems, tokens_column=None, on_bad_file="stop"):
+        elif request := construct(Source, settings, where, problems, tokens_column=None):
             try:
                 corpora[name] = corpus = request.resolve(commits.get(name))
                 found[name] = request, corpus.commit

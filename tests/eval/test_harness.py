@@ -48,7 +48,7 @@ def test_published_scores_are_of_metrics_that_the_group_has(manager):
     found = members(manager, "gpt3_zero_shot")
     (gpt3,) = (model for model in of_the_same_size(760e6) if model.harness)
     assert gpt3.name == "GPT-3 760M" and gpt3.harness["lambada_openai", "perplexity"] == 6.53
-    assert {task for task, _ in gpt3.harness} | {"multirc"} == found.keys() | {"coqa", "record"}
+    assert {task for task, _ in gpt3.harness} <= found.keys() | {"coqa", "record"}
     for task, metric in gpt3.harness:
         if "metric_list" in found.get(task, {}):
             assert metric in {one["metric"] for one in found[task]["metric_list"]}, task

@@ -217,20 +217,3 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path, lines, message):
 
 
 @pytest.mark.clients
-def test_items_come_from_the_hub_or_else_from_their_address(tmp_path):
-    """In a new process, with a replacement of the Hub; the Hub has labels as text."""
-    program = (
-        "import sys; from eval.hellaswag import read_items; from data_prep.common.command_line import run\n"
-        "for source in sys.argv[1:]: run(lambda: print(read_items(None, *source.split(','))))"
-    )
-    hub, address = {**GOOD, "label": "1", "ctx": "from the hub"}, {**GOOD, "ctx": "from its address"}
-    files = {"data/validation.jsonl": json.dumps(hub).encode(), "x.jsonl": json.dumps(address).encode()}
-    with serve_dataset("someone/swag", files) as (endpoint, _):
-        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        url = f"{endpoint}/datasets/someone/swag/resolve/main/x.jsonl"
-        sources = ["someone/swag,none", f"someone/other,{url}", f"someone/other,{url}x"]
-        done = run_command(sys.executable, "-c", program, *sources, cwd=ROOT, env=env, exit_code=2)
-    first, second = done.stdout.splitlines()
-    assert "from the hub" in first and "'label': '1'" in first and "from its address" in second
-    assert done.stderr.startswith("error: HellaSwag: neither the data set someone/other")
-    assert done.stderr.count("\n") == 1
