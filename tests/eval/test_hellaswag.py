@@ -217,3 +217,17 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path, lines, message):
 
 
 @pytest.mark.clients
+def test_items_come_from_the_hub(tmp_path):
+    """In a new process, with a replacement of the Hub; the Hub has labels as text."""
+    program = (
+        "import sys; from eval.hellaswag import read_items; from data_prep.common.command_line import run\n"
+        "for name in sys.argv[1:]: run(lambda: print(read_items(None, name)))"
+    )
+    files = {"data/validation.jsonl": json.dumps({**GOOD, "label": "1", "ctx": "from the hub"}).encode()}
+    with serve_dataset("someone/swag", files) as (endpoint, _):
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        names = ["someone/swag", "someone/other"]
+        done = run_command(sys.executable, "-c", program, *names, cwd=ROOT, env=env, exit_code=2)
+    assert "from the hub" in done.stdout and "'label': '1'" in done.stdout
+    assert done.stderr.startswith("error: cannot download someone/other") and "--data" in done.stderr
+    assert done.stderr.count("\n") == 1
