@@ -102,10 +102,8 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
     (folder / "set.txt").write_text("one two three\n\nfour five six seven eight nine ten eleven twelve thirteen\n")
     record(folder / "small", contamination(folder / "small", [folder / "set.txt"]))
     checkpoints = folder / "runs" / "tiny" / "checkpoints"
-    results = {
-        "results": {"a": {"acc,none": 0.5, "acc_stderr,none": "N/A"}},
-        "n-samples": {"a": {"original": 9, "effective": 5}},
-    }
+    scores = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
+    results = {"results": {"a": scores}, "n-samples": {"a": {"original": 9, "effective": 5}}}
     (checkpoints / "step_00000020.lm_eval.json").write_text(json.dumps(results))
     counts = {"documents_in": 5, "documents_out": 4, "characters_in": 50, "characters_out": 40}
     step = {"step": "x", "settings": {"a": 1}, **counts, "sources": {"w": counts}, "dropped": {"y": 1}}
@@ -119,10 +117,7 @@ def world(tmp_path_factory, tiny_run, data_folder) -> Path:
     )
     model = GPTModel(GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, n_positions=8))
     sizes = {"block_size": 8, "vocab_size": 300, "n_layer": 1, "n_embd": 16, "n_head": 2, "bias": True}
-    torch.save(
-        {"model": as_in_nanogpt(model), "model_args": sizes, "iter_num": 7},
-        folder / "ckpt.pt",
-    )
+    torch.save({"model": as_in_nanogpt(model), "model_args": sizes, "iter_num": 7}, folder / "ckpt.pt")
     return folder
 
 
@@ -151,13 +146,11 @@ def read_tokenizer(world: Path) -> None:
 
 def read_checkpoint(world: Path) -> None:
     from training.checkpointing.storage import complete_checkpoints, find_corruption, load_state
-    from training.resilience.resume import newest_intact
 
     checkpoints = world / "runs" / "tiny" / "checkpoints"
     for checkpoint in complete_checkpoints(checkpoints):
         find_corruption(checkpoint)
     load_state(checkpoints / "step_00000020")
-    assert newest_intact
 
 
 def read_run_files(world: Path) -> None:
@@ -306,24 +299,14 @@ def whole(garbage: bytes) -> Callable[[bytes], bytes]:
     return lambda _: garbage
 
 
+@pytest.mark.parametrize("cases", [3, pytest.param(110, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FILES)
-def test_a_changed_file_is_read_or_refused_in_one_line(world, name, capsys):
+def test_a_changed_file_is_read_or_refused_in_one_line(world, name, cases, capsys):
     FILES[name](world)  # as it is
 
-    @settings(max_examples=8, **QUIET)
+    @settings(max_examples=cases, **QUIET)
     @example(whole(b""))
     @example(whole(b"[" * 100_000))
-    @given(changes())
-    def check(change: Callable[[bytes], bytes]) -> None:
-        ends_well(world, name, change)
-
-    check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_many_changes(world, name, capsys):
-    @settings(max_examples=110, **QUIET)
     @given(changes())
     def check(change: Callable[[bytes], bytes]) -> None:
         ends_well(world, name, change)
@@ -347,18 +330,8 @@ def test_a_run_on_changed_files_goes_on_or_says_why_not(world, tmp_path, name):
         shutil.copytree(world, here)
         file = here / name
         file.write_bytes(change(file.read_bytes()))
-        words = [
-            "--run_name",
-            "tiny",
-            "--resume_from_checkpoint",
-            "--max_steps",
-            "22",
-            "--override",
-            "max_steps",
-            "--data",
-            "small",
-        ]
-        code, text = begin(words, here).ended()
+        words = "--run_name tiny --resume_from_checkpoint --max_steps 22 --override max_steps --data small"
+        code, text = begin(words.split(), here).ended()
         assert "Traceback" not in text, text
         assert code in (0, 2) and (code == 0 or "error: " in text)
 

@@ -75,27 +75,6 @@ def test_loads_the_layout_of_the_first_gpt2_release(tmp_path):
     torch.testing.assert_close(ours.eval()(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_both_classes_live_in_one_process(tmp_path):
-    stock, ids = random_stock_model(), tokens(2, 30)
-    before = stock(ids).logits
-    ours = as_ours(stock, tmp_path / "a")
-    ours.save_pretrained(tmp_path / "b")
-    again = GPT2LMHeadModel.from_pretrained(tmp_path / "b").eval()
-    assert torch.equal(before, again(ids).logits) and torch.equal(before, stock(ids).logits)
-    again.save_pretrained(tmp_path / "c")
-    assert torch.equal(GPTModel.from_pretrained(tmp_path / "c").eval()(ids).logits, ours(ids).logits)
-
-
-def test_left_padding_does_not_change_what_is_generated(tmp_path):
-    ours = as_ours(random_stock_model(), tmp_path)
-    prompt = tokens(1, 6)
-    alone = ours.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False)
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), prompt], dim=1)
-    mask = (torch.arange(11) >= 5).long()[None]
-    beside = ours.generate(padded, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    assert torch.equal(alone[:, 6:], beside[:, 11:])
-
-
 def test_weights_may_be_read_by_those_who_may_read_the_rest(tmp_path):
     GPTModel(GPTConfig(**SMALL)).save_pretrained(tmp_path)
     modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
