@@ -59,10 +59,18 @@ def killed(command, folder: Path, step: int, saved: int) -> str:
     return begin(command, folder, plant).ended_with(-signal.SIGKILL)
 
 
+@pytest.fixture(scope="session")
+def half_run(command, tmp_path_factory) -> Path:
+    """The folder of a run that was killed between its checkpoints of steps 6 and 9."""
+    folder = tmp_path_factory.mktemp("half")
+    killed(command, folder, step=8, saved=6)
+    return folder / "runs" / "run"
+
+
 @pytest.fixture
-def half(command, whole, tmp_path) -> Finished:
-    """A run that was killed between its checkpoints of steps 6 and 9."""
-    run = Finished(tmp_path / "runs" / "run", killed(command, tmp_path, step=8, saved=6))
+def half(half_run, tmp_path) -> Finished:
+    """A copy of it, to change."""
+    run = Finished(shutil.copytree(half_run, tmp_path / "runs" / "run"), "")
     assert [path.name for path in run.checkpoints] == ["step_00000003", "step_00000006"]
     return run
 
