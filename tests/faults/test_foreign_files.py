@@ -56,18 +56,18 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
-    """Put a hundred foreign files, folders and links, with names near ours, into a run's folder: what they are."""
-    rng = random.Random(seed)
+def salt(run: Path) -> dict[str, str]:
+    """Put a hundred foreign files, folders and links, with names near ours, into a run's folder; its contents then."""
+    rng = random.Random(0)
     folders = [run, run / "checkpoints", run / "report", run / "hub"]
-    salted: dict[Path, dict[str, str]] = {}
-    while len(salted) < 100:
-        place = rng.choice(folders)
-        place.mkdir(parents=True, exist_ok=True)
-        name = rng.choice(NEAR_NAMES) + rng.choice(["", "", ".txt", "_old", "2"])
-        path = place / name
-        if os.path.lexists(path) or name in ("hub", "checkpoints", "report"):
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    left = 100
+    while left:
+        path = rng.choice(folders) / (rng.choice(NEAR_NAMES) + rng.choice(["", "", ".txt", "_old", "2"]))
+        if os.path.lexists(path):
             continue
+        left -= 1
         kind = rng.choice(["file", "folder", "checkpoint", "link"])
         if kind == "file":
             path.write_bytes(rng.randbytes(rng.randrange(200)))
@@ -79,29 +79,17 @@ def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
             if kind == "checkpoint":  # a copy that somebody has made, sentinel included
                 (path / "COMPLETE").write_text("{}")
                 (path / "training_state").mkdir()
-        salted[path] = {} if kind in ("file", "link") else contents(path)
-    return salted
-
-
-def state_of(path: Path) -> str:
-    if path.is_symlink():
-        return f"link to {os.readlink(path)}"
-    return "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return contents(run)
 
 
 def test_nothing_foreign_is_touched(flags, tmp_path):
-    """Training, resuming, pruning, preflight, publishing, cooling down and a damaged checkpoint."""
+    """Training, resuming, pruning, preflight, publishing and a damaged checkpoint."""
     run = tmp_path / "runs" / "run"
-    run.mkdir(parents=True)
-    salted = salt(run, seed=0)
-    before = {path: state_of(path) for path in salted}
+    before = salt(run)
     common = [*flags, "--auto_resume"]
 
     def check(what: str) -> None:
-        assert len(salted) == 100
-        for path, inside in salted.items():
-            assert os.path.lexists(path) and state_of(path) == before[path], f"{what}: {path}"
-            assert path.is_symlink() or not path.is_dir() or contents(path) == inside, f"{what}: {path}"
+        assert not (changed := before.items() - contents(run).items()), f"{what}: {changed}"
 
     begin([*common, "--max_steps", "12"], tmp_path, partial(in_step, 7, 0, die)).ended_with(-9)
     check("killed")
@@ -223,7 +211,7 @@ def test_a_run_that_has_saved_is_never_begun_anew_unasked(flags, six, tmp_path, 
 def test_nothing_but_a_tokenizer_comes_from_the_tokenizer_folder(flags, data_folder, tmp_path):
     data = shutil.copytree(data_folder, tmp_path / "data")
     for name in ("model.safetensors", "evil.py", "COMPLETE", "config.json", "README.md", "pytorch_model.bin"):
-        (data / "tokenizer" / name).write_bytes(b"planted")
+        (data / "tokenizer" / name).write_bytes(b"{}")
     (data / "tokenizer" / "training_state").mkdir()
     (data / "tokenizer" / "training_state" / "state.json").write_text("{}")
     words = [*flags, "--data", data, "--auto_resume"]

@@ -12,6 +12,7 @@ from tiny import LENGTH, VOCAB_SIZE, batches, make_model, train
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_prep.common.command_line import UserError
 from eval.common.models import compile_blocks
 from eval.loss import summed_loss
 from eval.scoring.multiple_choice import Question, score
@@ -43,7 +44,6 @@ def compiled(kind=None):
 
 
 CURVES = {
-    "accumulated": lambda: train(make_model(attn_implementation="sdpa"), micro_batches=8),
     "full checkpointing": lambda: train(checkpointed("full")),
     "selective checkpointing": lambda: train(checkpointed("selective")),
     "compiled": lambda: train(compiled()),
@@ -335,8 +335,6 @@ def test_the_largest_micro_batch_is_what_no_process_runs_out_of_memory_with(most
 
 
 def test_a_model_that_memory_has_no_room_for_is_refused():
-    from data_prep.common.command_line import UserError
-
     def attempt(size):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
