@@ -1,5 +1,7 @@
 """Arguments of `generate`, and the text-generation pipeline: what stock GPT-2 does with them."""
 
+import warnings
+
 import pytest
 import torch
 from small_models import as_ours, random_stock_model, tokens
@@ -17,12 +19,10 @@ from transformers import (
 GENERATE = {
     "do_sample": True,
     "num_beams": 3,
-    "use_mtp": True,
     "use_cache": False,
     "cache_implementation": "static",
     "cache_config": {},
     "max_cache_len": 30,
-    "token_healing": True,
     "guidance_scale": 1.5,
     "num_return_sequences": 2,
     "output_attentions": True,
@@ -30,13 +30,9 @@ GENERATE = {
     "output_scores": True,
     "output_logits": True,
     "return_dict_in_generate": True,
-    "is_assistant": True,
     "prompt_lookup_num_tokens": 2,
-    "assistant_early_exit": 1,
     "disable_compile": True,
     "low_memory": True,
-    "penalty_alpha": 0.5,
-    "dola_layers": "low",
     "prefill_chunk_size": 4,
     "inputs": None,
     "synced_gpus": False,
@@ -49,8 +45,11 @@ GENERATE = {
     "max_new_tokns": 3,
 }
 WITH = {  # what an argument needs beside it, or takes effect with
-    "token_healing": {"tokenizer": "tokenizer"},
     "num_return_sequences": {"do_sample": True},
+    **{
+        f"output_{name}": {"return_dict_in_generate": True}
+        for name in ("attentions", "hidden_states", "scores", "logits")
+    },
     "negative_prompt_ids": {"guidance_scale": 1.5},
     "negative_prompt_attention_mask": {"guidance_scale": 1.5, "negative_prompt_ids": GENERATE["negative_prompt_ids"]},
     "assistant_model": {"do_sample": False},
@@ -64,7 +63,7 @@ def _letters(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="!", pad_token="!")
 
 
-ALONE = ("streamer", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # with a single prompt
+ALONE = ("streamer", "assistant_model", "prompt_lookup_num_tokens")  # with a single prompt
 
 
 class _Streamer:
@@ -88,29 +87,36 @@ def _generated(model, tokenizer, argument) -> object:
     mask = torch.ones_like(prompt)
     mask[1:, :4] = 0  # on its left
     torch.manual_seed(3)
-    try:
-        out = model.generate(**{"input_ids": prompt, "attention_mask": mask, "max_new_tokens": 6} | given)
-    except Exception as error:
-        return type(error), str(error).replace(type(model).__name__, "MODEL")
-    return getattr(out, "sequences", out).tolist(), streamer.got
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            out = model.generate(**{"input_ids": prompt, "attention_mask": mask, "max_new_tokens": 6} | given)
+        except Exception as error:
+            return type(error), str(error).replace(type(model).__name__, "MODEL")
+    deprecated = {str(warning.message) for warning in caught if warning.category is FutureWarning}
+    outputs = sorted(out) if isinstance(out, dict) else []
+    return getattr(out, "sequences", out).tolist(), outputs, streamer.got, deprecated
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+@pytest.fixture
+def models(tmp_path):
+    """Of each test: some arguments leave their mark on a model."""
     stock = random_stock_model()
-    return stock, as_ours(stock, tmp_path_factory.mktemp("model"))
+    return stock, as_ours(stock, tmp_path)
 
 
 @pytest.mark.parametrize("argument", GENERATE)
 def test_an_argument_does_what_it_does_for_stock(argument, models):
     stock, ours = models
     tokenizer = _letters(stock.config.vocab_size)
-    assert _generated(ours, tokenizer, argument) == _generated(stock, tokenizer, argument)
+    found = _generated(ours, tokenizer, argument)
+    assert found == _generated(stock, tokenizer, argument)
+    assert isinstance(found[0], type) == (argument == "max_new_tokns"), "an error of both is no result"
 
 
 @pytest.mark.parametrize("options", [{"stop_sequence": "d"}, {"do_sample": False, "num_beams": 2}], ids=str)
 def test_the_pipeline_writes_what_it_writes_with_stock(options, tmp_path):
-    texts, stock = [], random_stock_model()  # an early exit leaves its mark on the model
+    texts, stock = [], random_stock_model()
     for model in (stock, as_ours(stock, tmp_path)):
         torch.manual_seed(3)
         generate = pipeline("text-generation", model=model, tokenizer=_letters(model.config.vocab_size), device="cpu")
