@@ -46,10 +46,7 @@ GENERATE = {
 }
 WITH = {  # what an argument needs beside it, or takes effect with
     "num_return_sequences": {"do_sample": True},
-    **{
-        f"output_{name}": {"return_dict_in_generate": True}
-        for name in ("attentions", "hidden_states", "scores", "logits")
-    },
+    **dict.fromkeys((name for name in GENERATE if name.startswith("output_")), {"return_dict_in_generate": True}),
     "negative_prompt_ids": {"guidance_scale": 1.5},
     "negative_prompt_attention_mask": {"guidance_scale": 1.5, "negative_prompt_ids": GENERATE["negative_prompt_ids"]},
     "assistant_model": {"do_sample": False},

@@ -325,15 +325,15 @@ def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path)
     assert text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
 
 
+DYNAMO = ("--dynamo_backend", "eager", "--dynamo_use_regional_compilation")
+THREE = ("--num_processes", "3", "--gpu_ids=-1,-1,-1", "--mixed_precision", "no")
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("launch_file", "options", "device"),
-    [
-        ("cpu", ("--dynamo_backend", "eager"), "1 x"),
-        ("cpu_ddp", ("--dynamo_backend", "eager", "--dynamo_use_regional_compilation"), "2 x"),
-        ("cpu_ddp", ("--num_processes", "3", "--gpu_ids=-1,-1,-1", "--mixed_precision", "no"), "3 x"),
-    ],
-    ids=["dynamo", "dynamo of two processes", "three processes"],
+    [("cpu", ("--dynamo_backend", "eager"), "1 x"), ("cpu_ddp", (*DYNAMO, *THREE), "3 x")],
+    ids=["dynamo", "dynamo of three processes"],
 )
 def test_a_launch_as_accelerate_config_describes_it(data_folder, tmp_path, launch_file, options, device):
     """Nothing is given but what the tiny model needs: batch, micro-batch and warmup adapt."""
