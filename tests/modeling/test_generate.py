@@ -46,7 +46,7 @@ GENERATE = {
 }
 WITH = {  # what an argument needs beside it, or takes effect with
     "num_return_sequences": {"do_sample": True},
-    **dict.fromkeys((name for name in GENERATE if name.startswith("output_")), {"return_dict_in_generate": True}),
+    **{name: {"return_dict_in_generate": True} for name in GENERATE if name.startswith("output_")},
     "negative_prompt_ids": {"guidance_scale": 1.5},
     "negative_prompt_attention_mask": {"guidance_scale": 1.5, "negative_prompt_ids": GENERATE["negative_prompt_ids"]},
     "assistant_model": {"do_sample": False},
