@@ -128,19 +128,6 @@ def launch(
     return run_command(*launcher, *files, ROOT / script, *flags, cwd=cwd, exit_code=exit_code, env=env)
 
 
-def torchrun(
-    processes: int,
-    *flags: str,
-    cwd: Path,
-    exit_code: int | None = 0,
-    script: str = "training/train.py",
-    env: dict[str, str] | None = None,
-) -> subprocess.CompletedProcess:
-    """`torchrun --standalone --nproc_per_node PROCESSES SCRIPT FLAGS`, from `cwd`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return run_command(*launcher, ROOT / script, *flags, cwd=cwd, exit_code=exit_code, env=env)
-
-
 @pytest.fixture(scope="session")
 def train(tmp_path_factory, data_folder):
     """Train the tiny model on the small data in real processes: float32, sequential, 512 tokens a step; started by
@@ -148,22 +135,12 @@ def train(tmp_path_factory, data_folder):
     from forks import begin
 
     folder = tmp_path_factory.mktemp("runs")
-    fixed = ["--data", data_folder, "--mixed_precision", "no", "--order", "sequential", "--sample_every", "0"]
-    fixed += [
-        "--batch_tokens",
-        "512",
-        "--optim",
-        "adamw",
-        "--learning_rate",
-        "1e-2",
-        "--val_tokens",
-        "4096",
-        "--warmup_steps",
-        "3",
-    ]
+    words = "--mixed_precision no --order sequential --sample_every 0 --batch_tokens 512 --optim adamw "
+    words += "--learning_rate 1e-2 --val_tokens 4096 --warmup_steps 3"
+    fixed = ["--data", data_folder, *words.split(), *TINY_MODEL]
 
     def start(name: str, *flags: str, cwd: Path = folder, launch_file: str | None = None) -> Finished:
-        words = ["--run_name", name, *fixed, *TINY_MODEL, *flags]
+        words = ["--run_name", name, *fixed, *flags]
         if launch_file is None:
             return begin(words, cwd).finished(name)
         return Finished(cwd / "runs" / name, launch(*words, cwd=cwd, launch_file=launch_file).stdout)
@@ -183,7 +160,7 @@ def short_steps(data_folder) -> list[str]:
 def tiny_run(train) -> Finished:
     """20 steps, two micro-batches each, validated every 5 steps."""
     flags = ["--max_steps", "20", "--per_device_train_batch_size", "8", "--eval_steps", "5", "--save_steps", "5"]
-    return train("tiny", *flags, launch_file="cpu")
+    return train("tiny", *flags)
 
 
 def pytest_configure() -> None:

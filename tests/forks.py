@@ -1,14 +1,16 @@
 """Real training processes that start at once: forked from one that has imported all that they need."""
 
 import os
+import pickle
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from conftest import ROOT, Finished
+from conftest import ROOT, Finished, launch
 
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training.train", "eval.report", "transformers.models.auto.tokenization_auto"])
@@ -34,11 +36,15 @@ class Training:
         assert self.process.exitcode is not None, "it does not end"
         return self.process.exitcode, self.output.read_text()
 
+    def ended_with(self, expected: int) -> str:
+        """Its output; it must have ended with this exit code, and an error of the user without a traceback."""
+        code, text = self.ended()
+        assert code == expected and (code != 2 or "Traceback" not in text), f"exit code {code}\n{text}"
+        return text
+
     def finished(self, name: str) -> Finished:
         """The run it made, which must have ended well."""
-        code, text = self.ended()
-        assert code == 0, text
-        return Finished(self.cwd / "runs" / name, text)
+        return Finished(self.cwd / "runs" / name, self.ended_with(0))
 
 
 def begin(argv: list[object], cwd: Path, plant: Plant | None = None, env: dict[str, str] | None = None) -> Training:
@@ -59,6 +65,16 @@ def begin_command(
     process = _CONTEXT.Process(target=_run, args=(module, list(map(str, argv)), cwd, output, plant, env or {}))
     process.start()
     return Training(process, cwd, output)
+
+
+def launch_planted(
+    plant: Plant, *flags: object, cwd: Path, env: dict[str, str] | None = None, exit_code: int | None = 0
+) -> subprocess.CompletedProcess:
+    """Train in two processes of Accelerate, each with the plant."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | (env or {}) | {"PLANT": pickle.dumps(plant).hex(), "PYTHONPATH": path}
+    options = {"launch_file": "cpu_ddp", "script": "tests/planted_train.py", "exit_code": exit_code}
+    return launch(*flags, cwd=cwd, env=environment, **options)
 
 
 def _run(module: str, argv: list[str], cwd: Path, output: Path, plant: Plant | None, env: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Stock GPT-2 and `GPTModel` with the same random weights, small enough to compare in a moment."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from modeling import GPTModel
 
@@ -30,7 +30,7 @@ def tokens(*shape, seed=1) -> torch.Tensor:
     return torch.randint(1, SMALL["vocab_size"] - 1, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def as_in_nanogpt(model: GPTModel) -> dict[str, torch.Tensor]:
+def as_in_nanogpt(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of a model by name, the matrices of its blocks in `nn.Linear`'s layout."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {name: w.T.contiguous() if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}

@@ -16,16 +16,10 @@ from training.records.trackers import PROJECT
 
 pytestmark = pytest.mark.clients
 RECORDS = """
-import json, sys
-from pathlib import Path
-import pandas, trackio
+import json, sys, trackio
 from trackio.sqlite_storage import SQLiteStorage
-project, exported = sys.argv[1:]
-(run,) = trackio.Api().runs(project)
-SQLiteStorage.export_for_static_space(project, Path(exported))  # what its static dashboard reads
-loss = pandas.read_parquet(f"{exported}/metrics.parquet")[["step", "loss"]].dropna()
-logs = SQLiteStorage.get_logs(project, run.name, run_id=run.id)
-print(json.dumps([run.name, run.config, logs, loss.values.tolist()]))
+(run,) = trackio.Api().runs(sys.argv[1])
+print(json.dumps([run.name, run.config, SQLiteStorage.get_logs(sys.argv[1], run.name, run_id=run.id)]))
 """
 
 
@@ -39,11 +33,15 @@ def default_folder(monkeypatch):
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
 
 
-def stored(folder: Path, project: str, exported: Path) -> tuple[str, dict, list[dict], list]:
-    """The name of the one run in `folder`, its settings, its logs, and the losses in the export of a static Space."""
+def stored(folder: Path) -> tuple[str, dict, list[dict]]:
+    """The name of the one run in `folder`, its settings and its logs."""
     environment = os.environ | {"TRACKIO_DIR": str(folder)}
-    done = run_command(sys.executable, "-c", RECORDS, project, exported, cwd=folder, env=environment)
+    done = run_command(sys.executable, "-c", RECORDS, PROJECT, cwd=folder, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def losses(logs: list[dict]) -> list[list]:
+    return [[line["step"], line["loss"]] for line in logs if line.get("loss") is not None]
 
 
 def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
@@ -52,7 +50,7 @@ def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
     run = begin([*flags, *samples, "--run_name", "seen"], tmp_path, no_network).finished("seen")
     resume = ["--run_name", "seen", "--resume_from_checkpoint", "--max_steps", "8", "--override", "max_steps"]
     run = begin(resume, tmp_path, no_network).finished("seen")
-    name, settings, logs, exported = stored(run.folder / "trackio", PROJECT, tmp_path / "exported")
+    name, settings, logs = stored(run.folder / "trackio")
     assert name == "seen" and settings["max_steps"] == "8"
 
     found: dict[int, dict] = {}
@@ -61,7 +59,7 @@ def test_trackio_has_the_metrics_of_the_run_and_asks_nobody(flags, tmp_path):
     for step, expected in run.metrics().items():
         numbers = {name: value for name, value in expected.items() if name not in ("data", "message")}
         assert numbers == {name: found[step][name] for name in numbers}
-    assert exported == [[step, loss] for step, loss in enumerate(run.losses())]
+    assert losses(logs) == [[step, loss] for step, loss in enumerate(run.losses())]
     texts = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
     assert len(texts) == 3  # steps 3, 6 and 8
     assert [found[text["step"]]["sample/0"] for text in texts] == [text["prompt"] + text["text"] for text in texts]
@@ -73,8 +71,8 @@ def test_each_step_of_a_killed_run_is_there_once(flags, tmp_path):
     words = [*flags, *samples, "--max_steps", "12", "--run_name", "seen"]
     assert begin(words, tmp_path, partial(in_step, 10, 0, die)).ended()[0] != 0
     run = begin([*words, "--resume_from_checkpoint"], tmp_path, no_network).finished("seen")
-    _, _, logs, exported = stored(run.folder / "trackio", PROJECT, tmp_path / "exported")
-    assert exported == [[step, loss] for step, loss in enumerate(run.losses())]
+    _, _, logs = stored(run.folder / "trackio")
+    assert losses(logs) == [[step, loss] for step, loss in enumerate(run.losses())]
     assert [line["step"] for line in logs if "val_loss" in line] == [0, 3, 6, 9, 12]
     assert [line["step"] for line in logs if "sample/0" in line] == [3, 6, 9, 12]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from forks import begin
-from plants import die, in_step, online
+from plants import die, in_step, online, saves_that_fail
 from standin_hub import serve
 
 pytestmark = pytest.mark.processes
@@ -19,24 +19,27 @@ NEAR_NAMES = [
     *("step_best", "step_00000006_gguf", "step_00000012.bak", "step_6_keep", "step_00000009_copy", "step_6", "best"),
     *("step_000000060", "step_0000006", "Step_00000006", "step_00000006 ", "step_00000006.lm_eval", "damaged_step_6"),
     *(".step_6.partial", ".step_00000006.part", ".step_00000006.partial.bak", "COMPLETE", "training_state", "hub"),
-    *(
-        "report.md.bak",
-        "my_report.html",
-        "loss2.png",
-        "notes.txt",
-        "metrics.jsonl.old",
-        "log.txt~",
-        ".uploading_step_6",
-    ),
+    *("report.md.bak", "my_report.html", "loss2.png", "notes.txt", "metrics.jsonl.old", "log.txt~"),
+    *(".uploading_step_6", "mine.md", "loss_annotated.png"),
 ]
 
 
 @pytest.fixture(scope="session")
 def flags(short_steps) -> list[str]:
-    return [
-        *short_steps,
-        *["--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "1", "--lr_scheduler_type", "wsd"],
-    ]
+    words = "--eval_steps 3 --save_steps 3 --save_total_limit 1 --lr_scheduler_type wsd --run_name run"
+    return [*short_steps, *words.split()]
+
+
+@pytest.fixture(scope="module")
+def six_steps(flags, tmp_path_factory) -> Path:
+    """The folder of a finished run of six steps."""
+    return begin([*flags, "--max_steps", "6"], tmp_path_factory.mktemp("six")).finished("run").folder
+
+
+@pytest.fixture
+def six(six_steps, tmp_path) -> Path:
+    """A copy of it, to change."""
+    return shutil.copytree(six_steps, tmp_path / "runs" / "run")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -53,18 +56,18 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
-    """Put a hundred foreign files, folders and links, with names near ours, into a run's folder: what they are."""
-    rng = random.Random(seed)
+def salt(run: Path) -> dict[str, str]:
+    """Put a hundred foreign files, folders and links, with names near ours, into a run's folder; its contents then."""
+    rng = random.Random(0)
     folders = [run, run / "checkpoints", run / "report", run / "hub"]
-    salted: dict[Path, dict[str, str]] = {}
-    while len(salted) < 100:
-        place = rng.choice(folders)
-        place.mkdir(parents=True, exist_ok=True)
-        name = rng.choice(NEAR_NAMES) + rng.choice(["", "", ".txt", "_old", "2"])
-        path = place / name
-        if os.path.lexists(path) or name in ("hub", "checkpoints", "report"):
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    left = 100
+    while left:
+        path = rng.choice(folders) / (rng.choice(NEAR_NAMES) + rng.choice(["", "", ".txt", "_old", "2"]))
+        if os.path.lexists(path):
             continue
+        left -= 1
         kind = rng.choice(["file", "folder", "checkpoint", "link"])
         if kind == "file":
             path.write_bytes(rng.randbytes(rng.randrange(200)))
@@ -76,37 +79,23 @@ def salt(run: Path, seed: int) -> dict[Path, dict[str, str]]:
             if kind == "checkpoint":  # a copy that somebody has made, sentinel included
                 (path / "COMPLETE").write_text("{}")
                 (path / "training_state").mkdir()
-        salted[path] = {} if kind in ("file", "link") else contents(path)
-    return salted
-
-
-def state_of(path: Path) -> str:
-    if path.is_symlink():
-        return f"link to {os.readlink(path)}"
-    return "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return contents(run)
 
 
 def test_nothing_foreign_is_touched(flags, tmp_path):
-    """Training, resuming, pruning, preflight, publishing, cooling down and a damaged checkpoint."""
+    """Training, resuming, pruning, preflight, publishing and a damaged checkpoint."""
     run = tmp_path / "runs" / "run"
-    run.mkdir(parents=True)
-    salted = salt(run, seed=0)
-    before = {path: state_of(path) for path in salted}
-    common = [*flags, "--run_name", "run", "--auto_resume"]
+    before = salt(run)
+    common = [*flags, "--auto_resume"]
 
     def check(what: str) -> None:
-        assert len(salted) == 100
-        for path, inside in salted.items():
-            assert os.path.lexists(path) and state_of(path) == before[path], f"{what}: {path}"
-            assert path.is_symlink() or not path.is_dir() or contents(path) == inside, f"{what}: {path}"
+        assert not (changed := before.items() - contents(run).items()), f"{what}: {changed}"
 
-    code, text = begin([*common, "--max_steps", "12"], tmp_path, partial(in_step, 7, 0, die)).ended()
-    assert code == -9, text
+    begin([*common, "--max_steps", "12"], tmp_path, partial(in_step, 7, 0, die)).ended_with(-9)
     check("killed")
     begin([*common, "--max_steps", "12"], tmp_path).finished("run")
     check("resumed and pruned")
-    code, text = begin([*common, "--max_steps", "15", "--preflight"], tmp_path).ended()
-    assert code == 0, text
+    begin([*common, "--max_steps", "15", "--preflight"], tmp_path).ended_with(0)
     check("preflight")
     weights = run / "checkpoints" / "step_00000012" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
@@ -120,20 +109,10 @@ def test_nothing_foreign_is_touched(flags, tmp_path):
     check("a damaged checkpoint, and publishing")
 
 
-def test_cooling_down_from_a_run_leaves_it_alone(flags, tmp_path):
-    trunk = begin([*flags, "--run_name", "trunk", "--max_steps", "6"], tmp_path).finished("trunk")
-    last = trunk.checkpoints[-1]
-    salt(trunk.folder, seed=1)
-    before = contents(trunk.folder)
-    words = ["--resume_from_checkpoint", last, "--run_name", "ended", "--cooldown_steps", "3", "--override"]
-    begin([*words, "max_steps", "cooldown_steps"], tmp_path).finished("ended")
-    assert contents(trunk.folder) == before
-
-
 @pytest.mark.parametrize("name", ["..", ".", "", " ", "a/b", "../x", "/tmp/x", ".hidden", "link", "\0"])
 @pytest.mark.parametrize("more", [(), ("--preflight",)], ids=["run", "preflight"])
 @pytest.mark.parametrize("setting", ["run_name", "output_dir"])
-def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more, setting, monkeypatch):
+def test_a_run_has_a_plain_name_below_its_place(short_steps, tmp_path, name, more, setting, monkeypatch):
     from data_prep.common.command_line import UserError
     from training.settings.validation import load_config
 
@@ -143,11 +122,11 @@ def test_a_run_has_a_plain_name_below_its_place(flags, tmp_path, name, more, set
     (tmp_path / "runs" / "link").symlink_to(elsewhere)
     monkeypatch.chdir(tmp_path)
     if setting == "output_dir" and name in ("a/b", "/tmp/x", "../x", "."):  # plain names at their ends
-        load_config([*flags, "--output_dir", f"runs/{name}", *more], 1)
+        load_config([*short_steps, "--output_dir", f"runs/{name}", *more], 1)
         return
     value = name if setting == "run_name" or not name.strip() else f"runs/{name}"
     with pytest.raises(UserError, match=rf"{setting}(=|: is empty)"):
-        load_config([*flags, f"--{setting}", value, *more], 1)
+        load_config([*short_steps, f"--{setting}", value, *more], 1)
 
 
 def test_a_dangerous_name_deletes_nothing(flags, tmp_path):
@@ -156,10 +135,9 @@ def test_a_dangerous_name_deletes_nothing(flags, tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "COMPLETE").write_text("mine")
     before = contents(tmp_path)
-    for name in ("..", "", "."):
-        for more in ([], ["--preflight"]):
-            code, text = begin([*flags, "--run_name", name, *more], tmp_path).ended()
-            assert code == 2 and "run_name" in text and len(text.splitlines()) == 1, text
+    for more in ([], ["--preflight"]):
+        text = begin([*flags, "--run_name", "..", *more], tmp_path).ended_with(2)
+        assert "run_name" in text and len(text.splitlines()) == 1, text
     assert {name: state for name, state in contents(tmp_path).items() if "output_" not in name} == before
 
 
@@ -167,17 +145,16 @@ def test_a_preflight_leaves_what_it_has_not_made(flags, tmp_path):
     place = tmp_path / "runs" / ".preflight" / "run"
     (place / "checkpoints").mkdir(parents=True)
     (place / "checkpoints" / "mine").write_text("precious")
-    code, text = begin([*flags, "--run_name", "run", "--preflight"], tmp_path).ended()
-    assert code == 2 and "is in the way of the preflight" in text, text
+    text = begin([*flags, "--preflight"], tmp_path).ended_with(2)
+    assert "is in the way of the preflight" in text, text
     assert (place / "checkpoints" / "mine").read_text() == "precious"
 
 
 def test_a_killed_preflight_does_not_block_the_next(flags, tmp_path):
-    words = [*flags, "--run_name", "run", "--preflight"]
-    code, _ = begin(words, tmp_path, partial(die_in_preflight)).ended()
-    assert code == -9 and (tmp_path / "runs" / ".preflight" / "run").exists()
-    code, text = begin(words, tmp_path).ended()
-    assert code == 0 and "every part works" in text, text
+    words = [*flags, "--preflight"]
+    begin(words, tmp_path, die_in_preflight).ended_with(-9)
+    assert (tmp_path / "runs" / ".preflight" / "run").exists()
+    assert "every part works" in begin(words, tmp_path).ended_with(0)
     assert not (tmp_path / "runs" / ".preflight" / "run").exists()
 
 
@@ -187,42 +164,37 @@ def die_in_preflight() -> None:
     preflight.find_corruption = lambda folder: die()
 
 
-def test_a_folder_in_the_place_of_a_checkpoint_is_left_there(flags, tmp_path):
-    """The run says so, and ends with an error if it was its last."""
-    mine = tmp_path / "runs" / "run" / "checkpoints" / "step_00000006"
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_folder_in_the_place_of_a_checkpoint_is_left_there(flags, tmp_path, step):
+    """The run says so, and ends with an error if it was its first or its last."""
+    name = f"step_{step:08d}"
+    mine = tmp_path / "runs" / "run" / "checkpoints" / name
     mine.mkdir(parents=True)
     (mine / "results.json").write_text("precious")
-    from plants import saves_that_fail
-
-    code, text = begin([*flags, "--run_name", "run", "--max_steps", "6"], tmp_path, partial(saves_that_fail, 0)).ended()
-    assert code == 2 and "step_00000006 is in the way: it was not made by this program" in text, text
-    assert "warning: runs/run/checkpoints/step_00000006 was not made by this program; step 6 cannot be saved" in text
+    text = begin([*flags, "--max_steps", "6"], tmp_path, partial(saves_that_fail, 0)).ended_with(2)
+    assert f"{name} is in the way: it was not made by this program" in text, text
+    assert f"warning: runs/run/checkpoints/{name} was not made by this program; step {step} cannot be saved" in text
     assert (mine / "results.json").read_text() == "precious" and len(list(mine.iterdir())) == 1
 
 
-@pytest.mark.parametrize("copy", ["step_6_keep", "step_00000009_copy", "step_latest", "step_00000006.bak"])
-def test_a_copy_of_a_checkpoint_does_not_roll_a_run_back(flags, tmp_path, copy):
-    run = begin([*flags, "--run_name", "run", "--max_steps", "6"], tmp_path).finished("run")
-    last = run.checkpoints[-1]
-    if copy == "step_latest":
-        (last.parent / copy).symlink_to(last.name)
-    else:
+def test_a_copy_of_a_checkpoint_does_not_roll_a_run_back(flags, six, tmp_path):
+    last = six / "checkpoints" / "step_00000006"
+    for copy in ("step_6_keep", "step_00000009_copy", "step_00000006.bak"):
         shutil.copytree(last, last.parent / copy)
-    more = ["--run_name", "run", "--resume_from_checkpoint", "--max_steps", "9", "--override", "max_steps"]
-    resumed = begin([*flags, *more], tmp_path).finished("run")
-    assert "from step 6" in resumed.stdout
-    assert (last.parent / copy).exists() or copy == "step_latest"
+    (last.parent / "step_latest").symlink_to(last.name)
+    more = ["--resume_from_checkpoint", "--max_steps", "9", "--override", "max_steps"]
+    assert "from step 6" in begin([*flags, *more], tmp_path).ended_with(0)
+    left = {path.name for path in last.parent.iterdir()}
+    assert {"step_6_keep", "step_00000009_copy", "step_00000006.bak", "step_latest"} < left
 
 
 @pytest.mark.parametrize("how", ["damaged", "removed", "a file", "a broken link"])
-def test_a_run_that_has_saved_is_never_begun_anew_unasked(flags, tmp_path, how):
-    words = [*flags, "--run_name", "run", "--auto_resume", "--max_steps", "6"]
-    run = begin(words, tmp_path).finished("run")
-    log = (run.folder / "metrics.jsonl").read_bytes()
-    checkpoints = run.folder / "checkpoints"
+def test_a_run_that_has_saved_is_never_begun_anew_unasked(flags, six, tmp_path, how):
+    words = [*flags, "--max_steps", "6"]
+    log, checkpoints = (six / "metrics.jsonl").read_bytes(), six / "checkpoints"
     if how == "damaged":
-        for checkpoint in run.checkpoints:
-            (checkpoint / "model.safetensors").write_bytes(b"")
+        for weights in checkpoints.glob("*/model.safetensors"):
+            weights.write_bytes(b"")
     else:
         shutil.rmtree(checkpoints)
         if how == "a file":
@@ -230,40 +202,23 @@ def test_a_run_that_has_saved_is_never_begun_anew_unasked(flags, tmp_path, how):
         elif how == "a broken link":
             checkpoints.symlink_to("nowhere")
     for _ in range(2):  # the first start reports it, and so does every other
-        code, text = begin(words, tmp_path).ended()
-        assert code == 2 and "error: " in text and "Traceback" not in text, text
-        assert (run.folder / "metrics.jsonl").read_bytes() == log
-    code, text = begin(words[:-3] + words[-2:], tmp_path).ended()  # without --auto_resume
-    assert code == 2, text
+        text = begin([*words, "--auto_resume"], tmp_path).ended_with(2)
+        assert "error: " in text and (six / "metrics.jsonl").read_bytes() == log
+        assert how != "damaged" or "no complete checkpoint to resume from; remove that folder to start anew" in text
+    begin(words, tmp_path).ended_with(2)
 
 
 def test_nothing_but_a_tokenizer_comes_from_the_tokenizer_folder(flags, data_folder, tmp_path):
     data = shutil.copytree(data_folder, tmp_path / "data")
-    planted = {"model.safetensors": b"planted", "evil.py": b"print(1)", "COMPLETE": b"{}", "config.json": b"{}",
-               "README.md": b"planted", "training_state": None, "pytorch_model.bin": b"planted"}  # fmt: skip
-    for name, content in planted.items():
-        if content is None:
-            (data / "tokenizer" / name).mkdir()
-            (data / "tokenizer" / name / "state.json").write_text("{}")
-        else:
-            (data / "tokenizer" / name).write_bytes(content)
-    words = [*flags, "--data", data, "--run_name", "run", "--auto_resume"]
+    for name in ("model.safetensors", "evil.py", "COMPLETE", "config.json", "README.md", "pytorch_model.bin"):
+        (data / "tokenizer" / name).write_bytes(b"{}")
+    (data / "tokenizer" / "training_state").mkdir()
+    (data / "tokenizer" / "training_state" / "state.json").write_text("{}")
+    words = [*flags, "--data", data, "--auto_resume"]
     run = begin([*words, "--max_steps", "3"], tmp_path).finished("run")
     (checkpoint,) = run.checkpoints
-    assert not (checkpoint / "evil.py").exists() and not (checkpoint / "README.md").exists()
-    assert not (checkpoint / "pytorch_model.bin").exists()
+    assert not {"evil.py", "README.md", "pytorch_model.bin"} & {path.name for path in checkpoint.iterdir()}
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "gpt2"
     assert (checkpoint / "model.safetensors").stat().st_size > 10_000
     more = begin([*words, "--max_steps", "6", "--override", "max_steps"], tmp_path).finished("run")
     assert "from step 3" in more.stdout
-
-
-def test_the_users_files_beside_a_report_stay(flags, tmp_path):
-    words = [*flags, "--run_name", "run", "--auto_resume"]
-    run = begin([*words, "--max_steps", "3"], tmp_path).finished("run")
-    (run.folder / "report" / "mine.md").write_text("precious")
-    (run.folder / "report" / "loss_annotated.png").write_bytes(b"precious")
-    begin([*words, "--max_steps", "6", "--override", "max_steps"], tmp_path).finished("run")
-    assert (run.folder / "report" / "mine.md").read_text() == "precious"
-    assert (run.folder / "report" / "loss_annotated.png").read_bytes() == b"precious"
-    assert (run.folder / "report" / "report.md").exists()

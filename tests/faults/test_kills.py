@@ -7,51 +7,32 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Finished
+from conftest import TINY_MODEL, Finished
 from forks import begin
 from plants import counted, signalled
 from safetensors.torch import load_file
 
 from data_prep.sharding.manifest import Manifest
 
-# What a step's number or position decides, and what lies between two steps: a mixture through several epochs, attention
-# within documents, dropout, Muon, a ramp, evaluations, samples, checkpoints that come and go.
 pytestmark = pytest.mark.processes
 
-RECIPE = ["--data_weights", "3", "1", "--order", "shuffled", "--document_mask", "true", "--dropout", "0.1"]
-RECIPE += ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--n_positions", "32", "--mixed_precision", "no"]
-RECIPE += ["--optim", "muon", "--learning_rate", "1e-2", "--muon_learning_rate", "2e-2", "--z_loss", "1e-3"]
-RECIPE += [
-    "--lr_scheduler_type",
-    "wsd",
-    "--warmup_tokens",
-    "1000",
-    "--batch_ramp_start",
-    "1024",
-    "--batch_ramp_tokens",
-    "8192",
-]
-RECIPE += ["--batch_tokens", "4096", "--per_device_train_batch_size", "16", "--max_steps", "15", "--val_tokens", "4096"]
-RECIPE += [
-    "--eval_steps",
-    "2",
-    "--save_steps",
-    "3",
-    "--save_total_limit",
-    "1",
-    "--keep_every",
-    "6",
-    "--sample_every",
-    "5",
-]
-RECIPE += ["--sample_tokens", "4", "--sample_prompts", "def", "--spike_zscore", "100", "--spike_window", "4"]
+# What a step's number or position decides, and what lies between two steps: a mixture through several epochs, attention
+# within documents, dropout, Muon, a ramp, evaluations, samples, checkpoints that come and go.
+WORDS = """
+--data_weights 3 1 --order shuffled --document_mask true --dropout 0.1 --mixed_precision no
+--optim muon --learning_rate 1e-2 --muon_learning_rate 2e-2 --z_loss 1e-3 --lr_scheduler_type wsd --warmup_tokens 1000
+--batch_ramp_start 1024 --batch_ramp_tokens 8192 --batch_tokens 4096 --per_device_train_batch_size 16 --max_steps 15
+--val_tokens 4096 --eval_steps 2 --save_steps 3 --save_total_limit 1 --keep_every 6 --hellaswag_every 4
+--sample_every 5 --sample_tokens 4 --sample_prompts def --spike_zscore 100 --spike_window 4
+"""
+RECIPE = [*TINY_MODEL, *WORDS.split()]
 
 
 @pytest.fixture(scope="session")
 def command(data_folder, other_data, swag_file):
     """The command of a run by name: the same one to start it and to start it again."""
-    evaluated = ["--hellaswag_every", "4", "--hellaswag_data", swag_file]
-    return lambda name: ["--run_name", name, "--auto_resume", "--data", data_folder, other_data, *RECIPE, *evaluated]
+    flags = ["--data", data_folder, other_data, "--hellaswag_data", swag_file, *RECIPE]
+    return lambda name: ["--run_name", name, "--auto_resume", *flags]
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +91,8 @@ def files(run: Finished) -> set[str]:
 def test_a_finished_run_is_left_as_it_is(undisturbed, command):
     whole: Finished = undisturbed[0]
     before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
-    code, text = begin(command("whole"), whole.folder.parents[1]).ended()
-    assert (code, text) == (0, "runs/whole is finished, at step 15\n")
+    text = begin(command("whole"), whole.folder.parents[1]).ended_with(0)
+    assert text == "runs/whole is finished, at step 15\n"
     assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from small_models import as_in_nanogpt
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling import GPTModel
@@ -42,15 +43,12 @@ def stock(activation: str, vocab_size: int = 128) -> GPT2LMHeadModel:
 
 
 def as_they_write(model: GPT2LMHeadModel, prefix: str = "", biases: bool = True) -> dict[str, torch.Tensor]:
-    """nanoGPT's and build-nanogpt's names and layout: linear layers, and the mask as a buffer."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        matrix = tensor.ndim == 2 and ".h." in name
-        if biases or not name.endswith(".bias"):
-            weights[prefix + name] = tensor.T.contiguous() if matrix else tensor
-    for layer in range(2):
-        weights[f"{prefix}transformer.h.{layer}.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16)
-    return weights
+    """nanoGPT's and build-nanogpt's names and layout: linear layers, the head, and the mask as a buffer."""
+    weights = as_in_nanogpt(model) | {"lm_head.weight": model.lm_head.weight.detach()}
+    if not biases:
+        weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
+    weights |= {f"transformer.h.{i}.attn.bias": torch.ones(16, 16).tril().view(1, 1, 16, 16) for i in range(2)}
+    return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])

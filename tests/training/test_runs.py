@@ -3,21 +3,29 @@
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_MODEL, VOCAB_SIZE, Finished, launch, torchrun
+from conftest import ROOT, TINY_MODEL, VOCAB_SIZE, Finished, launch, run_command
 from forks import begin
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data_prep.common.command_line import UserError, run
+from data_prep.inspect import sequences
 from data_prep.prepare import Recipe, prepare
 from data_prep.reading.sources import Source
 from modeling import GPTConfig, GPTModel
 from training.checkpointing.storage import RunState, complete_checkpoints, load_state, prune_checkpoints
+from training.engine.data import load_data
+from training.resilience.resume import resumed_state
+from training.settings.parsing import parse_config
+from training.train import main, read_config
 
 
 def initial_model(data_folder, folder):
@@ -66,40 +74,37 @@ def test_losses_are_those_of_build_nanogpts_loop(tiny_run, data_folder, tmp_path
     np.testing.assert_allclose([metrics[step]["grad_norm"] for step in range(max_steps)], norms, rtol=1e-3)
 
 
+def with_torchrun(processes: int, run: Finished, folder: Path, *flags: str) -> Finished:
+    """A run with another's settings."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    words = [ROOT / "training" / "train.py", run.folder / "config.yaml", "--output_dir", "run", *flags]
+    run_command(*launcher, *words, cwd=folder)
+    assert json.loads((folder / "run" / "environment.json").read_text())["num_processes"] == processes
+    return Finished(folder / "run", "")
+
+
 @pytest.fixture(scope="module")
-def two_processes(train):
-    flags = ["--max_steps", "20", "--per_device_train_batch_size", "4", "--eval_steps", "5"]
-    return train("two_processes", *flags, launch_file="cpu_ddp")
+def two_processes(tiny_run, tmp_path_factory) -> Finished:
+    return with_torchrun(2, tiny_run, tmp_path_factory.mktemp("two"), "--per_device_train_batch_size", "4")
 
 
 @pytest.mark.processes
 def test_two_processes_do_not_change_the_losses(tiny_run, two_processes):
-    other = two_processes
-    assert json.loads((other.folder / "environment.json").read_text())["num_processes"] == 2
-    difference = np.array(other.losses()) - np.array(tiny_run.losses())
+    difference = np.array(two_processes.losses()) - np.array(tiny_run.losses())
     assert np.abs(difference).max() < 1e-4 and abs(difference.mean()) < 2e-5
     for step in (0, 5, 10, 15, 20):
-        assert other.metrics()[step]["val_loss"] == pytest.approx(tiny_run.metrics()[step]["val_loss"], abs=1e-4)
+        losses = [run.metrics()[step]["val_loss"] for run in (tiny_run, two_processes)]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("processes", [1, 2])
-def test_torchrun_is_as_good_as_accelerate_launch(request, processes, tmp_path):
-    run = request.getfixturevalue("tiny_run" if processes == 1 else "two_processes")
-    torchrun(processes, run.folder / "config.yaml", "--output_dir", "run", cwd=tmp_path)
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["num_processes"] == processes
-    assert Finished(tmp_path / "run", "").losses() == run.losses()
+def test_torchrun_with_one_process_is_as_good_as_none(tiny_run, tmp_path):
+    assert with_torchrun(1, tiny_run, tmp_path).losses() == tiny_run.losses()
 
 
 @pytest.mark.processes
 def test_compressed_gradients_are_rounded(two_processes, tmp_path):
-    torchrun(
-        2,
-        two_processes.folder / "config.yaml",
-        *["--output_dir", "run", "--gradient_compression", "fp16"],
-        cwd=tmp_path,
-    )
-    losses = Finished(tmp_path / "run", "").losses()
+    losses = with_torchrun(2, two_processes, tmp_path, "--gradient_compression", "fp16").losses()
     assert losses == pytest.approx(two_processes.losses(), abs=1e-2) and losses != two_processes.losses()
 
 
@@ -110,12 +115,11 @@ FLAGS = (
     "--lr_scheduler_type wsd --warmup_tokens 1000 --batch_tokens 1024 --batch_ramp_start 256 --batch_ramp_tokens 2048 "
     "--sample_every 10 --sample_tokens 8 --sample_prompts def def def"
 )
-RECIPE = FLAGS.split()
 
 
 @pytest.fixture(scope="session")
 def recipe(train) -> Finished:
-    return train("recipe", *RECIPE)
+    return train("recipe", *FLAGS.split())
 
 
 def test_a_ramp_of_batches_is_accounted_for(recipe):
@@ -131,15 +135,6 @@ def test_a_ramp_of_batches_is_accounted_for(recipe):
     assert load_state(recipe.checkpoints[-1]).position == consumed // 32
 
 
-@pytest.mark.slow  # two processes without the recipe, and the recipe without them, are tested elsewhere
-def test_two_processes_follow_the_same_recipe(train, recipe):
-    other = train("recipe_two", *RECIPE, launch_file="cpu_ddp")
-    difference = np.array(other.losses()) - np.array(recipe.losses())
-    assert np.abs(difference).max() < 1e-3 and abs(difference.mean()) < 2e-4
-    assert [other.metrics()[s]["tokens"] for s in range(10)] == [recipe.metrics()[s]["tokens"] for s in range(10)]
-    assert (other.folder / "samples.jsonl").read_text() == (recipe.folder / "samples.jsonl").read_text()
-
-
 def test_samples_of_a_prompt_differ(recipe):
     samples = [json.loads(line) for line in (recipe.folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == ["def"] * 3
@@ -149,20 +144,19 @@ def test_samples_of_a_prompt_differ(recipe):
 def test_a_cooldown_branches_off_from_any_checkpoint(recipe):
     """Settings, weights and position are the trunk's; the learning rate falls to its end over what is added."""
     trunk = recipe.folder / "checkpoints" / "step_00000005"
-    root = recipe.folder.parents[1]
-    branch = begin(["--resume_from_checkpoint", trunk, "--cooldown_steps", "4", "--run_name", "cooled"], root).finished(
-        "cooled"
-    )
+    before = {path: path.read_bytes() for path in recipe.folder.rglob("*") if path.is_file()}
+    words = ["--resume_from_checkpoint", trunk, "--cooldown_steps", "4", "--run_name", "cooled"]
+    branch = begin(words, recipe.folder.parents[1]).finished("cooled")
+    assert {path: path.read_bytes() for path in recipe.folder.rglob("*") if path.is_file()} == before
     metrics = branch.metrics()
     assert sorted(metrics) == [5, 6, 7, 8, 9] and "val_loss" in metrics[9]
     assert metrics[5]["loss"] == recipe.metrics()[5]["loss"]  # of the same weights, on the same batch
-    before = [metrics[step]["tokens"] - metrics[step]["batch_tokens"] for step in range(5, 9)]
-    length = metrics[8]["tokens"] - before[0]
-    rates = [1e-2 * (0.1 + 0.9 * (1 - (tokens - before[0]) / length)) for tokens in before]
+    start = [metrics[step]["tokens"] - metrics[step]["batch_tokens"] for step in range(5, 9)]
+    length = metrics[8]["tokens"] - start[0]
+    rates = [1e-2 * (0.1 + 0.9 * (1 - (tokens - start[0]) / length)) for tokens in start]
     assert [metrics[step]["learning_rate"] for step in range(5, 9)] == pytest.approx(rates)
     assert yaml.safe_load((branch.folder / "config.yaml").read_text())["max_steps"] == 9
     assert load_state(branch.checkpoints[-1]).best_step is None  # the checkpoint of step 5 is not one of this run
-    assert [folder.name for folder in recipe.checkpoints] == ["step_00000005", "step_00000010"]
 
 
 def test_a_run_begins_from_a_checkpoint(train, tiny_run):
@@ -206,9 +200,8 @@ def test_validation_loss_is_what_stock_transformers_computes(tiny_run, data_fold
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text_bytes = sum(len(tokenizer.decode([i], skip_special_tokens=True).encode()) for i in y.flatten() if i < 256)
-        text_bytes += sum(
-            len(tokenizer.convert_ids_to_tokens(int(i))) for i in y.flatten() if 256 <= i < VOCAB_SIZE - 1
-        )
+        others = [int(i) for i in y.flatten() if 256 <= i < VOCAB_SIZE - 1]
+        text_bytes += sum(len(tokenizer.convert_ids_to_tokens(i)) for i in others)
         bits = loss * y.numel() / math.log(2) / text_bytes
         # Bytes that are no characters of their own decode to more than one byte; there are few in source text.
         assert reported["val_bits_per_byte"] == pytest.approx(bits, rel=0.01)
@@ -223,16 +216,13 @@ def test_a_checkpoint_is_an_ordinary_model_folder(tiny_run, data_folder):
     assert type(model).__module__.startswith("transformers.models.gpt2")
     assert model.config.vocab_size == len(tokenizer) == VOCAB_SIZE
     assert model.config.eos_token_id == tokenizer.eos_token_id == VOCAB_SIZE - 1
+    assert load_state(last).position == 20 * 512 // 32
     hashes = json.loads((last / "COMPLETE").read_text())
     files = {str(path.relative_to(last)) for path in last.rglob("*") if path.is_file()}
     assert set(hashes) == files - {"COMPLETE"}
 
 
 def test_sequences_of_a_run_are_shown_as_text(recipe, data_folder):
-    from data_prep.inspect import sequences
-    from training.engine.data import load_data
-    from training.settings.parsing import parse_config
-
     config = parse_config([str(recipe.folder / "config.yaml")])
     batch = load_data(config).batches(config, "train").sequences(40, 3)
     shown = list(sequences([str(data_folder)], recipe.folder, 40, 43))
@@ -279,85 +269,36 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tiny_run):
     assert {load_state(folder).step for folder in tiny_run.checkpoints} == {15, 20, best}
 
 
-def test_state_holds_nothing_but_what_json_can(tiny_run):
-    state = load_state(tiny_run.checkpoints[-1])
-    assert isinstance(state, RunState) and state.step == 20 and state.position == 20 * 512 // 32
-
-
+RESUME = "--run_name tiny --resume_from_checkpoint"
 REFUSALS = [
-    (["--run_name", "tiny"], "runs/tiny holds a run already (its last checkpoint is step_00000020)"),
-    (["--run_name", "none", "--resume_from_checkpoint"], "runs/none has no complete checkpoint to resume from"),
+    ("--run_name tiny", "runs/tiny holds a run already (its last checkpoint is step_00000020)"),
+    ("--run_name none --resume_from_checkpoint", "runs/none has no complete checkpoint to resume from"),
+    (RESUME, "is at step 20 of max_steps=20; to continue, raise it and give --override"),
+    (f"{RESUME} --n_head 2", "is another model (n_head=4, not 2)"),
     (
-        ["--run_name", "tiny", "--resume_from_checkpoint"],
-        "is at step 20 of max_steps=20; to continue, raise it and give --override",
-    ),
-    (["--run_name", "tiny", "--resume_from_checkpoint", "--n_head", "2"], "is another model (n_head=4, not 2)"),
-    (
-        ["--run_name", "branch", "--resume_from_checkpoint", "runs/tiny/checkpoints/step_00000020"],
+        "--run_name branch --resume_from_checkpoint runs/tiny/checkpoints/step_00000020",
         "step_00000020 is at step 20 of max_steps=20; to continue, raise it\n",
     ),
+    (f"{RESUME} --max_steps 30", "give another result (max_steps=20, now 30); "),
     (
-        ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30"],
-        "give another result (max_steps=20, now 30); ",
-    ),
-    (
-        [
-            "--run_name",
-            "tiny",
-            "--resume_from_checkpoint",
-            "--max_steps",
-            "30",
-            "--seed",
-            "3",
-            "--override",
-            "max_steps",
-        ],
+        f"{RESUME} --max_steps 30 --seed 3 --override max_steps",
         "(seed=1337, now 3); resume with those in runs/tiny/config.yaml, or confirm the change: --override seed",
     ),
-    (
-        ["--run_name", "tiny", "--resume_from_checkpoint", "--override", "max_step"],
-        "override: unknown 'max_step'; did you mean 'max_s",
-    ),
-    (
-        [
-            "--run_name",
-            "long",
-            "--n_positions",
-            "30000",
-            "--batch_tokens",
-            "30000",
-            "--per_device_train_batch_size",
-            "1",
-        ],
-        "do not fill",
-    ),
-    (["--run_name", "x", "--attn_implementation", "flesh"], "cannot make the model: "),
-    (["--run_name", "x", "--n_layerz", "2"], "unknown '--n_layerz'; did you mean '--n_layer'?"),
+    (f"{RESUME} --override max_step", "override: unknown 'max_step'; did you mean 'max_s"),
+    ("--run_name long --n_positions 30000 --batch_tokens 30000 --per_device_train_batch_size 1", "do not fill"),
+    ("--run_name x --attn_implementation flesh", "cannot make the model: "),
+    ("--run_name x --n_layerz 2", "unknown '--n_layerz'; did you mean '--n_layer'?"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSALS, ids=[message[:20] for _, message in REFUSALS])
 def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, monkeypatch, capsys):
     """In this process, for speed: one line, no traceback, and nothing made."""
-    from data_prep.common.command_line import run
-    from training.train import main, read_config
-
     root = tiny_run.folder.parents[1]
     monkeypatch.chdir(root)
-    given = ["--data", str(data_folder), "--order", "sequential", "--n_positions", "32", "--batch_tokens", "512"]
-    given += [
-        *TINY_MODEL,
-        "--max_steps",
-        "20",
-        "--per_device_train_batch_size",
-        "8",
-        "--warmup_steps",
-        "3",
-        "--mixed_precision",
-        "no",
-    ]
-    given += ["--learning_rate", "1e-2"]
-    monkeypatch.setattr("sys.argv", ["train.py", *given, *flags])
+    words = "--order sequential --batch_tokens 512 --max_steps 20 --per_device_train_batch_size 8 --warmup_steps 3 "
+    words += f"--mixed_precision no --learning_rate 1e-2 {flags}"
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", str(data_folder), *TINY_MODEL, *words.split()])
     before = sorted(root.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         run(lambda: main(read_config()))
@@ -368,11 +309,6 @@ def test_a_run_that_cannot_be_is_refused(tiny_run, data_folder, flags, message, 
 
 
 def test_another_tokenizer_is_refused_on_resume(tiny_run, data_folder, text_files, tmp_path, monkeypatch):
-    from data_prep.common.command_line import UserError
-    from training.engine.data import load_data
-    from training.resilience.resume import resumed_state
-    from training.settings.parsing import parse_config
-
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), tmp_path / "other")
     config = parse_config(["--data", str(tmp_path / "other"), "--max_steps", "30", *TINY_MODEL])
     identity = load_data(config).identity(config)
@@ -385,20 +321,19 @@ def test_processes_on_gpus_that_are_not_there_are_refused(data_folder, tmp_path)
     """The environment that the launcher sets for ddp.yaml."""
     launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     launched["ACCELERATE_MIXED_PRECISION"] = "no"  # which torchrun does not set
-    code, text = begin(["--data", data_folder, "--batch_tokens", "4096"], tmp_path, env=launched).ended()
-    assert code == 2 and text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
+    text = begin(["--data", data_folder, "--batch_tokens", "4096"], tmp_path, env=launched).ended_with(2)
+    assert text.startswith("error: the launch asked for 2 processes on GPUs, and torch sees none; ")
+
+
+DYNAMO = ("--dynamo_backend", "eager", "--dynamo_use_regional_compilation")
+THREE = ("--num_processes", "3", "--gpu_ids=-1,-1,-1", "--mixed_precision", "no")
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("launch_file", "options", "device"),
-    [
-        ("cpu", ("--dynamo_backend", "eager"), "1 x"),
-        ("cpu", ("--mixed_precision", "no"), "1 x"),
-        ("cpu_ddp", ("--dynamo_backend", "eager", "--dynamo_use_regional_compilation"), "2 x"),
-        ("cpu_ddp", ("--num_processes", "3", "--gpu_ids=-1,-1,-1", "--mixed_precision", "no"), "3 x"),
-    ],
-    ids=["dynamo", "no", "dynamo of two processes", "three processes"],
+    [("cpu", ("--dynamo_backend", "eager"), "1 x"), ("cpu_ddp", (*DYNAMO, *THREE), "3 x")],
+    ids=["dynamo", "dynamo of three processes"],
 )
 def test_a_launch_as_accelerate_config_describes_it(data_folder, tmp_path, launch_file, options, device):
     """Nothing is given but what the tiny model needs: batch, micro-batch and warmup adapt."""
@@ -417,24 +352,9 @@ def test_a_launch_as_accelerate_config_describes_it(data_folder, tmp_path, launc
 
 @pytest.mark.processes
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="refused only where there is no accelerator")
-@pytest.mark.parametrize(
-    ("launch_file", "options", "message"),
-    [
-        ("fsdp2", ("--num_processes", "2", "--gpu_ids=-1,-1"), "the Accelerate config asks for FSDP, Accelerate gives"),
-        ("cpu", ("--num_processes", "2"), "the launch asked for several processes and got one"),
-    ],
-)
-def test_a_launch_that_cannot_be_had_is_refused(data_folder, tmp_path, launch_file, options, message):
-    flags = [
-        "--data",
-        data_folder,
-        "--n_positions",
-        "32",
-        "--batch_tokens",
-        "1024",
-        "--per_device_train_batch_size",
-        "8",
-    ]
-    done = launch(*flags, cwd=tmp_path, launch_file=launch_file, options=options, exit_code=None)
-    assert f"error: {message}" in done.stderr
+def test_a_launch_that_cannot_be_had_is_refused(data_folder, tmp_path):
+    flags = ["--data", data_folder, "--n_positions", "32", "--batch_tokens", "1024"]
+    options = ("--num_processes", "2", "--gpu_ids=-1,-1")
+    done = launch(*flags, cwd=tmp_path, launch_file="fsdp2", options=options, exit_code=None)
+    assert "error: the Accelerate config asks for FSDP, Accelerate gives" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -6,13 +6,13 @@ What is found for each strategy, optimizer and precision is written there.
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch._inductor.compile_fx
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from plants import sharded
 from tiny import STEPS, batches, make_model
@@ -101,10 +101,11 @@ def accumulated_dtypes(model: torch.nn.Module) -> list[torch.dtype]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    plain = Accelerator
     results = {}
+    asks_for_fsdp = os.environ.pop("ACCELERATE_USE_FSDP")  # which is refused where there is none
     for strategy in ("ddp", "fsdp2"):
         if strategy == "fsdp2":
+            os.environ["ACCELERATE_USE_FSDP"] = asks_for_fsdp
             sharded()
         for kind in ("adamw", "muon"):
             for precision in ("no", "bf16"):

@@ -2,13 +2,12 @@
 
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_MODEL, Finished, launch, run_command
-from forks import begin
+from conftest import ROOT, TINY_MODEL, Finished, run_command
+from forks import begin, launch_planted
 from plants import sharded
 from safetensors import safe_open
 
@@ -86,28 +85,18 @@ def test_collectives_of_a_step(found):
 
 def test_a_sharded_run_and_one_process_resume_each_other(environment, data_folder, swag_file, tmp_path):
     """The whole trainer: the losses of one process whoever begins; evaluations; checkpoints with one head in them."""
-    words = ["--data", data_folder, *TINY_MODEL, "--optim", "muon", "--learning_rate", "1e-2", "--auto_resume"]
-    words += [
-        "--mixed_precision",
-        "no",
-        "--order",
-        "sequential",
-        "--batch_tokens",
-        "512",
-        "--per_device_train_batch_size",
-        "4",
-    ]
-    words += ["--val_tokens", "2048", "--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "9"]
-    words += ["--sample_every", "4", "--sample_tokens", "4", "--warmup_steps", "1", "--lr_scheduler_type", "constant"]
-    words += ["--hellaswag_every", "4", "--hellaswag_data", swag_file, "--override", "max_steps"]
+    words = "--optim muon --learning_rate 1e-2 --auto_resume --mixed_precision no --order sequential "
+    words += "--batch_tokens 512 --per_device_train_batch_size 4 --val_tokens 2048 --eval_steps 3 --save_steps 3 "
+    words += "--save_total_limit 9 --sample_every 4 --sample_tokens 4 --warmup_steps 1 --lr_scheduler_type constant "
+    words += "--hellaswag_every 4 --override max_steps"
+    common = ["--data", data_folder, *TINY_MODEL, "--hellaswag_data", swag_file, *words.split()]
     options = dict.fromkeys(("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"), "true")
-    planted = environment | options | {"PLANT": pickle.dumps(sharded).hex()}
 
     def train(name: str, *parts: tuple[bool, int]) -> Finished:
         for in_two, steps in parts:
-            flags = [*words, "--run_name", name, "--max_steps", steps]
+            flags = [*common, "--run_name", name, "--max_steps", steps]
             if in_two:
-                launch(*flags, cwd=tmp_path, launch_file="cpu_ddp", script="tests/planted_train.py", env=planted)
+                launch_planted(sharded, *flags, cwd=tmp_path, env=environment | options)
             else:
                 begin(flags, tmp_path).finished(name)
         return Finished(tmp_path / "runs" / name, "")
@@ -123,8 +112,7 @@ def test_a_sharded_run_and_one_process_resume_each_other(environment, data_folde
                 assert "lm_head.weight" not in right.keys()  # noqa: SIM118
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 8), (7, 8), (0, 64), (63, 64)])
-def test_shapes_and_divisibility_on_many_ranks(environment, tmp_path, rank, world_size):
+def test_shapes_and_divisibility_on_many_ranks(environment, tmp_path):
     """Also where there are fewer rows than ranks."""
-    words = [Path(__file__).with_name("many_ranks_worker.py"), rank, world_size]
-    run_command(sys.executable, *words, cwd=tmp_path, env=environment)
+    worker = Path(__file__).with_name("many_ranks_worker.py")
+    run_command(sys.executable, worker, "0/8", "7/8", "0/64", "63/64", cwd=tmp_path, env=environment)

@@ -12,7 +12,7 @@ from tiny import LENGTH, VOCAB_SIZE, batches, make_model, train
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import modeling.loss
+from data_prep.common.command_line import UserError
 from eval.common.models import compile_blocks
 from eval.loss import summed_loss
 from eval.scoring.multiple_choice import Question, score
@@ -44,8 +44,6 @@ def compiled(kind=None):
 
 
 CURVES = {
-    "accumulated": lambda: train(make_model(attn_implementation="sdpa"), micro_batches=8),
-    "eager attention": lambda: train(make_model(attn_implementation="eager")),
     "full checkpointing": lambda: train(checkpointed("full")),
     "selective checkpointing": lambda: train(checkpointed("selective")),
     "compiled": lambda: train(compiled()),
@@ -58,13 +56,6 @@ CURVES = {
 )
 def test_the_loss_curve_is_the_same(expected, name):
     difference = CURVES[name]() - expected
-    assert difference.abs().max() < 1e-4 and abs(difference.mean()) < 2e-5
-
-
-@pytest.mark.parametrize("chunk", [5, 10**6])
-def test_the_chunks_of_the_loss_do_not_show(expected, chunk, monkeypatch):
-    monkeypatch.setattr(modeling.loss, "chunk_tokens", lambda device: chunk)
-    difference = train(make_model(attn_implementation="sdpa")) - expected
     assert difference.abs().max() < 1e-4 and abs(difference.mean()) < 2e-5
 
 
@@ -145,19 +136,16 @@ class Waits(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        by_mask = function is torch.ops.aten.index.Tensor and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        of_unknown_size = (
-            torch.Tag.dynamic_output_shape in function.tags and function is not torch.ops.aten.index.Tensor
-        )
-        if torch.Tag.data_dependent_output in function.tags or of_unknown_size or by_mask:
+        if function is torch.ops.aten.index.Tensor:  # of unknown size by a mask alone
+            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+        else:
+            waits = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags)
+        if waits:
             self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("optim", "attention"), [("adamw", "sdpa"), ("muon", "eager")])
 def test_a_step_never_waits_for_the_device(optim, attention):
     """Not for the mask of documents either, nor to hear whether the gradients are finite."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
@@ -292,6 +280,22 @@ def test_an_optimizer_that_would_take_any_gradient_is_refused(monkeypatch):
         make_optimizer(make_model(), OptimizerSettings(optim="adamw"))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_decay_on_matrices_and_embeddings_only(tied):
+    model = GPTModel(GPTConfig(vocab_size=50, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=tied))
+    settings = OptimizerSettings(optim="adamw", weight_decay=0.3)
+    groups = make_optimizer(model, settings).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert len(decay) == sum(len(group["params"]) for group in groups) == len(named)
+    for name, parameter in named.items():
+        matrix = name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")) or (
+            ".h." in name and parameter.dim() == 2
+        )
+        assert decay[id(parameter)] == (0.3 if matrix else 0.0), name
+    assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 and group["fused"] for group in groups)
+
+
 def test_muon_takes_the_matrices_of_the_blocks():
     model = make_model()
     optimizer = make_optimizer(model, OptimizerSettings(optim="muon", muon_learning_rate=0.2, learning_rate=0.1))
@@ -302,27 +306,6 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert sorted(names.values()) == sorted(names[id(p)] for g in optimizer.param_groups for p in g["params"])
     set_learning_rate(optimizer, 0.5)
     assert {("momentum" in group, group["lr"]) for group in optimizer.param_groups} == {(True, 0.1), (False, 0.05)}
-
-
-def test_muons_update_is_of_adamws_size():
-    """Moonlight (arXiv:2502.16982), equation 4: an orthogonal matrix of A x B, scaled by 0.2 sqrt(max(A, B)), has a
-    root mean square of 0.2; five iterations come within a third of orthogonal."""
-    model = make_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(
-        model, OptimizerSettings(optim="muon", learning_rate=0.01, muon_learning_rate=None, weight_decay=0.5)
-    )
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        if ".h." in name and parameter.dim() == 2:
-            update = before[name] * (1 - 0.01 * 0.5) - parameter.detach()
-            assert update.square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=1 / 3), name
-            for part in update.chunk(3 if "c_attn" in name else 1):
-                spectrum = torch.linalg.svdvals(part)
-                assert spectrum.max() < 2.5 * spectrum.median()
 
 
 @pytest.mark.parametrize(("most", "found"), [(101, 64), (64, 64), (20, 16), (1, 1)])
@@ -352,8 +335,6 @@ def test_the_largest_micro_batch_is_what_no_process_runs_out_of_memory_with(most
 
 
 def test_a_model_that_memory_has_no_room_for_is_refused():
-    from data_prep.common.command_line import UserError
-
     def attempt(size):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

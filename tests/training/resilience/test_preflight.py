@@ -15,11 +15,15 @@ from training.resilience.preflight import PreflightResult, forecast
 from training.settings.parsing import parse_config
 
 
-def test_it_says_what_a_run_will_take_and_leaves_nothing(data_folder, swag_file, tmp_path):
-    flags = ["--data", data_folder, *TINY_MODEL, "--batch_tokens", "512", "--mixed_precision", "no", "--preflight"]
-    flags += ["--hellaswag_every", "5", "--hellaswag_data", swag_file, "--full_determinism"]
-    code, text = begin(flags, tmp_path).ended()
-    assert code == 0, text
+@pytest.fixture
+def flags(data_folder) -> list[str]:
+    words = "--batch_tokens 512 --mixed_precision no --preflight"
+    return ["--data", str(data_folder), *TINY_MODEL, *words.split()]
+
+
+def test_it_says_what_a_run_will_take_and_leaves_nothing(flags, swag_file, tmp_path):
+    words = [*flags, "--hellaswag_every", "5", "--hellaswag_data", swag_file, "--full_determinism"]
+    text = begin(words, tmp_path).ended_with(0)
     assert "preflight   every part works: steps, each evaluation, a checkpoint written and read" in text
     assert "parameters  45,728" in text and "steps       1,000: 512,000 tokens" in text
     hours, speed = re.search(r"time +([\d.]+) hours .* at ([\d,]+) tokens/s", text).groups()
@@ -27,23 +31,15 @@ def test_it_says_what_a_run_will_take_and_leaves_nothing(data_folder, swag_file,
     assert [path.name for path in tmp_path.iterdir()] == ["output_0"]
 
 
-def test_a_model_that_cannot_be_made_leaves_nothing_either(data_folder, tmp_path):
-    code, _ = begin(["--data", data_folder, "--preflight", "--attn_implementation", "flesh"], tmp_path).ended()
-    assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["output_0"]
+def test_a_model_that_cannot_be_made_leaves_nothing_either(flags, tmp_path):
+    begin([*flags, "--attn_implementation", "flesh"], tmp_path).ended_with(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["output_0"]
 
 
 def test_the_room_that_checkpoints_need(tmp_path):
     """Those to keep, the best, the one that is being written; never more than are made."""
-    common = [
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--max_steps",
-        "1000",
-        "--save_steps",
-        "100",
-        "--save_total_limit",
-        "3",
-    ]
+    words = "--max_steps 1000 --save_steps 100 --save_total_limit 3"
+    common = ["--output_dir", str(tmp_path / "run"), *words.split()]
     assert checkpoints_kept(parse_config(common)) == 5
     assert checkpoints_kept(parse_config([*common, "--keep_every", "500"])) == 7
     config = parse_config([*common, "--save_steps", "900", "--eval_steps", "900"])
@@ -59,8 +55,7 @@ def test_the_room_that_checkpoints_need(tmp_path):
     assert "steps       400: 409,600 tokens\ntime        0.22 hours" in half_done
 
 
-def test_it_ends_when_it_is_asked_to(data_folder, tmp_path):
-    flags = ["--data", data_folder, *TINY_MODEL, "--batch_tokens", "512", "--mixed_precision", "no", "--preflight"]
-    code, text = begin(flags, tmp_path, partial(signalled, "forward", 50, tmp_path, signal.SIGTERM)).ended()
-    assert code == 2 and text.endswith("error: the preflight was stopped (SIGTERM)\n"), text
+def test_it_ends_when_it_is_asked_to(flags, tmp_path):
+    text = begin(flags, tmp_path, partial(signalled, "forward", 50, tmp_path, signal.SIGTERM)).ended_with(2)
+    assert text.endswith("error: the preflight was stopped (SIGTERM)\n"), text
     assert [path.name for path in tmp_path.iterdir()] == ["output_0"]
