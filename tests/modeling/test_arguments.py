@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from generation import KINDS, LENGTHS, SAMPLING, three_ways
 from small_models import SMALL, as_ours, random_stock_model, tokens
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
@@ -15,6 +16,15 @@ from modeling import GPTConfig, GPTModel
 def model() -> GPTModel:
     torch.manual_seed(0)
     return GPTModel(GPTConfig(**SMALL)).eval()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("sample", SAMPLING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_is_that_of_stock_and_of_a_loop_without_cache(kind, sample, lengths, tmp_path):
+    stock = random_stock_model()
+    first, second, third = three_ways(stock, as_ours(stock, tmp_path), kind, sample, lengths)
+    assert torch.equal(first, second) and torch.equal(second, third)
 
 
 def test_continuous_batching_gives_the_tokens_of_stock(tmp_path):
@@ -45,12 +55,28 @@ def test_both_names_of_the_cache_mean_the_same(model):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["kv_cache", "caches", "cache_params", "past", "state"])
+def test_a_cache_under_a_name_of_the_future_is_an_error_and_never_text(model, name, monkeypatch):
+    """A generation loop of a later transformers, which has renamed the cache again."""
+    prepare = model.prepare_inputs_for_generation
+
+    def renamed(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        inputs[name] = inputs.pop("cache")
+        return inputs
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", renamed)
+    with pytest.raises(TypeError, match=rf"GPTModel.forward\(\) does not act on '{name}'"):
+        model.generate(tokens(1, 5), max_new_tokens=4, do_sample=False)
+    with pytest.raises(TypeError, match=f"does not act on '{name}'"):
+        model.transformer(tokens(1, 5), **{name: DynamicCache(config=model.config)})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"lables": None}, "does not act on 'lables'; did you mean 'labels'"),
         ({"attention_masks": None}, "did you mean 'attention_mask'"),
-        ({"kv_cache": None}, "does not act on 'kv_cache'"),
         ({"past_key_value": None}, "does not act on 'past_key_value'"),
         ({"encoder_hidden_states": None}, "does not act on 'encoder_hidden_states'"),
         ({"head_mask": None}, "does not act on 'head_mask'"),
