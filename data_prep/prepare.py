@@ -8,29 +8,66 @@ Killed at any moment, the same command goes on from the last finished shard and 
 """
 
 import os
+import shlex
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from pydantic import Field
 
-from data_prep.common.command_line import ArgumentParser, UserError, run
+from data_prep.common.command_line import ArgumentParser, UserError, option, raise_all, run
 from data_prep.common.files import partial_name
 from data_prep.common.locks import LOCK_NAME, locked
 from data_prep.common.records import Position
+from data_prep.common.schema import STRICT, Positive, read_yaml, validate
 from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
-from data_prep.sharding.recipes import Recipe, check_sources, read_recipes, training_flags
-from data_prep.sharding.shards import smallest_dtype
+from data_prep.sharding.shards import Dtype, Format, smallest_dtype
 from data_prep.sharding.writer import SHARDS_OF_A_SMALL_CORPUS, Writer, remove_files
 from data_prep.tokenization.gigatoken import Engine, with_engine
-from data_prep.tokenization.ids import TokenIds
-from data_prep.tokenization.tokenizer import Encoder, Tokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
+from data_prep.tokenization.tokenizer import (
+    Encoder,
+    TokenIds,
+    Tokenizer,
+    describe_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 SHARD_TOKENS = 100_000_000
 _BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines the contents of a data folder, and its share of a mixture."""
+
+    __pydantic_config__ = STRICT
+
+    source: Source
+    tokenizer: str = option(
+        "gpt2", "'gpt2'; 'bpe' for one trained on the text; or a folder or name that AutoTokenizer loads"
+    )
+    vocab_size: Positive = option(4096, "tokens of a trained tokenizer, end of text included", type=int)
+    shard_tokens: Positive | None = option(
+        None, "tokens in a shard; 100M by default, or a twentieth of a smaller local corpus", type=int
+    )
+    val_shards: Positive = option(1, "number of validation shards, which are the first ones", type=int)
+    dtype: Dtype | None = option(
+        None, "by default the smaller one that holds the vocabulary", choices=("uint16", "uint32")
+    )
+    format: Format = option("npy", "of the shards; bin is llm.c's", choices=("npy", "bin"))
+    on_bad_file: Literal["stop", "skip"] = option(
+        "stop", "skip: leave out and list a file that cannot be read, from there on", choices=("stop", "skip")
+    )
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+    def resolve(self, commit: str | None = None) -> Corpus:
+        """Finds what the source consists of, as `Source.resolve`."""
+        return self.source.resolve(commit, skip_bad_files=self.on_bad_file == "skip")
 
 
 def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: Engine = "auto") -> Manifest:
@@ -45,7 +82,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: En
     """
     try:
         has_manifest = (folder / FILE_NAME).exists()
-        if not has_manifest and folder.exists() and set(os.listdir(folder)) - {partial_name(FILE_NAME), LOCK_NAME}:
+        if not has_manifest and folder.exists() and not _is_ours(set(os.listdir(folder))):
             raise UserError(f"{folder} exists and is not a data folder (no {FILE_NAME}); choose another name")
         if has_manifest and (manifest := Manifest.load(folder)).unfinished is None:
             _check_same(recipe, folder, manifest)
@@ -61,6 +98,12 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: En
             folder.rmdir()
 
 
+def _is_ours(names: set[str]) -> bool:
+    """Whether a folder with these files, without a manifest, is empty or left by a preparation that was killed."""
+    files = {LOCK_NAME, partial_name(FILE_NAME)}
+    return names <= (files | {"tokenizer"} if LOCK_NAME in names else files)
+
+
 def _prepare(recipe: Recipe, folder: Path, workers: int, engine: Engine) -> Manifest:
     manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
     if manifest is not None and manifest.shards:
@@ -70,8 +113,7 @@ def _prepare(recipe: Recipe, folder: Path, workers: int, engine: Engine) -> Mani
             raise UserError(f"{problems[0]}; {manifest.remedy}")
         tokenizer = load_tokenizer(folder / "tokenizer")
         return Writer(folder, manifest).write(corpus, _encoder(recipe, tokenizer, engine), workers)
-    if manifest is not None:
-        remove_files(folder)  # of a preparation that was killed in its first shard
+    remove_files(folder)  # of a preparation that was killed in its first shard
     writer = None
     try:
         corpus = recipe.resolve()
@@ -127,23 +169,7 @@ def _default_shard_tokens(corpus: Corpus) -> int:
 
 
 def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Manifest]:
-    """Checks the recipe, claims the folder by a manifest without shards, and makes the tokenizer."""
-    shard_tokens = _default_shard_tokens(corpus) if recipe.shard_tokens is None else recipe.shard_tokens
-    for name, value in (("shard_tokens", shard_tokens), ("val_shards", recipe.val_shards)):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
-    manifest = Manifest(
-        source=corpus.describe(),
-        tokenizer=None,  # type: ignore[arg-type]
-        format=recipe.format,
-        dtype=None,  # type: ignore[arg-type]
-        shard_tokens=shard_tokens,
-        val_shards=recipe.val_shards,
-        files_not_read=corpus.not_read,
-        cleaning=corpus.cleaning(),
-        unfinished=Position(),
-    )
-    manifest.write(folder)
+    """Makes the tokenizer and writes a manifest without shards."""
     trains = recipe.tokenizer == "bpe"
     if trains and not corpus.is_local:
         raise UserError("a tokenizer is trained on local text only, not on a stream; use --tokenizer gpt2")
@@ -153,8 +179,17 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
     dtype = recipe.dtype or smallest_dtype(tokenizer.vocab_size)
     if tokenizer.vocab_size > (limit := np.iinfo(dtype).max + 1):
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, {dtype} holds {limit}; use dtype uint32")
-    record = describe_tokenizer(tokenizer, tokenizer.save(folder / "tokenizer"))
-    manifest = replace(manifest, tokenizer=record, dtype=dtype)
+    manifest = Manifest(
+        source=corpus.describe(),
+        tokenizer=describe_tokenizer(tokenizer, tokenizer.save(folder / "tokenizer")),
+        format=recipe.format,
+        dtype=dtype,
+        shard_tokens=recipe.shard_tokens or _default_shard_tokens(corpus),
+        val_shards=recipe.val_shards,
+        files_not_read=corpus.not_read,
+        cleaning=corpus.cleaning(),
+        unfinished=Position(),
+    )
     manifest.write(folder)
     return tokenizer, manifest
 
@@ -167,12 +202,50 @@ def preparing_command(folder: str, manifest: Manifest) -> list[str]:
     tokenizer = ["bpe", "--vocab_size", str(manifest.tokenizer.vocab_size)] if name.startswith("bpe-") else [name]
     words = ["data_prep.prepare", folder, "--source", source.source, "--tokenizer", *tokenizer]
     given = asdict(source) | {"revision": source.commit or source.revision}
-    for option in ("name", "revision", "split", "text_column", "tokens_column"):
-        words += [f"--{option}", given[option]] if given[option] != getattr(Source, option) else []
+    for key in ("name", "revision", "split", "text_column", "tokens_column"):
+        words += [f"--{key}", given[key]] if given[key] != getattr(Source, key) else []
     words += [word for condition in source.where for word in ("--where", condition)]
     words += ["--on_bad_file", "skip"] if manifest.bad_files else []
     words += ["--shard_tokens", str(manifest.shard_tokens), "--val_shards", str(manifest.val_shards)]
     return [*words, "--dtype", manifest.dtype, "--format", manifest.format]
+
+
+@dataclass(frozen=True)
+class _RecipeFile:
+    __pydantic_config__ = STRICT
+
+    folders: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+
+
+def read_recipes(path: Path) -> dict[Path, Recipe]:
+    """Reads the recipe of each folder in a YAML file, whose settings are the options of `python -m data_prep.prepare`,
+    and `weight` (`UserError` for an invalid file)."""
+    folders = validate(read_yaml(path), _RecipeFile, str(path)).folders
+    recipes = {}
+    for name, settings in folders.items():
+        source = {field.name: settings.pop(field.name) for field in fields(Source) if field.name in settings}
+        recipes[Path(name)] = validate(settings | {"source": source}, Recipe, f"{path}: {name}")
+    missing = [name for name, recipe in recipes.items() if recipe.weight is None]
+    if missing and len(missing) < len(recipes):
+        raise UserError(f"{path}: {missing[0]} has no weight, others have; give all folders one, or none")
+    return recipes
+
+
+def check_sources(recipes: dict[Path, Recipe]) -> None:
+    """Finds all sources, as the last folder may begin days after the first (`UserError` with all problems)."""
+    problems = []
+    for folder, recipe in recipes.items():
+        try:
+            recipe.resolve()
+        except UserError as error:
+            problems.append(f"{folder}: {error}")
+    raise_all(problems, "folders cannot be prepared")
+
+
+def training_flags(recipes: dict[Path, Recipe]) -> str:
+    """The options with which the trainer reads the folders."""
+    weights = [f"{recipe.weight:g}" for recipe in recipes.values() if recipe.weight is not None]
+    return f"--data {shlex.join(map(str, recipes))}" + (f" --data_weights {' '.join(weights)}" if weights else "")
 
 
 def main() -> None:
@@ -199,8 +272,8 @@ def main() -> None:
         return
     if options["source"] is None:
         raise UserError("no --source is given, and no recipe file: builtin, a file, a folder or a data set of the Hub")
-    source = Source(**{field.name: options.pop(field.name) for field in fields(Source)})
-    recipe = Recipe(replace(source, where=tuple(source.where)), **options)
+    source = {field.name: options.pop(field.name) for field in fields(Source)}
+    recipe = validate({"source": source, **options}, Recipe, "settings")
     _report(folder, prepare(recipe, folder, workers, engine))
 
 

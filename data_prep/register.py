@@ -12,10 +12,9 @@ import numpy as np
 
 from data_prep.common.command_line import ArgumentParser, UserError, listed, run
 from data_prep.common.files import file_hash
-from data_prep.common.records import Shard, Split
 from data_prep.reading.sources import SourceRecord
-from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, split_of_name
-from data_prep.sharding.shards import FORMATS, open_shard
+from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, Shard, split_of_name
+from data_prep.sharding.shards import Split, open_shard
 from data_prep.tokenization.tokenizer import describe_tokenizer, load_tokenizer, tokenizer_hash
 
 
@@ -74,7 +73,7 @@ def register(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
 def _shard_paths(folder: Path) -> list[tuple[Path, Split]]:
     """Shards and their splits, validation first, sorted by name."""
     paths: dict[Split, list[Path]] = {"val": [], "train": []}
-    for path in sorted(path for path in folder.glob("*") if path.suffix.lstrip(".") in FORMATS):
+    for path in sorted(path for path in folder.glob("*") if path.suffix in (".npy", ".bin")):
         if (split := split_of_name(path.name)) is None:
             raise UserError(f"{path}: the name of a shard says either 'val' or 'train', as in name_train_000001")
         paths[split].append(path)

@@ -13,8 +13,7 @@ import numpy as np
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import file_hash
 from data_prep.common.hub import local_folder
-from data_prep.common.records import Shard
-from data_prep.sharding.manifest import Manifest
+from data_prep.sharding.manifest import Manifest, Shard
 from data_prep.sharding.shards import open_shard
 from data_prep.tokenization.tokenizer import hf_tokenizer, tokenizer_problem
 

@@ -1,12 +1,13 @@
-"""Repositories on the Hub: uploads to them, and data folders used from there."""
+"""Repositories on the Hub: uploads, data folders used from there, and retries of network requests."""
 
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.common.command_line import UserError, first_line, redact
-from data_prep.common.retries import Retries, status_of
+from data_prep.common.command_line import UserError, cache_problem, first_line, redact
 
 T = TypeVar("T")
 PREFIX = "hf://datasets/"
@@ -74,13 +75,64 @@ def limit_waiting() -> None:
     if not constants.ENDPOINT.startswith(("http://", "https://")):
         raise UserError(f"HF_ENDPOINT={constants.ENDPOINT!r} does not begin with https://; correct or unset it")
     try:
-        session = get_session()
+        get_session().timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
     except Exception as error:  # of several types
         read = ("ssl_cert_file", "ssl_cert_dir") if isinstance(error, OSError) else _PROXIES
-        given = [redact(f"{name}={value!r}") for name, value in os.environ.items() if name.lower() in read]
-        text = f"no request to the Hub can be made with {', '.join(given)}: {first_line(error)}"
-        raise UserError(f"{text}; correct or unset it") from error
-    session.timeout = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", _TIMEOUT))
+        given = ", ".join(f"{name}={value!r}" for name, value in os.environ.items() if name.lower() in read)
+        text = f"no request to the Hub can be made with {given}: {first_line(error)}; correct or unset it"
+        raise UserError(redact(text)) from error
+
+
+class Retries:
+    """Waits before another attempt, or raises a one-line error.
+
+    tenacity repeats one call; here a stream continues from its last block, and each block that arrives resets the
+    count. huggingface_hub repeats some of its requests, but not those that create repositories and tags; fsspec none.
+
+    Attributes:
+        delays: seconds before each new attempt.
+        remedy: advice for the user after the last attempt.
+        failures: number of failures in a row; callers set it to 0 after a success.
+    """
+
+    def __init__(self, delays: Sequence[float], remedy: str) -> None:
+        self.delays, self.remedy, self.failures = delays, remedy, 0
+
+    def wait(self, where: str, error: BaseException) -> None:
+        """Waits until the next attempt (`UserError` for an error that is permanent, or if no delays are left)."""
+        text = cache_problem(error) or " ".join(str(error).split()) or type(error).__name__
+        where, reason = redact(where), redact(text)
+        if not is_transient(error):
+            raise UserError(f"{where}: {reason}") from error
+        self.failures += 1
+        if self.failures > len(self.delays):
+            text = f"{where}: the network fails ({reason}), {self.failures} times in a row; {self.remedy}"
+            raise UserError(text) from error
+        delay = self.delays[self.failures - 1]
+        print(f"{where}: {reason}; attempt {self.failures + 1} in {delay} s", file=sys.stderr, flush=True)
+        time.sleep(delay)
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """HTTP status of an error or of one of its causes; None without one."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later. Types are compared by name: fsspec uses many network libraries."""
+    if (status := status_of(error)) is not None:
+        return status >= 500 or status in (408, 429)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "OfflineModeIsEnabled" in names:
+        return False
+    if names & {"ConnectionError", "TimeoutError", "TransportError", "ClientError"}:
+        return True
+    return error.__cause__ is not None and is_transient(error.__cause__)
 
 
 class Hub:
@@ -158,7 +210,7 @@ class Hub:
             except (LookupError, TypeError, AttributeError):  # programming errors
                 raise
             except RepositoryNotFoundError as error:  # status 401 as well as 404
-                text = f"{self.repository}: no such {self.kind} on the Hub, or one that is not for you"
+                text = f"{self.repository}: not found on the Hub, or you lack access"
                 raise UserError(text) from error
             except Exception as error:  # of several libraries
                 if refusal := _REFUSALS.get(status_of(error) or 0):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.command_line import UserError, listed, redact
+from data_prep.common.hub import Retries, is_transient
 from data_prep.common.records import CleaningStep, Position
-from data_prep.common.retries import Retries, is_transient
 from data_prep.common.schema import read_json
 from data_prep.reading import formats
 from data_prep.reading.compression import suffixes

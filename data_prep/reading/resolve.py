@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.command_line import UserError, first_line
-from data_prep.common.hub import limit_waiting
-from data_prep.common.retries import Retries, is_transient
+from data_prep.common.hub import Retries, is_transient, limit_waiting
 from data_prep.reading.builtin import BuiltinCorpus
 from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.fields import Fields

@@ -8,28 +8,40 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from data_prep.common.command_line import UserError, listed
 from data_prep.common.files import describe_path, read_text, write_text
-from data_prep.common.records import CleaningStep, Dtype, Format, Position, Shard, Split, TokenizerRecord
-from data_prep.common.schema import STRICT, Count, Positive, parse_json
+from data_prep.common.records import CleaningStep, Position
+from data_prep.common.schema import STRICT, Count, Positive, Sha256, parse_json
 from data_prep.reading.sources import SourceRecord
-from data_prep.sharding.shards import open_shard
-from data_prep.tokenization.tokenizer import tokenizer_hash
+from data_prep.sharding.shards import Dtype, Format, Split, open_shard
+from data_prep.tokenization.tokenizer import TokenizerRecord, tokenizer_hash
 
 FILE_NAME = "manifest.json"
 REGISTERED = "registered"  # the source of shards of another program
-_REGISTERED_NAMES = (REGISTERED, "adopted")  # "adopted" until version 0.2
 
-T = TypeVar("T")
-if TYPE_CHECKING:
-    # None only while the first shard is being prepared; `Manifest.contradictions` refuses it afterwards.
-    SetWithTokenizer = Annotated[T, None]
-else:
-    SetWithTokenizer = Optional
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard.
+
+    Attributes:
+        documents: number of those that begin in it.
+        text_bytes: size of the source's text in UTF-8; None where it is not known, and with GPT-2's kind of tokenizer,
+            whose tokens tell it.
+    """
+
+    __pydantic_config__ = STRICT
+
+    file: str
+    split: Split
+    tokens: Positive
+    documents: Count
+    sha256: Sha256
+    text_bytes: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,9 @@ class Manifest:
     __pydantic_config__ = STRICT
 
     source: SourceRecord
-    tokenizer: SetWithTokenizer[TokenizerRecord]
+    tokenizer: TokenizerRecord
     format: Format
-    dtype: SetWithTokenizer[Dtype]
+    dtype: Dtype
     shard_tokens: Positive
     val_shards: Positive
     files_not_read: dict[str, Count] = field(default_factory=dict)
@@ -93,7 +105,7 @@ class Manifest:
     @property
     def is_registered(self) -> bool:
         """Whether the shards come from another program, by `data_prep.register`."""
-        return self.source.source in _REGISTERED_NAMES
+        return self.source.source == REGISTERED
 
     @property
     def remedy(self) -> str:
@@ -162,10 +174,6 @@ class Manifest:
             yield f"the shards of validation are not the first val_shards={self.val_shards}"
         if self.unfinished is None and (val_count != self.val_shards or not train_count):
             yield f"{val_count} shards of validation, val_shards={self.val_shards}; {train_count} of training"
-        if self.tokenizer is None or self.dtype is None:
-            if self.shards or self.unfinished is None:
-                yield "there are shards, and no tokenizer and dtype"
-            return
         largest = {"uint16": 2**16, "uint32": 2**32}[self.dtype]
         if not self.tokenizer.eos_token_id < self.tokenizer.vocab_size <= largest:
             yield (

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from data_prep.common.command_line import UserError, first_line
 from data_prep.common.files import AtomicFile, file_hash
-from data_prep.common.records import Dtype
 
-FORMATS = ("npy", "bin")
+Split = Literal["train", "val"]
+Format = Literal["npy", "bin"]
+Dtype = Literal["uint16", "uint32"]
 _CHUNK_TOKENS = 1 << 20
 _NAME = re.compile(r"(.+)_(val|train)_\d{6}\.(npy|bin)(\.tmp)?", re.DOTALL)
 # llm.c's and modded-nanogpt's header: 256 int32, which begin with magic number, version and number of tokens.

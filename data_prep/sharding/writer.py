@@ -16,12 +16,12 @@ import numpy as np
 
 from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
-from data_prep.common.records import Position, Shard, Split
+from data_prep.common.records import Position
 from data_prep.reading.ahead import read_ahead
 from data_prep.reading.corpus import Corpus, files_read
 from data_prep.reading.formats import Block
-from data_prep.sharding.manifest import FILE_NAME, Manifest, text_marks
-from data_prep.sharding.shards import ShardFile, is_shard_name, shard_name
+from data_prep.sharding.manifest import FILE_NAME, Manifest, Shard, text_marks
+from data_prep.sharding.shards import ShardFile, Split, is_shard_name, shard_name
 from data_prep.tokenization.tokenizer import Encoder, HuggingFaceTokenizer, tokenizer_files
 
 # Of which validation is the first.
@@ -40,13 +40,12 @@ class Progress:
         from tqdm import tqdm
 
         before, is_terminal = corpus.bytes_before(start), sys.stderr.isatty()
-        total = 0 if before is None else corpus.bytes
-        share = "{percentage:3.0f}% |{bar:20}| " if is_terminal else "{percentage:3.0f}%  "
-        form = share + "{desc}, {elapsed} gone, {remaining} left"
         self.bar = tqdm(
-            total=total or None,
+            total=None if before is None else corpus.bytes or None,
             initial=before or 0,
-            bar_format=(form if total else "{desc}, {elapsed} gone") + ("" if is_terminal else "\n"),
+            unit="B",
+            unit_scale=True,
+            bar_format=None if is_terminal else "{desc}: {percentage:.0f}% in {elapsed}, {remaining} left\n",
             mininterval=0.1 if is_terminal else _SECONDS_BETWEEN_LINES,
             delay=0 if is_terminal else _SECONDS_BETWEEN_LINES,
         )
@@ -56,9 +55,8 @@ class Progress:
         """Counts a written block."""
         self.tokens += tokens
         self.documents += len(block.texts)
-        millions = self.tokens / 1e6
-        speed = f"{millions / max(self.bar.format_dict['elapsed'], 1e-9):.2f}M tokens/s"
-        text = f"shard {shards}: {self.documents:,} documents, {millions:,.1f}M tokens, {speed}"
+        speed = self.tokens / 1e6 / max(self.bar.format_dict["elapsed"], 1e-9)
+        text = f"shard {shards}: {self.documents:,} documents, {self.tokens / 1e6:,.1f}M tokens, {speed:.2f}M tokens/s"
         self.bar.set_description_str(text, refresh=False)
         self.bar.update(block.size)
 

@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +17,7 @@ import numpy as np
 from data_prep.common.command_line import UserError, first_line
 from data_prep.common.files import describe_path, file_hash
 from data_prep.common.hub import limit_waiting
-from data_prep.common.records import TokenizerRecord
-from data_prep.common.schema import read_json
+from data_prep.common.schema import STRICT, Count, Positive, Sha256, read_json
 from data_prep.tokenization.byte_level import byte_level_ranks, bytes_to_unicode, chunks, merges, unicode_to_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,21 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 # Longer documents are encoded in chunks; each takes at most about 100 bytes of memory per character.
 CHUNK_CHARACTERS = 1 << 20
 _MAX_IDS = 1 << 24  # ten times as many as any published vocabulary
+_SAMPLE_IDS = 1024  # of each call that takes ids
+_SHARE_THAT_RETURNS = 0.9  # of a sample, decoded and encoded again; words cut at its ends may not
 _LONGEST_WORD = 2048  # bytes; the time to train a tokenizer grows with the square of their length
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Tokenizer of the shards; `sha256` is the hash of `tokenizer/tokenizer.json`."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    vocab_size: Positive
+    eos_token_id: Count
+    sha256: Sha256
 
 
 class Encoder(Protocol):
@@ -158,6 +173,44 @@ class HuggingFaceTokenizer:
         """As in `Tokenizer`."""
         self.tokenizer.save_pretrained(folder)
         return tokenizer_hash(folder)
+
+
+class TokenIds:
+    """Takes documents that are token ids already, as in published token sets, and checks them against a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.name, self.vocab_size, self.eos_token_id = tokenizer.name, tokenizer.vocab_size, tokenizer.eos_token_id
+        self.tokenizer = tokenizer
+
+    def encode(self, documents: list[np.ndarray], /) -> np.ndarray:
+        """The ids of documents, concatenated, each after one end of text, its own if it begins or ends with one.
+
+        Raises:
+            UserError: for ids that the tokenizer does not have, and for a sample whose text it encodes otherwise.
+        """
+        pieces, eos = [], np.array([self.eos_token_id], dtype=np.uint32)
+        for ids in documents:
+            if len(wrong := ids[(ids < 0) | (ids >= self.vocab_size)]):
+                ids_of = f"the {self.vocab_size:,} ids of tokenizer {self.name!r}"
+                raise UserError(f"token id {wrong[0]} is not among {ids_of}; name the tokenizer that made the column")
+            start, stop = int(ids[0] == self.eos_token_id), len(ids) - int(ids[-1] == self.eos_token_id)
+            pieces += [eos, ids[start:stop].astype(np.uint32)] if start < stop else []
+        tokens = np.concatenate(pieces) if pieces else eos[:0]
+        self._compare(tokens[:_SAMPLE_IDS])
+        return tokens
+
+    def _compare(self, sample: np.ndarray) -> None:
+        """Refuses ids whose text the tokenizer encodes as others (`UserError`)."""
+        documents = np.split(sample, np.flatnonzero(sample == self.eos_token_id))
+        again = self.tokenizer.encode([self.tokenizer.decode(ids[1:]) for ids in documents[1:]])
+        found, again = (ids[ids != self.eos_token_id] for ids in (sample, again))
+        same = (Counter(found.tolist()) & Counter(again.tolist())).total()
+        if same < _SHARE_THAT_RETURNS * max(len(found), len(again)):
+            shown = ", ".join(map(str, found[:8]))
+            raise UserError(
+                f"the token ids {shown}, ... are not those of tokenizer {self.name!r}: of {len(found)}, {same} come "
+                f"back when their text is encoded again; name the tokenizer that made the column"
+            )
 
 
 def describe_tokenizer(tokenizer: Tokenizer, sha256: str) -> TokenizerRecord:

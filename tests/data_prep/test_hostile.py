@@ -61,10 +61,6 @@ CONTRADICTIONS = {
         lambda m: (m["source"].update(source="registered"), m["shards"][1].update(sha256=m["shards"][0]["sha256"])),
         "is the same as",
     ),
-    "the same in both, registered by version 0.2": (
-        lambda m: (m["source"].update(source="adopted"), m["shards"][1].update(sha256=m["shards"][0]["sha256"])),
-        "is the same as",
-    ),
     "another type": (lambda m: m.update(dtype="float32"), "dtype='float32'"),
     "a path": (lambda m: m["shards"][1].update(file="/etc/passwd"), "is not a plain name"),
     "a key of the future": (lambda m: m.update(compression="zstd"), "unknown 'compression'"),

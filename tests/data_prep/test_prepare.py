@@ -497,8 +497,6 @@ def test_a_source_of_bad_files_only(data_folder, tmp_path, name, reason):
             {"shard_tokens": 60, "val_shards": 9},
             "leaves nothing for training after 9 validation .* --shard_tokens 1, or more text",
         ),
-        (b"some words\n" * 20, {"shard_tokens": 0}, "shard_tokens=0"),
-        (b"some words\n" * 20, {"val_shards": 0}, "val_shards=0"),
         (b"\xff\xfe", {}, "not UTF-8 at byte 0"),
         (None, {}, "no such file or folder"),
     ],
@@ -668,6 +666,7 @@ def test_commands_say_it_in_one_line(tmp_path):
         (["out", "--source", "a.txt", "--tokenizer", "./none"], "error: tokenizer './none': "),
         (["out", "--source", "a.txt", "--where", "score"], "error: --where 'score': expected COLUMN OPERATOR VALUE"),
         (["out", "--source", "a.txt", "--workers", "0"], "error: workers=0 must be at least 1"),
+        (["out", "--source", "a.txt", "--val_shards", "0"], "error: settings: val_shards=0: input should be greater"),
     ):
         command = [sys.executable, "-m", "data_prep.prepare", *words]
         done = run_command(*command, cwd=tmp_path, exit_code=2, env=environment)

@@ -246,7 +246,7 @@ def test_data_is_used_from_the_hub(data_folder, recipe, tmp_path):
         launch(*recipe("far"), "--max_steps", "5", "--data", f"{name}@main", cwd=tmp_path, env=environment)
         assert "is whole" in command("data_prep.verify", name, hub=hub, cwd=tmp_path)
         output = command("data_prep.verify", f"{name}er", hub=hub, cwd=tmp_path, exit_code=2)
-        assert output == "error: user/smaller: no such dataset on the Hub, or one that is not for you\n"
+        assert output == "error: user/smaller: not found on the Hub, or you lack access\n"
     far = Finished(tmp_path / "runs" / "far", "")
     near = begin([*recipe("near"), "--max_steps", "5"], tmp_path).finished("near")
     assert far.losses() == near.losses()

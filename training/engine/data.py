@@ -6,12 +6,12 @@ from typing import Any
 
 from data_prep.common.command_line import UserError
 from data_prep.common.hub import local_folder
-from data_prep.common.records import TokenizerRecord
 from data_prep.prepare import Recipe, prepare
 from data_prep.reading.sources import BUILTIN, Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.order import shares_of, training_order
 from data_prep.tokenization.byte_level import bytes_of_tokens
+from data_prep.tokenization.tokenizer import TokenizerRecord
 from training.engine.batches import Batches
 from training.settings.config import TrainingConfig
 from training.settings.schema import QUICKSTART_DATA
