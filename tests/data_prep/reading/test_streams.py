@@ -164,7 +164,7 @@ def test_a_data_set_of_the_hub_goes_on_after_a_kill(make, tmp_path, data_folder)
     with serve_dataset("user/corpus", {path.name: path.read_bytes() for path in paths}) as (endpoint, _):
         home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **home, "PYTHONPATH": str(ROOT)}
-        run_command(sys.executable, *words, "manifest", "4", cwd=ROOT, env=environment, exit_code=-signal.SIGKILL)
+        run_command(sys.executable, *words, "manifest", "3", cwd=ROOT, env=environment, exit_code=-signal.SIGKILL)
         assert len(Manifest.load(folder).shards) == 2
         run_command(sys.executable, *words, "manifest", "1000", cwd=ROOT, env=environment)
     prepare(Recipe(source, tokenizer=str(tokenizer), shard_tokens=300_000), tmp_path / "file" / "data")
