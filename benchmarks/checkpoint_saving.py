@@ -29,8 +29,8 @@ from benchmarks.training_step import SIZES, batches
 from data_prep.common.command_line import ArgumentParser, run
 from eval.common.devices import make_accelerator
 from modeling import GPTModel
-from training.checkpointing.snapshot import Snapshot, take_snapshot, write_checkpoint
-from training.checkpointing.storage import RunState
+from training.checkpointing.checkpoint import Snapshot, take_snapshot, write_checkpoint
+from training.checkpointing.store import RunState
 from training.checkpointing.writer import Saver
 from training.engine.distributed import describe_device
 from training.engine.optimizer import make_optimizer

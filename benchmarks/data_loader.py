@@ -16,8 +16,8 @@ if __name__ == "__main__":
 
 from data_prep.common.command_line import ArgumentParser, run
 from training.engine.data import load_data
-from training.settings.config import TrainingConfig
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config
+from training.settings.schema import TrainingConfig
 
 _SEQUENCES = 64
 
@@ -39,8 +39,8 @@ def loader_rate(config: TrainingConfig, seconds: float) -> Callable[[], float]:
 
 def model_rate(steps: int) -> float:
     """Returns the tokens per second of the quickstart's steps, without the first five."""
-    from training.loop.stopping import stop_requests
-    from training.setup import setup
+    from training.build import setup
+    from training.monitoring.stopping import stop_requests
     from training.train import start_step
 
     with tempfile.TemporaryDirectory() as folder, stop_requests(max_minutes=None) as stop:

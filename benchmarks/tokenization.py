@@ -60,7 +60,7 @@ def ours(corpus: Path, scratch: Path, engine: Engine, workers: int = _CORES) -> 
     import pyarrow.parquet  # noqa: F401
 
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
 
     started = time.perf_counter()
     recipe = Recipe(Source(str(corpus)), shard_tokens=min(_SHARD_TOKENS, corpus.stat().st_size // 4))

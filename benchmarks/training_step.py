@@ -26,7 +26,7 @@ from modeling import GPTConfig, GPTModel, flops_per_token
 from training.engine.distributed import describe_device
 from training.engine.optimizer import make_optimizer
 from training.engine.step import training_step
-from training.records.step_metrics import peak_flops
+from training.monitoring.metrics import peak_flops
 from training.settings.schema import ModelSettings, OptimizerSettings
 
 _LEARNING_RATE = 6e-4

@@ -63,7 +63,7 @@ def speed(trial: Trial) -> None:
     from benchmarks.training_step import SIZES, step_workload
     from modeling import flops_per_token
     from training.engine.distributed import describe_device
-    from training.records.step_metrics import peak_flops
+    from training.monitoring.metrics import peak_flops
 
     if trial.on_gpu:
         size, rounds, steps, suffix = replace(SIZES["gpt2-124m"], micro_batch=64, accumulation=1), 5, 5, ", compiled"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.reporting.run_records import Record, read_run
+from eval.reporting.records import Record, read_run
 
 _ROOT = Path(__file__).parents[1]
 _EOS = 256  # the id after those of all bytes

@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.configuration import CleanConfig, make_executor, read_config
+from data_prep.cleaning.pipeline import CleanConfig, make_executor, read_config
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import partial_name, write_text
 from data_prep.common.locks import LOCK_NAME, locked
-from data_prep.common.records import CleaningStep
 from data_prep.common.schema import read_json
-from data_prep.reading.corpus import files_read
-from data_prep.reading.files import CLEANING_CONFIG, CLEANING_REPORT
+from data_prep.sources.corpus import files_read
+from data_prep.sources.files import CLEANING_CONFIG, CLEANING_REPORT
+from data_prep.sources.source import CleaningStep
 
 QUEUED = "queued"  # sentinel file in work/: Slurm has the tasks
 
@@ -89,7 +89,7 @@ def _stderr_to(path: Path) -> Iterator[None]:
 def _claim(config: CleanConfig, output: Path) -> list[Any]:
     """Writes all that determines the result into the output folder, or checks that it is the same as there; returns the
     passes, over the same commits on the Hub."""
-    from data_prep.cleaning.stages import plan
+    from data_prep.cleaning.pipeline import plan
 
     path = output / CLEANING_CONFIG
     stored = read_json(path, dict[str, Any]) if path.exists() else None

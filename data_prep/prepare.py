@@ -20,13 +20,13 @@ from pydantic import Field
 from data_prep.common.command_line import ArgumentParser, UserError, option, raise_all, run
 from data_prep.common.files import partial_name
 from data_prep.common.locks import LOCK_NAME, locked
-from data_prep.common.records import Position
 from data_prep.common.schema import STRICT, Positive, read_yaml, validate
-from data_prep.reading.corpus import Corpus, files_read
-from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import FILE_NAME, Manifest
 from data_prep.sharding.shards import Dtype, Format, smallest_dtype
 from data_prep.sharding.writer import SHARDS_OF_A_SMALL_CORPUS, Writer, remove_files
+from data_prep.sources.corpus import Corpus, files_read
+from data_prep.sources.opening import open_source
+from data_prep.sources.source import Position, Source
 from data_prep.tokenization.gigatoken import Engine, with_engine
 from data_prep.tokenization.tokenizer import (
     Encoder,
@@ -65,9 +65,9 @@ class Recipe:
     )
     weight: Annotated[float, Field(gt=0)] | None = None
 
-    def resolve(self, commit: str | None = None) -> Corpus:
-        """Finds what the source consists of, as `Source.resolve`."""
-        return self.source.resolve(commit, skip_bad_files=self.on_bad_file == "skip")
+    def open_source(self, commit: str | None = None) -> Corpus:
+        """As `open_source`, with this recipe's rule for files that cannot be read."""
+        return open_source(self.source, commit, skip_bad_files=self.on_bad_file == "skip")
 
 
 def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: Engine = "auto") -> Manifest:
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: En
         if has_manifest and (manifest := Manifest.load(folder)).unfinished is None:
             _check_same(recipe, folder, manifest)
             if not manifest.source.commit:  # a commit cannot change, and needs no network
-                _resolve_same(recipe, folder, manifest)
+                _reopen(recipe, folder, manifest)
             return Manifest.read(folder)
         with locked(folder):
             return _prepare(recipe, folder, workers or _cores(), engine)
@@ -108,7 +108,7 @@ def _prepare(recipe: Recipe, folder: Path, workers: int, engine: Engine) -> Mani
     manifest = Manifest.load(folder) if (folder / FILE_NAME).exists() else None
     if manifest is not None and manifest.shards:
         _check_same(recipe, folder, manifest)
-        corpus = _resolve_same(recipe, folder, manifest)
+        corpus = _reopen(recipe, folder, manifest)
         if problems := manifest.problems(folder):
             raise UserError(f"{problems[0]}; {manifest.remedy}")
         tokenizer = load_tokenizer(folder / "tokenizer")
@@ -116,7 +116,7 @@ def _prepare(recipe: Recipe, folder: Path, workers: int, engine: Engine) -> Mani
     remove_files(folder)  # of a preparation that was killed in its first shard
     writer = None
     try:
-        corpus = recipe.resolve()
+        corpus = recipe.open_source()
         tokenizer, manifest = _begin(recipe, corpus, folder)
         writer = Writer(folder, manifest)
         return writer.write(corpus, _encoder(recipe, tokenizer, engine), workers)
@@ -149,9 +149,9 @@ def _check_same(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
     _refuse_difference(folder, wanted, found)
 
 
-def _resolve_same(recipe: Recipe, folder: Path, manifest: Manifest) -> Corpus:
+def _reopen(recipe: Recipe, folder: Path, manifest: Manifest) -> Corpus:
     """The corpus of the manifest (`UserError` if its files have changed)."""
-    corpus = recipe.resolve(manifest.source.commit)
+    corpus = recipe.open_source(manifest.source.commit)
     _refuse_difference(folder, asdict(corpus.describe()), asdict(manifest.source))
     return corpus
 
@@ -236,7 +236,7 @@ def check_sources(recipes: dict[Path, Recipe]) -> None:
     problems = []
     for folder, recipe in recipes.items():
         try:
-            recipe.resolve()
+            recipe.open_source()
         except UserError as error:
             problems.append(f"{folder}: {error}")
     raise_all(problems, "folders cannot be prepared")

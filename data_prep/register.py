@@ -12,9 +12,9 @@ import numpy as np
 
 from data_prep.common.command_line import ArgumentParser, UserError, listed, run
 from data_prep.common.files import file_hash
-from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.manifest import FILE_NAME, REGISTERED, Manifest, Shard, split_of_name
 from data_prep.sharding.shards import Split, open_shard
+from data_prep.sources.source import SourceRecord
 from data_prep.tokenization.tokenizer import describe_tokenizer, load_tokenizer, tokenizer_hash
 
 

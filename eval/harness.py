@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.common.command_line import ArgumentParser, UserError, first_line, raise_all, run, unknown_name
 from data_prep.common.files import write_text
-from eval.reporting.run_records import harness_scores
+from eval.reporting.records import harness_scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -105,8 +105,8 @@ def evaluate_tasks(
     import lm_eval
     from lm_eval.utils import handle_non_serializable
 
+    from eval.common.harness_model import StoppableLM
     from eval.common.models import evaluating
-    from eval.scoring.harness_model import StoppableLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about a model in memory, and about `limit`
     with evaluating(model):
@@ -138,7 +138,7 @@ def main() -> None:
     from lm_eval import evaluator
     from lm_eval._cli.harness import HarnessCLI
 
-    import eval.scoring.harness_model  # noqa: F401  registers "gpt-accelerate"
+    import eval.common.harness_model  # noqa: F401  registers "gpt-accelerate"
 
     evaluate: Any = evaluator.evaluate
 

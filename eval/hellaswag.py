@@ -29,7 +29,7 @@ from data_prep.common.schema import STRICT, parse_json
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from eval.scoring.multiple_choice import Question
+    from eval.common.multiple_choice import Question
     from modeling import GPTModel
 
 RULES = ("completion", "lm_eval")
@@ -102,7 +102,7 @@ class HellaSwag:
     def prepare(cls, items: Sequence[Mapping[str, Any]], rule: str, tokenizer: Any) -> HellaSwag:
         """Tokenizes items of `read_items` by `rule`."""
         from data_prep.tokenization.tokenizer import encode
-        from eval.scoring.multiple_choice import Question
+        from eval.common.multiple_choice import Question
 
         separate = rule == "completion"
         texts = [(item["ctx"], item["endings"]) if separate else _lm_eval_texts(item) for item in items]
@@ -126,7 +126,7 @@ class HellaSwag:
         before_batch: Callable[[], object] | None = None,
     ) -> Result:
         """Scores a model, as `score` does. Collective. Returns the same result on all ranks."""
-        from eval.scoring.multiple_choice import accuracy, count_truncated, score
+        from eval.common.multiple_choice import accuracy, count_truncated, score
 
         nats = score(accelerator, model, self.questions, batch_size, before_batch)
         acc, acc_norm = (accuracy(nats, self.labels, lengths) for lengths in (None, self.lengths))

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from data_prep.common.command_line import ArgumentParser, UserError, redact, run
 from data_prep.common.files import partial_name, read_text, write_text
-from eval.common.scores import perplexity
+from eval.loss import perplexity
 from eval.reporting import sections
-from eval.reporting.page import write_page
 from eval.reporting.plots import models_beside, plot_all
-from eval.reporting.run_records import Record, read_run
-from eval.reporting.sections import duration, number, section, table
+from eval.reporting.records import Record, read_run
+from eval.reporting.sections import duration, number, section, table, write_page
 
 FILE_NAME, PAGE_NAME = "report.md", "report.html"
 _SENTINEL = "<!-- written by python -m eval.report -->"

@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Any
 from modeling.presets import PRESETS, Preset, flops_per_token, parameter_count
 
 if TYPE_CHECKING:
-    from modeling.configuration import GPTConfig
-    from modeling.network import GPTModel
+    from modeling.gpt import GPTConfig, GPTModel
 else:
 
     def __getattr__(name: str) -> Any:
         if name == "GPTConfig":
-            from modeling.configuration import GPTConfig as found
+            from modeling.gpt import GPTConfig as found
         elif name == "GPTModel":
-            from modeling.network import GPTModel as found
+            from modeling.gpt import GPTModel as found
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return found

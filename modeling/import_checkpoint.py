@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modeling.network import GPTModel
+    from modeling.gpt import GPTModel
 
 # Names that torch.compile, DDP, activation checkpointing and FSDP put into those of the parameters that they wrap.
 _WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")

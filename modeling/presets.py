@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from modeling.configuration import GPTConfig
+    from modeling.gpt import GPTConfig
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def text_files(tmp_path_factory) -> Path:
 def data_folder(tmp_path_factory, text_files) -> Path:
     """Some 150,000 tokens in shards of 20,011, so that no batch ends where a shard does."""
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
 
     folder = tmp_path_factory.mktemp("data") / "small"
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=VOCAB_SIZE, shard_tokens=20_011), folder)
@@ -59,7 +59,7 @@ def data_folder(tmp_path_factory, text_files) -> Path:
 def other_data(tmp_path_factory, data_folder) -> Path:
     """A second folder of the same tokenizer, small enough for several epochs."""
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
 
     folder = tmp_path_factory.mktemp("other")
     for i in range(30):

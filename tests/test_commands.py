@@ -16,7 +16,7 @@ from project import WITH_COMMANDS
 from small_models import as_in_nanogpt
 
 from data_prep.common.command_line import first_line
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -22,8 +22,8 @@ from typing import Any
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import write_text
 from data_prep.common.schema import find_problems, read_json
-from training.finetuning.template import add_chat_template, render, show
-from training.finetuning.trainer import FinetuningSettings, finetune
+from data_prep.sources.opening import open_source
+from training.finetuning import FinetuningSettings, add_chat_template, finetune, render, show
 
 DEFAULT_DATA = "HuggingFaceTB/smol-smoltalk"
 _SETTINGS = "settings.json"  # in the folder of an unfinished training
@@ -112,8 +112,8 @@ def _default_output(model: str) -> Path:
 
 def _read(args: Any) -> Iterable[Any]:
     """The conversations of `--data` (`UserError`, which names the record, for one that is not valid)."""
-    from data_prep.reading.docstrings import docstring_conversations
-    from data_prep.reading.sources import BUILTIN, ConversationSource
+    from data_prep.sources.builtin import docstring_conversations
+    from data_prep.sources.source import BUILTIN, ConversationSource
 
     if args.data == BUILTIN:
         return docstring_conversations()
@@ -121,7 +121,7 @@ def _read(args: Any) -> Iterable[Any]:
         args.data, name=args.name, split=args.split, revision=args.revision, text_column=args.messages_column
     )
     try:
-        return source.resolve().documents()
+        return open_source(source).documents()
     except UserError as error:
         hint = " (--data builtin needs no network)" if args.data == DEFAULT_DATA else ""
         raise UserError(f"{error}{hint}") from error

@@ -19,10 +19,9 @@ from pathlib import Path
 from data_prep.common.command_line import ArgumentParser, UserError, run
 from data_prep.common.files import read_text
 from data_prep.common.locks import locked
-from eval.reporting.run_records import Record, read_run
-from training.checkpointing.storage import checkpoint_folder, is_checkpoint
-from training.comparison.plan import Variant, make_variants, parse_budget
-from training.comparison.results import Runs, summary, write_results
+from eval.reporting.records import Record, read_run
+from training.checkpointing.store import checkpoint_folder, is_checkpoint
+from training.comparison import Runs, Variant, make_variants, parse_budget, summary, write_results
 
 _CALIBRATION_MINUTES = 0.5
 

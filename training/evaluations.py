@@ -8,15 +8,12 @@ import torch
 from accelerate.utils import gather_object
 
 from eval.common.generation import Sampling, generate, isolated_random_state
-from eval.common.scores import bits_per_byte
 from eval.harness import evaluate_tasks, load_tasks
 from eval.hellaswag import HellaSwag, read_items
-from eval.loss import summed_loss
-from training.engine.batches import Batches
-from training.engine.data import Data, validation_sequences
-from training.loop.run import Run
-from training.settings.config import TrainingConfig
-from training.settings.schema import EvaluationSettings
+from eval.loss import bits_per_byte, summed_loss
+from training.engine.data import Batches, Data, validation_sequences
+from training.run import Run
+from training.settings.schema import EvaluationSettings, TrainingConfig
 
 
 @dataclass

@@ -8,9 +8,8 @@ Prints both where they begin or end to change, and draws them.
 from pathlib import Path
 
 from data_prep.common.command_line import ArgumentParser, raise_all, run
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config, schedule_problems
 from training.settings.schedule import BatchPlan, Schedule
-from training.settings.validation import schedule_problems
 
 
 def corners(plan: BatchPlan, schedule: Schedule, max_steps: int) -> list[int]:

@@ -20,8 +20,8 @@ from data_prep.common.locks import locked
 from data_prep.common.schema import Sha256, read_json, read_yaml, validate
 from eval.reporting.card import model_card, truncate_to_step
 from eval.reporting.plots import plot_all
-from eval.reporting.run_records import Curve, read_run
-from training.checkpointing.storage import (
+from eval.reporting.records import Curve, read_run
+from training.checkpointing.store import (
     COMPLETE,
     checkpoint_folder,
     complete_checkpoints,
@@ -29,7 +29,7 @@ from training.checkpointing.storage import (
     is_checkpoint,
     step_of,
 )
-from training.publishing.uploader import QUEUE, pending, queue_entry
+from training.publishing import QUEUE, pending, queue_entry
 from training.settings.schema import HubSettings
 
 

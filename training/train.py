@@ -13,7 +13,7 @@ from functools import partial
 
 from data_prep.common.command_line import UserError, first_line
 from data_prep.common.command_line import run as run_command
-from training.settings.validation import read_config
+from training.settings.reading import read_config
 
 if __name__ == "__main__":
     CONFIG = run_command(read_config)  # before torch is loaded: a wrong setting is reported within a second
@@ -22,27 +22,25 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record as show_errors_in_launcher
 
 from data_prep.common.locks import locked
-from training.checkpointing.snapshot import take_snapshot
-from training.checkpointing.storage import checkpoint_folder, prune_checkpoints
-from training.engine.batches import DataError
+from training.build import setup
+from training.checkpointing.checkpoint import take_snapshot
+from training.checkpointing.store import AlreadyFinished, checkpoint_folder, prune_checkpoints
+from training.engine.data import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
 from training.engine.step import training_step
-from training.loop.ending import print_ending, write_run_report
-from training.loop.run import EvaluationStopped, Run
-from training.loop.stopping import StopRequest, stop_requests
-from training.publishing.uploader import pending
-from training.records import screen
-from training.records.step_metrics import LaunchedStep, gather_metrics, read_gpu
-from training.resilience.divergence import Diverged, handle_divergence, is_skipped, rollback
-from training.resilience.preflight import apply_preflight_overrides, own_folder, preflight
-from training.resilience.resume import AlreadyFinished
-from training.settings.config import TrainingConfig
-from training.setup import setup
+from training.monitoring.divergence import Diverged, handle_divergence, is_skipped, rollback
+from training.monitoring.log import install_screen
+from training.monitoring.metrics import LaunchedStep, gather_metrics, read_gpu
+from training.monitoring.stopping import StopRequest, stop_requests
+from training.preflight import apply_preflight_overrides, own_folder, preflight
+from training.publishing import pending
+from training.run import EvaluationStopped, Run, print_ending, write_run_report
+from training.settings.schema import TrainingConfig
 
 
 def main(config: TrainingConfig) -> None:
-    screen.install()
+    install_screen()
     is_first = os.environ.get("RANK", "0") == "0"
     if config.run.preflight:
         config = apply_preflight_overrides(config)

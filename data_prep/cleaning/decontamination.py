@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.common.command_line import UserError
 from data_prep.common.files import read_text
-from data_prep.reading.formats import parse_record
+from data_prep.sources.formats import parse_record
 
 NGRAM = 13  # words
 SHORTEST_NGRAM = 8  # words; below, appendix C found too many collisions by chance

@@ -22,6 +22,7 @@ from data_prep.cleaning.decontamination import COMMON_DOCUMENTS, WINDOW, Index, 
 from data_prep.cleaning.quality import Classifier, keep
 from data_prep.common.command_line import UserError, unknown_name
 from data_prep.common.schema import Positive
+from data_prep.sources.opening import open_source
 
 MODEL = "model.pickle"  # of the quality classifier, in the folder of its step
 _EXAMPLE_CHARACTERS = 600
@@ -41,7 +42,7 @@ class SourceReader(PipelineStep):
     """Reads one source in each task: in task `rank` the part `rank % parts` of source `rank // parts`.
 
     Args:
-        sources: by name, a reader of datatrove, or a `data_prep.reading.sources.Source` and its commit on the Hub.
+        sources: by name, a reader of datatrove, or a `data_prep.sources.source.Source` and its commit on the Hub.
         parts: of each source.
     """
 
@@ -60,7 +61,7 @@ class SourceReader(PipelineStep):
             yield from source.run(None, part, self.parts)
             return
         request, commit = source
-        for number, record in enumerate(request.resolve(commit).part(part, self.parts).records()):
+        for number, record in enumerate(open_source(request, commit).part(part, self.parts).records()):
             text = record.pop(request.column)
             if text.strip():
                 identity = str(record.pop("id", f"{name}/{part}/{number}"))

@@ -14,10 +14,9 @@ import numpy as np
 
 from data_prep.common.command_line import UserError, listed
 from data_prep.common.files import describe_path, read_text, write_text
-from data_prep.common.records import CleaningStep, Position
 from data_prep.common.schema import STRICT, Count, Positive, Sha256, parse_json
-from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.shards import Dtype, Format, Split, open_shard
+from data_prep.sources.source import CleaningStep, Position, SourceRecord
 from data_prep.tokenization.tokenizer import TokenizerRecord, tokenizer_hash
 
 FILE_NAME = "manifest.json"

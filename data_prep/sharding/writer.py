@@ -2,26 +2,27 @@
 
 import contextlib
 import errno
+import queue
 import shutil
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data_prep.common.command_line import UserError
 from data_prep.common.files import partial_name
-from data_prep.common.records import Position
-from data_prep.reading.ahead import read_ahead
-from data_prep.reading.corpus import Corpus, files_read
-from data_prep.reading.formats import Block
 from data_prep.sharding.manifest import FILE_NAME, Manifest, Shard, text_marks
 from data_prep.sharding.shards import ShardFile, Split, is_shard_name, shard_name
+from data_prep.sources.corpus import Corpus, files_read
+from data_prep.sources.formats import Block
+from data_prep.sources.source import Position
 from data_prep.tokenization.tokenizer import Encoder, HuggingFaceTokenizer, tokenizer_files
 
 # Of which validation is the first.
@@ -248,3 +249,38 @@ def _too_small(corpus: Corpus, manifest: Manifest) -> str:
         f"validation shard(s) of {manifest.shard_tokens}; choose --shard_tokens "
         f"{max(1, tokens // (SHARDS_OF_A_SMALL_CORPUS * manifest.val_shards))}, or more text"
     )
+
+
+Item = TypeVar("Item")
+_END = object()
+
+
+def read_ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, of which a thread reads up to `count` before they are asked for; its error is raised in its turn.
+
+    The thread is a daemon: nobody waits for a network that does not answer once the program ends.
+    """
+    found: queue.SimpleQueue[object] = queue.SimpleQueue()
+    room, closed = threading.Semaphore(count), threading.Event()
+
+    def read() -> None:
+        try:
+            for item in items:
+                found.put(item)
+                room.acquire()
+                if closed.is_set():
+                    return
+            found.put(_END)
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (item := found.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            room.release()
+            yield item  # type: ignore[misc]
+    finally:
+        closed.set()
+        room.release()

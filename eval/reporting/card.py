@@ -9,9 +9,9 @@ from typing import Any
 
 from data_prep.common.command_line import UserError, redact
 from data_prep.common.schema import read_json
-from eval.common.scores import perplexity
+from eval.loss import perplexity
 from eval.reporting import sections
-from eval.reporting.run_records import Curve, Environment, Record
+from eval.reporting.records import Curve, Environment, Record
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.command_line import redact
-from eval.reporting.reference_results import ReferenceResult, of_the_same_size
-from eval.reporting.run_records import Curve, Record, Sample
+from eval.reporting.records import Curve, Record, ReferenceResult, Sample, of_the_same_size
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
 _REFERENCE_COLORS = {"GPT-2": "#555555", "GPT-3": "#999999", "build-nanogpt": "#b8860b"}

@@ -16,7 +16,7 @@ from chats import TALK, base_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling.import_checkpoint import write_folder
-from training.finetuning.template import add_chat_template
+from training.finetuning import add_chat_template
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("fastapi")

@@ -12,7 +12,7 @@ from forks import begin
 from plants import die, in_step, no_network
 from standin_hub import StandIn, serve
 
-from training.records.trackers import PROJECT
+from training.monitoring.trackers import PROJECT
 
 pytestmark = pytest.mark.clients
 RECORDS = """

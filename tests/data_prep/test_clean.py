@@ -14,10 +14,10 @@ from conftest import ROOT
 from pyarrow import parquet
 
 from data_prep.clean import clean
-from data_prep.cleaning.configuration import read_config
+from data_prep.cleaning.pipeline import read_config
 from data_prep.common.command_line import UserError
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
+from data_prep.sources.source import Source
 
 SENTENCES = "The {0} of the {1} was {2} to {3} with a {4} and {5} that {6} have {7}."
 ITEM = "Twelve patient beekeepers carried one ladder across the muddy orchard before anyone else was awake today"

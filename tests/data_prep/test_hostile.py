@@ -18,13 +18,14 @@ from forks import begin, begin_command
 
 from data_prep.common.command_line import UserError, redact
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
 from data_prep.register import register
 from data_prep.sharding.manifest import Manifest
 from data_prep.sharding.shards import open_shard
+from data_prep.sources.opening import open_source
+from data_prep.sources.source import Source
 from data_prep.verify import verify
 from training.engine.data import load_data
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_a_path_that_looks_like_a_pattern_is_found(tmp_path, name):
     (tmp_path / "proj 1" / "wrong.txt").write_text("wrong")
 
     def texts(source: Path | str) -> list[str]:
-        return list(Source(str(source)).resolve().documents())
+        return list(open_source(Source(str(source))).documents())
 
     assert texts(folder) == texts(folder / "*.txt") == ["one", "two"]
     assert texts(folder / "one [2].txt") == ["one"] and texts(folder / "t*.txt") == ["two"]
@@ -178,14 +179,14 @@ def test_a_source_that_never_ends_is_refused(tmp_path, kind):
         path.symlink_to(tmp_path / "pipe")
     for source in (path, tmp_path):
         with pytest.raises(UserError, match="not a regular file"):
-            Source(str(source)).resolve()
+            open_source(Source(str(source)))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"text": ' * 100_000, "{" * 100_000 + "}" * 100_000])
 def test_json_of_any_depth_is_one_line(tmp_path, text):
     (tmp_path / "x.jsonl").write_text(text + "\n")
     with pytest.raises(UserError, match="line 1: not JSON"):
-        list(Source(str(tmp_path / "x.jsonl")).resolve().documents())
+        list(open_source(Source(str(tmp_path / "x.jsonl"))).documents())
 
 
 def test_what_validation_cuts_off_is_said(data_folder, tmp_path):
@@ -273,7 +274,7 @@ def test_a_password_in_an_address_is_written_nowhere(short_steps, data_folder, t
     code, trained = begin(words, tmp_path).ended()
     assert code == 0, trained
     from eval.reporting.card import model_card
-    from eval.reporting.run_records import read_run
+    from eval.reporting.records import read_run
 
     (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
     card = model_card(read_run(tmp_path / "runs" / "run"), 2, checkpoint, "user/x", "mit", [])

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from data_prep.inspect import sample, shown
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
+from data_prep.sources.source import Source
 
 STEP = {"documents_in": 10, "documents_out": 4, "characters_in": 1000, "characters_out": 300}
 

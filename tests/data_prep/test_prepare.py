@@ -25,10 +25,10 @@ from standin_hub import serve_dataset
 
 from data_prep.common.command_line import UserError
 from data_prep.common.locks import locked
-from data_prep.common.records import Position
 from data_prep.prepare import Recipe, main, prepare
-from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
+from data_prep.sources.opening import open_source
+from data_prep.sources.source import Position, Source
 from data_prep.tokenization.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
 from data_prep.verify import verify
 from tests.data_prep.tokenization.test_gigatoken import hostile
@@ -73,7 +73,7 @@ def test_shards_hold_all_documents_in_order(corpus, undisturbed):
     """Against one array of all that the tokenizer gives, made without any of the machinery."""
     manifest = Manifest.read(undisturbed)
     tokenizer = load_tokenizer(undisturbed / "tokenizer")
-    whole = np.concatenate([tokenizer.encode([text]) for text in Source(str(corpus)).resolve().documents()])
+    whole = np.concatenate([tokenizer.encode([text]) for text in open_source(Source(str(corpus))).documents()])
     shards = [np.load(undisturbed / shard.file) for shard in manifest.shards]
     assert [shard.file for shard in manifest.shards[:2]] == ["data_val_000000.npy", "data_train_000001.npy"]
     assert [len(shard) for shard in shards[:-1]] == [100_003] * (len(shards) - 1) and 0 < len(shards[-1]) <= 100_003
@@ -645,7 +645,7 @@ def test_a_network_that_fails_is_tried_again(capsys):
         "\n".join(lines).encode(),
         iter([False] * 3 + [True, True] + [False] * 4 + [True]),
     )
-    corpus = Source("unreliable://corpus/a.jsonl").resolve()
+    corpus = open_source(Source("unreliable://corpus/a.jsonl"))
     blocks = list(corpus.blocks(Position(), retry_delays=(0, 0)))
     assert [text.split()[0] for block in blocks for text in block.texts] == [str(i) for i in range(1000)]
     assert "timed out; attempt 2 in 0 s" in (output := capsys.readouterr().err) and "attempt 3" in output

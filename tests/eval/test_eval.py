@@ -16,16 +16,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.command_line import UserError, run
-from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
+from data_prep.sources.source import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer, load_tokenizer
 from eval.common.generation import Sampling, generate
 from eval.common.models import check_folder, from_pretrained, load_model, read_config
-from eval.common.scores import language_modeling_scores
 from eval.hellaswag import HellaSwag
-from eval.loss import read_tokens, summed_loss, windows
+from eval.loss import language_modeling_scores, read_tokens, summed_loss, windows
 from training.publish import _settings as publish_settings
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_a_template_of_the_tokenizer_adds_no_tokens(checkpoint, tmp_path):
     """Preparation writes none, so evaluation must not: after an end of text the model would begin another text."""
     from tokenizers import processors
 
-    from eval.scoring.harness_model import GPTModelLM
+    from eval.common.harness_model import GPTModelLM
 
     model, plain = load_model(str(checkpoint), torch.device("cpu"))
     ends = AutoTokenizer.from_pretrained(checkpoint)
@@ -220,7 +219,7 @@ def test_a_model_or_a_run_is_recognized_where_data_or_a_run_are_expected(tiny_ru
 
 def test_another_tokenizer_is_refused(checkpoint, text_files, tmp_path):
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
 
     other = tmp_path / "other"
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=400, shard_tokens=20_011), other)
@@ -255,11 +254,11 @@ def test_bits_per_byte_where_tokens_do_not_spell_the_text(text_files, tmp_path, 
     from transformers import PreTrainedTokenizerFast
 
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
     from eval.loss import main
     from modeling import GPTConfig, GPTModel
     from training.engine.data import load_data
-    from training.settings.parsing import parse_config
+    from training.settings.reading import parse_config
 
     file, folder, model = text_files / "json_decoder.txt", tmp_path / "data", tmp_path / "model"
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))

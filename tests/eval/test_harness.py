@@ -14,7 +14,7 @@ from plants import signalled_in_evaluation
 
 from data_prep.common.command_line import UserError
 from eval.harness import check_tasks, load_tasks
-from eval.reporting.reference_results import of_the_same_size
+from eval.reporting.records import of_the_same_size
 
 TASKS = "lambada_local,wikitext_local"
 

@@ -17,10 +17,9 @@ from conftest import ROOT, run_command
 from data_prep.common.command_line import UserError
 from data_prep.contamination import contamination, record, recorded
 from eval.report import write_report
-from eval.reporting.page import write_page
 from eval.reporting.plots import plot_all
-from eval.reporting.reference_results import of_the_same_size
-from eval.reporting.run_records import Curve, Environment, Sample, read_run
+from eval.reporting.records import Curve, Environment, Sample, of_the_same_size, read_run
+from eval.reporting.sections import write_page
 
 NANOGPT_LOG = "0 val 10.9512\n0 hella 0.2463\n0 train 10.955029\n1 train 9.5\n2 val 9.7\n2 hella 0.2501\n"
 LLM_C_LOG = (

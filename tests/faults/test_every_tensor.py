@@ -15,8 +15,8 @@ from small_models import SMALL
 from data_prep.common.command_line import UserError
 from eval.common.models import load_model
 from modeling import GPTConfig, GPTModel
-from training.checkpointing.snapshot import Snapshot, _in_gpt2_layout, write_checkpoint
-from training.checkpointing.storage import RunState
+from training.checkpointing.checkpoint import Snapshot, _in_gpt2_layout, write_checkpoint
+from training.checkpointing.store import RunState
 
 RESUME = ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30", "--override", "max_steps"]
 CHANGES = {

@@ -30,7 +30,7 @@ from plants import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.checkpointing.storage import load_state
+from training.checkpointing.store import load_state
 
 STEPS, LENGTH, SEQUENCES = 12, 32, 16
 pytestmark = pytest.mark.processes

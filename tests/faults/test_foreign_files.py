@@ -114,7 +114,7 @@ def test_nothing_foreign_is_touched(flags, tmp_path):
 @pytest.mark.parametrize("setting", ["run_name", "output_dir"])
 def test_a_run_has_a_plain_name_below_its_place(short_steps, tmp_path, name, more, setting, monkeypatch):
     from data_prep.common.command_line import UserError
-    from training.settings.validation import load_config
+    from training.settings.reading import load_config
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -159,7 +159,7 @@ def test_a_killed_preflight_does_not_block_the_next(flags, tmp_path):
 
 
 def die_in_preflight() -> None:
-    from training.resilience import preflight
+    from training import preflight
 
     preflight.find_corruption = lambda folder: die()
 

@@ -21,26 +21,26 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_models import as_in_nanogpt
 
-from data_prep.cleaning.configuration import read_config
+from data_prep.cleaning.pipeline import read_config
 from data_prep.common.command_line import UserError
 from data_prep.contamination import contamination, record, recorded
 from data_prep.inspect import sequences
-from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
+from data_prep.sources.opening import open_source
+from data_prep.sources.source import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer, load_tokenizer
 from data_prep.verify import verify
 from eval.common.models import load_model
 from eval.reporting import sections
 from eval.reporting.card import model_card
-from eval.reporting.run_records import read_run
+from eval.reporting.records import read_run
 from modeling import GPTConfig, GPTModel
 from modeling.import_checkpoint import import_checkpoint
-from training.checkpointing.storage import complete_checkpoints, find_corruption, load_state
+from training.checkpointing.store import complete_checkpoints, find_corruption, load_state
 from training.engine.data import load_data
+from training.monitoring.log import RunLog
 from training.publish import _settings as published_settings
-from training.records.run_log import RunLog
-from training.settings.parsing import parse_config
-from training.settings.validation import load_config
+from training.settings.reading import load_config, parse_config
 
 SECONDS, BYTES = 10, 2 << 30
 VALUES = [
@@ -181,7 +181,7 @@ def read_settings(world: Path) -> None:
 
 
 def read_cleaning(world: Path) -> None:
-    corpus = Source(str(world / "cleaned")).resolve()
+    corpus = open_source(Source(str(world / "cleaned")))
     corpus.cleaning()
     list(corpus.documents())
 

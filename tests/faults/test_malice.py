@@ -12,7 +12,7 @@ from plants import rehash
 from data_prep.common.command_line import UserError
 from data_prep.sharding.manifest import Manifest
 from eval.common.models import load_model
-from training.checkpointing.storage import find_corruption, load_state
+from training.checkpointing.store import find_corruption, load_state
 
 PROGRAM = "open({file!r}, 'w').close()\nclass GPT2LMHeadModel: ...\nclass Tokenizer: ...\n"
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 
 from modeling import GPTConfig, GPTModel
-from modeling.network import GPTBackbone
+from modeling.gpt import GPTBackbone
 
 # Some tests skip a class that the Auto mappings do not list; ours is listed for the suite alone.
 MODEL_MAPPING.register(GPTConfig, GPTBackbone)

@@ -8,10 +8,9 @@ from conftest import TINY_MODEL
 from forks import begin_command
 
 from data_prep.common.command_line import UserError
-from eval.reporting.run_records import Curve, Record
+from eval.reporting.records import Curve, Record
 from training.compare import turns
-from training.comparison.plan import Budget, make_variants, parse_budget
-from training.comparison.results import Runs, p_values, summary, time_to, verdict
+from training.comparison import Budget, Runs, make_variants, p_values, parse_budget, summary, time_to, verdict
 
 
 @pytest.mark.parametrize(

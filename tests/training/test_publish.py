@@ -15,9 +15,9 @@ from standin_hub import StandIn, serve
 
 from data_prep.common.hub import repository_problem
 from modeling import GPTModel
-from training.checkpointing.storage import complete_checkpoints, prune_checkpoints, step_of
-from training.publishing.uploader import Uploads, pending, queue_entry
-from training.settings.parsing import parse_config
+from training.checkpointing.store import complete_checkpoints, prune_checkpoints, step_of
+from training.publishing import Uploads, pending, queue_entry
+from training.settings.reading import parse_config
 
 pytestmark = pytest.mark.clients  # of the Hub
 

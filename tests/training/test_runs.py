@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.common.command_line import UserError, run
 from data_prep.inspect import sequences
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
+from data_prep.sources.source import Source
 from modeling import GPTConfig, GPTModel
-from training.checkpointing.storage import RunState, complete_checkpoints, load_state, prune_checkpoints
+from training.checkpointing.store import RunState, complete_checkpoints, load_state, prune_checkpoints, resumed_state
 from training.engine.data import load_data
-from training.resilience.resume import resumed_state
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config
 from training.train import main, read_config
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from data_prep.common.command_line import UserError, first_line
-from training.checkpointing.snapshot import Snapshot, write_checkpoint
-from training.checkpointing.storage import complete_checkpoints, mark_committed
+from training.checkpointing.checkpoint import Snapshot, write_checkpoint
+from training.checkpointing.store import complete_checkpoints, mark_committed
 
 _PAUSES = (1, 5)  # seconds before another attempt
 _NICENESS = 15  # about a thirtieth of a core that training wants too

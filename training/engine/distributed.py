@@ -11,7 +11,7 @@ from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
 
 from data_prep.common.command_line import UserError
 from eval.common.devices import chosen_precision, make_accelerator
-from training.settings.config import TrainingConfig
+from training.settings.schema import TrainingConfig
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.engine.batches import Batch, on_device
+from training.engine.data import Batch, on_device
 
 
 def training_step(

@@ -10,7 +10,7 @@ On several processes, pass `num_process`, `process_id` and a common `experiment_
 import datasets
 import evaluate
 
-from eval.common.scores import language_modeling_scores
+from eval.loss import language_modeling_scores
 
 
 class LanguageModeling(evaluate.Metric):

@@ -10,7 +10,7 @@ On several processes, pass `num_process`, `process_id` and a common `experiment_
 import datasets
 import evaluate
 
-from eval.scoring.multiple_choice import accuracy
+from eval.common.multiple_choice import accuracy
 
 
 class MultipleChoice(evaluate.Metric):

@@ -14,10 +14,10 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from data_prep.clean import clean
-from data_prep.cleaning.configuration import read_config
+from data_prep.cleaning.pipeline import read_config
 from data_prep.common.command_line import UserError
-from data_prep.common.records import CleaningStep
 from data_prep.common.schema import read_json
+from data_prep.sources.source import CleaningStep
 from tests.data_prep.test_clean import essay, read
 
 

@@ -14,8 +14,8 @@ from standin_hub import COMMIT, Repository, serve
 
 from data_prep.common.command_line import UserError
 from data_prep.prepare import check_sources, read_recipes, training_flags
-from data_prep.reading.sources import Source
 from data_prep.sharding.manifest import Manifest
+from data_prep.sources.source import Source
 from data_prep.tokenization.tokenizer import gpt2_tokenizer
 from tests.data_prep.test_prepare import texts
 

@@ -9,7 +9,8 @@ from pyarrow import parquet
 
 from data_prep.common.command_line import UserError
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
+from data_prep.sources.opening import open_source
+from data_prep.sources.source import Source
 from data_prep.tokenization.tokenizer import gpt2_tokenizer, train_tokenizer
 from tests.data_prep.test_prepare import stopped, texts
 
@@ -93,7 +94,7 @@ def test_ids_of_another_tokenizer_are_refused(tokenizer, tmp_path):
 def test_what_token_ids_cannot_have(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("1 2 3")
     with pytest.raises(UserError, match="plain text has no columns for --where"):
-        Source(str(tmp_path), tokens_column="ids").resolve()
+        open_source(Source(str(tmp_path), tokens_column="ids"))
     write(tmp_path / "a.parquet", [[1, 2]])
     source = Source(str(tmp_path / "a.parquet"), tokens_column="ids")
     with pytest.raises(UserError, match="a tokenizer is trained on text, not on token ids"):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from data_prep.common.command_line import UserError
 from data_prep.prepare import Recipe, prepare
-from data_prep.reading.sources import Source
+from data_prep.sources.source import Source
 from data_prep.tokenization.byte_level import bytes_of_tokens, chunks
 from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,

@@ -13,7 +13,7 @@ from data_prep.prepare import main as prepare_main
 from data_prep.prepare import preparing_command
 from data_prep.sharding.manifest import Manifest
 from eval.reporting.card import model_card
-from eval.reporting.run_records import read_run
+from eval.reporting.records import read_run
 
 STEP = 10
 

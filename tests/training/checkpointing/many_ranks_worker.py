@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 def check(rank: int, world_size: int) -> None:
     from eval.common import devices
-    from training.checkpointing.snapshot import optimizer_tensors, restore_optimizer
+    from training.checkpointing.checkpoint import optimizer_tensors, restore_optimizer
     from training.engine.optimizer import make_optimizer
     from training.engine.step import training_step
     from training.settings.schema import OptimizerSettings

@@ -11,8 +11,7 @@ from forks import begin
 from plants import rehash
 
 from data_prep.common.command_line import UserError
-from training.settings.parsing import parse_config
-from training.settings.validation import load_config
+from training.settings.reading import load_config, parse_config
 
 pytestmark = pytest.mark.processes
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.reading.sources import SourceRecord
 from data_prep.sharding.manifest import Manifest, Shard
 from data_prep.sharding.order import Mixture, Sequences, TokenStream
 from data_prep.sharding.shards import open_shard
+from data_prep.sources.source import SourceRecord
 from data_prep.tokenization.tokenizer import TokenizerRecord
 from modeling import GPTConfig, GPTModel
-from training.engine.batches import Batches, Prefetcher
+from training.engine.data import Batches, Prefetcher
 
 T = 64
 

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.common.command_line import UserError
 from eval.common.models import compile_blocks
+from eval.common.multiple_choice import Question, score
 from eval.loss import summed_loss
-from eval.scoring.multiple_choice import Question, score
 from modeling import GPTConfig, GPTModel
-from training.engine.memory import checkpoint_activations, largest_micro_batch
+from training.engine.model import checkpoint_activations, largest_micro_batch
 from training.engine.muon import Muon, orthogonalize_together
 from training.engine.optimizer import make_optimizer, set_learning_rate
 from training.engine.step import training_step

@@ -14,11 +14,12 @@ from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.command_line import UserError
-from data_prep.reading.docstrings import docstring_conversations
-from data_prep.reading.sources import ConversationSource
+from data_prep.sources.builtin import docstring_conversations
+from data_prep.sources.opening import open_source
+from data_prep.sources.source import ConversationSource
 from modeling.import_checkpoint import write_folder
 from training.chat import check_conversations
-from training.finetuning.template import add_chat_template, render, show
+from training.finetuning import add_chat_template, render, show
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_conversations_are_read_from_files_of_several_formats(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "a.parquet"):
         source = ConversationSource(str(tmp_path / name), text_column="messages")
-        assert list(source.resolve().documents()) == [TALK, TALK[1:]]
+        assert list(open_source(source).documents()) == [TALK, TALK[1:]]
 
 
 @pytest.mark.parametrize(
@@ -137,14 +138,14 @@ def test_conversations_are_read_from_files_of_several_formats(tmp_path):
 def test_what_is_no_conversation_is_refused_with_its_record(record, message, tmp_path):
     source = write(tmp_path / "a.jsonl", {"messages": TALK}, record)
     with pytest.raises(UserError, match=message) as error:
-        list(source.resolve().documents())
+        list(open_source(source).documents())
     assert "a.jsonl, line 2" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_plain_text_is_no_conversation(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="plain text has no columns"):
-        list(ConversationSource(str(tmp_path / "a.txt"), text_column="messages").resolve().documents())
+        list(open_source(ConversationSource(str(tmp_path / "a.txt"), text_column="messages")).documents())
 
 
 def test_conversations_without_an_answer_in_the_context_are_left_out(chat_model):

@@ -15,10 +15,9 @@ from standin_hub import serve_dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.reading.docstrings import docstring_conversations
+from data_prep.sources.builtin import docstring_conversations
 from modeling.import_checkpoint import write_folder
-from training.finetuning.template import add_chat_template, render
-from training.finetuning.trainer import FinetuningSettings, finetune
+from training.finetuning import FinetuningSettings, add_chat_template, finetune, render
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("trl")

@@ -7,7 +7,7 @@ import pytest
 
 from modeling import PRESETS
 from training.plot_schedule import corners, main
-from training.settings.parsing import parse_config
+from training.settings.reading import parse_config
 from training.settings.schedule import BatchPlan, Schedule
 
 # Brown et al. 2020, table 2.1: batch size and learning rate; section 2.1's text has the smallest model's 0.5M.

@@ -16,8 +16,7 @@ from eval.common import devices
 from eval.common.devices import chosen_precision
 from eval.common.launch import on_cpu
 from modeling import PRESETS
-from training.settings.parsing import parse_config
-from training.settings.validation import load_config
+from training.settings.reading import load_config, parse_config
 
 from conftest import ROOT  # isort: skip
 
@@ -334,7 +333,7 @@ def test_the_scaling_plan_is_what_its_script_says():
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr("training.settings.validation.find_spec", lambda name: None)
+    monkeypatch.setattr("training.settings.reading.find_spec", lambda name: None)
     assert problems("--report_to", "wandb") == "report_to='wandb' is not installed; pip install wandb"
 
 
@@ -345,7 +344,7 @@ def test_settings_are_read_and_refused_without_heavy_modules(tmp_path):
 import sys
 before = set(sys.modules)
 from data_prep.common.command_line import UserError
-from training.settings.validation import load_config
+from training.settings.reading import load_config
 load_config(["a.yaml"], 1)
 for words in (["--n_layerz", "2"], ["--max_steps", "0"], ["--warmup_steps", "9999"], ["--data", "no/such"]):
     try:
@@ -378,7 +377,7 @@ def test_what_is_wrong_with_a_mixture(data_folder):
 
 def test_folders_of_different_tokenizers_are_refused(data_folder, tmp_path, text_files):
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
     from training.engine.data import load_data
 
     prepare(Recipe(Source(str(text_files)), tokenizer="bpe", vocab_size=300, shard_tokens=20_011), tmp_path / "other")
@@ -392,7 +391,7 @@ def test_folders_of_different_tokenizers_are_refused(data_folder, tmp_path, text
 @pytest.mark.parametrize("weights", [["1", "1"], ["50", "1"], ["1", "50"]])
 def test_validation_reads_no_source_beyond_its_end(data_folder, tmp_path, text_files, weights):
     from data_prep.prepare import Recipe, prepare
-    from data_prep.reading.sources import Source
+    from data_prep.sources.source import Source
     from training.engine.data import load_data, validation_sequences
 
     recipe = Recipe(Source(str(text_files)), tokenizer=str(data_folder / "tokenizer"), shard_tokens=3_000)

@@ -1,0 +1,261 @@
+"""The content of a checkpoint: an ordinary HF GPT-2 folder with its tokenizer, and the training state.
+
+step_00000500/
+  model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
+  training_state/  state.json  optimizer.safetensors  rng_0.safetensors ...
+  COMPLETE         sha256 of each file, written last, before the folder gets its name
+"""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from data_prep.common.command_line import UserError, first_line, listed
+from data_prep.common.files import file_hash
+from modeling import GPTModel
+from modeling.import_checkpoint import bare_name
+from training.checkpointing.store import (
+    COMPLETE,
+    STATE,
+    RunState,
+    checkpoint_folder,
+    is_checkpoint,
+    partial_folder,
+    remove_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of a checkpoint, in memory that training does not touch.
+
+    Attributes:
+        meta_model: a model without weights, which knows the format on disk.
+        weights, optimizer_state: tensors of the model and of its optimizer.
+        random: the state of the random number generators of each rank.
+        tokenizer: its files, read when the run began: the data folder may be gone by now.
+    """
+
+    meta_model: GPTModel
+    weights: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
+    random: list[dict[str, Tensor]]
+    state: RunState
+    tokenizer: dict[str, bytes]
+
+
+def take_snapshot(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    tokenizer: dict[str, bytes],
+) -> Snapshot | None:
+    """Copies the content of a checkpoint. Collective. Returns None on other ranks."""
+    bare_model = accelerator.unwrap_model(model)
+    if accelerator.is_fsdp2:
+        weights = accelerator.get_state_dict(model)
+        for tied in bare_model.all_tied_weights_keys:  # of each a sharded model gives a copy
+            weights.pop(tied, None)
+    else:
+        weights = dict(bare_model.named_parameters())
+    weights = {bare_name(name): tensor for name, tensor in weights.items()}
+    main = accelerator.is_main_process
+    optimizer_state = optimizer_tensors(model, optimizer, copied=main)
+    random = gather_object([_random_state(accelerator.device)])
+    if not main:
+        return None
+    if accelerator.scaler is not None:
+        state.grad_scaler = accelerator.scaler.state_dict()
+    with torch.device("meta"):
+        meta_model = GPTModel(bare_model.config)
+    weights, state = _copied(weights), copy.deepcopy(state)
+    return Snapshot(meta_model, weights, optimizer_state, random, state, tokenizer)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; tensors that are tied stay so."""
+    copies: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if tensor.data_ptr() not in copies:
+            copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+
+
+def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
+    """Writes `step_NNNNNNNN` in `checkpoints`: under a temporary name, with its hashes in the sentinel `COMPLETE`,
+    flushed to the disk, then renamed. A failed attempt leaves nothing behind.
+
+    Raises:
+        UserError: if something else has that name.
+        ValueError: if the weights in the file are not those of the model, by name, shape or value.
+    """
+    folder = checkpoint_folder(checkpoints, snapshot.state.step)
+    partial = partial_folder(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+    if os.path.lexists(folder) and not is_checkpoint(folder):
+        raise UserError(f"{folder} is in the way: it was not made by this program (no {COMPLETE}); move it")
+    try:
+        (partial / STATE).mkdir(parents=True)
+        for name, content in snapshot.tokenizer.items():  # first: no file of the data replaces one of ours
+            (partial / name).write_bytes(content)
+        snapshot.meta_model.save_pretrained(partial, state_dict=dict(snapshot.weights))  # which it empties
+        _check_weights(partial, snapshot.meta_model, snapshot.weights)
+        for rank, random in enumerate(snapshot.random):
+            save_file(random, partial / STATE / f"rng_{rank}.safetensors")
+        save_file(snapshot.optimizer_state, partial / STATE / "optimizer.safetensors")
+        (partial / STATE / "state.json").write_text(
+            json.dumps(asdict(snapshot.state), allow_nan=False) + "\n", encoding="utf-8"
+        )
+        hashes = {
+            str(path.relative_to(partial)): file_hash(path) for path in sorted(partial.rglob("*")) if path.is_file()
+        }
+        (partial / COMPLETE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        for path in (*partial.rglob("*"), partial):
+            if path.suffix == ".safetensors":  # written without rights for others
+                path.chmod((partial / STATE / "state.json").stat().st_mode)
+            _flush(path)
+        if is_checkpoint(folder):  # of the run before a rollback
+            remove_checkpoint(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(checkpoints)
+    return folder
+
+
+def _check_weights(folder: Path, meta_model: GPTModel, weights: dict[str, Tensor]) -> None:
+    """Reads the weights of a checkpoint back; `ValueError` unless they are all those of such a model, and no others."""
+    expected = {name: tensor.shape for name, tensor in meta_model.state_dict().items()}
+    for tied in meta_model.all_tied_weights_keys:
+        del expected[tied]
+    problems = []
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118  it is no dict
+                tensor, shape = saved.get_tensor(name), expected.pop(name, None)
+                if shape is None:
+                    problems.append(f"{name} is unknown")
+                elif shape != tensor.shape:
+                    problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+                elif not torch.equal(tensor.view(torch.uint8), weights[name].view(torch.uint8)):
+                    problems.append(f"{name} is not as in memory")
+    if problems := [*problems, *(f"{name} is missing" for name in expected)]:
+        raise ValueError(f"the weights that were written are not those of the model: {listed(sorted(problems))}")
+
+
+def _flush(path: Path) -> None:
+    """Flushes a file, or the names in a folder, from the system's memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_training_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, folder: Path
+) -> None:
+    """Restores optimizer, loss scale and random numbers. The weights are loaded by `GPTModel.from_pretrained`."""
+    try:
+        tensors = load_file(folder / STATE / "optimizer.safetensors")
+        # Before the first update it is empty. A skipped batch makes no update, nor does an overflow by which the loss
+        # scale of fp16 finds its size.
+        if tensors or (state.step > len(state.skipped) and not state.grad_scaler):
+            restore_optimizer(model, optimizer, tensors)
+        # A rank that the saved run did not have keeps its own seed.
+        random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"
+        if random_state.exists():
+            _restore_random_state(load_file(random_state), accelerator.device)
+        if accelerator.scaler is not None and state.grad_scaler:
+            accelerator.scaler.load_state_dict(state.grad_scaler)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be resumed from ({first_line(error)})") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state as full tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`.
+
+    Args:
+        copied: onto the CPU. Ranks that do not keep the result still take part in gathering a sharded model.
+    """
+    tensors = {}
+    for name, parameter in _named_parameters(model):
+        for key, value in optimizer.state[parameter].items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if copied:
+                tensors[f"{name}/{key}"] = full.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restores the tensors of `optimizer_tensors`, sharded as the parameters are.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unknown, or of another shape than their parameter's.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    wanted = {
+        f"{name}/{key}": (parameter, key)
+        for name, parameter in _named_parameters(model)
+        for key in groups[id(parameter)]["state_keys"]
+    }
+    tensors = _in_gpt2_layout(tensors)
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        parameter, key = wanted[name]
+        shape = torch.Size() if key == "step" else parameter.shape
+        if tensors[name].shape != shape or not tensors[name].is_floating_point():
+            problems.append(
+                f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, expected {list(shape)} floats"
+            )
+    if problems:
+        raise ValueError(f"optimizer.safetensors: {listed(sorted(problems))}")
+    for name, (parameter, key) in wanted.items():
+        optimizer.state[parameter][key] = _placed_like(tensors[name], parameter)
+
+
+def _in_gpt2_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors, whose matrices were `[out, in]` in the first checkpoints of 0.3."""
+    attention = [tensor for name, tensor in tensors.items() if ".c_attn.weight/" in name and tensor.dim() == 2]
+    if not any(tensor.shape[0] > tensor.shape[1] for tensor in attention):
+        return tensors
+    return {name: t.T.contiguous() if ".h." in name and t.dim() == 2 else t for name, t in tensors.items()}
+
+
+def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    tensor = tensor.to(parameter.device)
+    if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(bare_name(name), parameter) for name, parameter in model.named_parameters()]
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

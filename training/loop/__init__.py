@@ -1,1 +1,0 @@
-"""The run, its end, and requests to stop it."""

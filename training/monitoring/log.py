@@ -1,0 +1,271 @@
+"""The records of a run: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`, progress on screen."""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+from tqdm import tqdm
+
+from data_prep.common.command_line import UserError, redact
+from data_prep.common.files import read_text, write_text
+from data_prep.common.schema import parse_json
+from eval.reporting.records import MetricsLine, Sample
+
+# The lines of log.txt: "STEP train LOSS" and so on, as build-nanogpt writes them.
+_LOG_TXT = {"loss": "train {:.6f}", "val_loss": "val {:.4f}", "hellaswag/completion/acc_norm": "hella {:.4f}"}
+
+
+class RunLog(GeneralTracker):
+    """Files and screen of a run, as one of Accelerate's trackers; does nothing on other ranks than the first."""
+
+    name = "run_log"
+    requires_logging_directory = False
+
+    def __init__(self, folder: Path, from_step: int, max_steps: int, logging_steps: int, enabled: bool) -> None:
+        """Opens the files in `folder`, truncated to the steps before `from_step`."""
+        super().__init__()
+        self.folder, self.logging_steps, self.enabled = folder, logging_steps, enabled
+        self.pending: dict[str, Any] = {}  # written with the next step
+        if not enabled:
+            return
+        self._open(from_step)
+        # disable=None: no bar where there is no terminal, but plain lines.
+        self.bar = tqdm(total=max_steps, initial=from_step, unit="step", disable=None, dynamic_ncols=True)
+        self.started, self.first_step, self.max_steps = time.perf_counter(), from_step, max_steps
+
+    @property
+    def tracker(self) -> "RunLog":
+        return self
+
+    def _open(self, from_step: int) -> None:
+        self.text = _Lines(self.folder / "log.txt", _step_of_text, from_step)
+        self.metrics = _Lines(self.folder / "metrics.jsonl", partial(_step_of, MetricsLine), from_step)
+        self.samples = _Lines(self.folder / "samples.jsonl", partial(_step_of, Sample), from_step)
+        self.files = (self.text, self.metrics, self.samples)
+
+    def truncate(self, from_step: int) -> None:
+        """Removes all records from `from_step` on."""
+        if not self.enabled:
+            return
+        for file in self.files:
+            file.close()
+        self._open(from_step)
+        self.pending = {}
+        self.started, self.first_step = time.perf_counter(), from_step
+        self.bar.n = from_step
+        self.bar.refresh()
+
+    def print(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self.enabled:
+            self.bar.write(redact(text))
+            sys.stdout.flush()
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Records the metrics of a training step, or of an evaluation before it; texts are left to `sample`."""
+        if not self.enabled:
+            return
+        for name in _LOG_TXT.keys() & values.keys():
+            self.text.write(f"{step} {_LOG_TXT[name].format(values[name])}\n")
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        self.pending |= {"step": step, **numbers}
+        if "loss" in values and step is not None:
+            self._write_pending()
+            self._show_progress(step + 1, values)
+
+    def note(self, **details: Any) -> None:
+        """Adds details that are no metrics to the next line of metrics.jsonl."""
+        self.pending |= details
+
+    def skipped(self, step: int, first: int, stop: int) -> None:
+        """Records a step whose batch, the sequences from `first` to before `stop`, is skipped."""
+        if self.enabled:
+            self.pending |= {"step": step, "skipped": [first, stop]}
+            self._write_pending()
+            self.bar.update()
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Records and shows a prompt with its continuation."""
+        if not self.enabled:
+            return
+        self.samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        lines = "".join(f"    | {line}\n" for line in (prompt + text).splitlines())
+        self.print(f"step {step:>6}  sample\n{lines}".rstrip())
+
+    def flush(self) -> None:
+        """Writes everything that was recorded to the files."""
+        for file in self.files if self.enabled else ():
+            file.flush()
+
+    def finish(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar and the files; an evaluation that no step followed gets a line of its own."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        self.bar.close()
+        if self.pending:
+            self._write_pending()
+        for file in self.files:
+            file.close()
+
+    def _show_progress(self, done: int, values: dict[str, Any]) -> None:
+        summary = progress(values)
+        self.bar.set_postfix_str(summary, refresh=False)
+        self.bar.update()
+        if self.bar.disable and done % self.logging_steps == 0:
+            pace = (time.perf_counter() - self.started) / (done - self.first_step)
+            left = pace * (self.max_steps - done)
+            self.print(f"step {done:>6}/{self.max_steps}  {summary}, {left:,.0f} s left")
+
+    def _write_pending(self) -> None:
+        if messages := screen_messages():
+            self.pending["message"] = "; ".join(messages)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.pending.items()}
+        self.metrics.write(json.dumps(finite) + "\n")  # JSON has no NaN and no infinity
+        self.pending = {}
+
+
+def progress(values: dict[str, Any]) -> str:
+    """The metrics of a step in one line."""
+    parts = [
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"norm {values['grad_norm']:.2f}",
+        f"{1000 * values['batch_tokens'] / values['tokens_per_second']:,.0f} ms",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+    ]
+    of_gpu = {"gpu_utilization": "GPU {:.0f}%", "gpu_temperature": "{:.0f} °C", "gpu_power": "{:.0f} W"}
+    readings = [form.format(values[name]) for name, form in of_gpu.items() if name in values]
+    if readings:
+        readings.insert(1, f"{values['memory_bytes'] / 2**30:.1f} GiB")
+    return ", ".join(parts + readings)
+
+
+class _Lines:
+    """A log that is appended to. On a full disk the lines wait in memory, and training continues."""
+
+    _FLUSH_BYTES = 1 << 13
+
+    def __init__(self, path: Path, step_of: Callable[[str], int], from_step: int) -> None:
+        """Opens it, without the lines from `from_step` on and without a line that is cut off."""
+        _truncate(path, step_of, from_step)
+        self.file: io.FileIO = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close
+        self.waiting = b""
+
+    def write(self, text: str) -> None:
+        self.waiting += text.encode()
+        if len(self.waiting) > self._FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the waiting lines, as far as the disk has room."""
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def _step_of(kind: type[MetricsLine] | type[Sample], line: str) -> int:
+    return parse_json(line, kind, "").step
+
+
+def _step_of_text(line: str) -> int:
+    words = line.split()
+    if not words or not re.fullmatch(r"[0-9]{1,18}", words[0]):
+        raise UserError("does not begin with a step")
+    return int(words[0])
+
+
+def _truncate(path: Path, step_of: Callable[[str], int], from_step: int) -> None:
+    kept, unreadable = [], 0
+    for line in read_text(path, errors="replace").split("\n")[:-1] if path.exists() else ():
+        try:
+            if "\ufffd" in line:
+                raise UserError("not UTF-8 text")
+            kept += [line] if line.strip() and step_of(line) < from_step else []
+        except UserError:
+            unreadable += 1
+    if unreadable:
+        print(f"{path}: {unreadable} unreadable lines are skipped")
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+class Screen:
+    """A stream that falls silent once the stream behind it fails: a closed pipe, a full disk, a lost terminal.
+
+    Attributes:
+        failure: message about that, to be recorded once; None before and after.
+    """
+
+    def __init__(self, name: str, stream: Any) -> None:
+        self.name, self.stream = name, stream
+        self.failure: str | None = None
+        if stream is None or stream.closed:
+            self._silence("it was closed at the start")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        # For terminals with ASCII only, the rest is escaped.
+        self._attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, act: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._silence(str(error))
+
+    def _silence(self, reason: str) -> None:
+        """Sends the rest of the output, that of libraries in C too, to the null device."""
+        before, self.stream = self.stream, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
+            os.dup2(self.stream.fileno(), before.fileno())
+        self.failure = f"{self.name} is gone ({reason}); the run continues without it"
+
+
+def install_screen() -> None:
+    """Replaces stdout and stderr of this process by a `Screen`, once."""
+    for number in (0, 1, 2):  # else the next file that is opened would get these numbers, and the output of libraries
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Screen):
+            setattr(sys, name, Screen(name, stream))
+
+
+def screen_messages() -> list[str]:
+    """Returns the messages about failed streams, each once."""
+    found: list[str] = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Screen) and stream.failure is not None:
+            found.append(stream.failure)
+            stream.failure = None
+    return found

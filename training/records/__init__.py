@@ -1,1 +1,0 @@
-"""Records of a run: logs, metrics, environment."""

@@ -1,1 +1,0 @@
-"""Resume, recovery from divergence, preflight."""
