@@ -17,9 +17,6 @@ from typing import Any
 from data_prep.common.command_line import UserError
 from data_prep.common.files import file_hash, write_text
 from data_prep.common.schema import STRICT, Count, Positive, Sha256, read_json
-from eval.common.models import read_config
-from eval.report import FILE_NAME
-from training.engine.model import different_sizes
 from training.settings.schema import NEWEST, TrainingConfig
 
 COMPLETE = "COMPLETE"
@@ -270,6 +267,8 @@ def quarantine(checkpoint: Path) -> Path:
 
 def is_finished(config: TrainingConfig, state: RunState) -> bool:
     """Whether all steps are done, and the report is written."""
+    from eval.report import FILE_NAME  # loads numpy
+
     return state.step >= config.max_steps and (config.report_folder / FILE_NAME).exists()
 
 
@@ -279,9 +278,11 @@ def resumed_state(config: TrainingConfig, checkpoint: Path, now: RunState) -> Ru
     Raises:
         UserError: for another model, and for data or settings that change the result, unless `override` names them.
     """
+    from eval.common.models import read_config  # loads transformers
+
     state = load_state(checkpoint)
     settings_file = checkpoint.parents[1] / "config.yaml"
-    if different := different_sizes(config, read_config(str(checkpoint)).to_dict()):
+    if different := config.different_sizes(read_config(str(checkpoint)).to_dict()):
         raise UserError(
             f"{checkpoint} is another model ({'; '.join(different)}); resume with the settings in {settings_file}"
         )

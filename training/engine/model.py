@@ -70,7 +70,7 @@ def check_initial_model(name: str, config: TrainingConfig, data: Data, tokenizer
     """Checks that `model_name_or_path` has the sizes of the settings and the tokenizer of the data (`UserError`)."""
     check_folder(name)
     saved = read_config(name)
-    if different := different_sizes(config, saved.to_dict()):
+    if different := config.different_sizes(saved.to_dict()):
         raise UserError(
             f"model_name_or_path={name!r} is another model ({'; '.join(different)}); leave those settings out"
         )
@@ -79,12 +79,6 @@ def check_initial_model(name: str, config: TrainingConfig, data: Data, tokenizer
             f"model_name_or_path={name!r} has another tokenizer than {data.folders[0]}; prepare the data with "
             f"--tokenizer {name}"
         )
-
-
-def different_sizes(config: TrainingConfig, saved: dict[str, Any]) -> list[str]:
-    """The sizes of the model that differ from the `saved` ones, one line each."""
-    asked = {name: getattr(config.model, name) for name in MODEL_SIZES}
-    return [f"{name}={saved[name]}, not {size}" for name, size in asked.items() if saved[name] != size]
 
 
 def find_micro_batch(

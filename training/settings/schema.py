@@ -334,6 +334,11 @@ class TrainingConfig:
         """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
+    def different_sizes(self, saved: dict[str, Any]) -> list[str]:
+        """The sizes of the model that differ from the `saved` ones, one line each."""
+        asked = {name: getattr(self.model, name) for name in MODEL_SIZES}
+        return [f"{name}={saved[name]}, not {size}" for name, size in asked.items() if saved[name] != size]
+
     def result_affecting_settings(self, mixed_precision: str) -> dict[str, Any]:
         """The settings that change the result of a run; those of its data are in `Data.identity`.
 
