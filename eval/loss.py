@@ -40,7 +40,7 @@ def summed_loss(
                 before_batch()
             count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            nats.append(model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True).loss)
+            nats.append(model.token_losses(**batch).sum())
     return math.fsum(torch.stack(nats).tolist()) if nats else 0.0, count
 
 
@@ -97,6 +97,25 @@ def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterat
         yield {"input_ids": tokens[indices], "shift_labels": labels}
 
 
+def language_modeling_scores(nats: float, tokens: int, text_bytes: int) -> dict[str, float]:
+    """Returns `loss` in nats per token, `perplexity` and `bits_per_byte` of a summed cross entropy in `nats`.
+
+    Only bits per byte compare between tokenizers. A score is NaN if its number of tokens or bytes is 0.
+    """
+    loss = nats / tokens if tokens else math.nan
+    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(nats, text_bytes)}
+
+
+def perplexity(loss: float) -> float:
+    """Returns the perplexity per token of a loss in nats per token."""
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Returns the cross entropy in bits per byte of text; NaN for 0 bytes."""
+    return nats / math.log(2) / text_bytes if text_bytes else math.nan
+
+
 def main() -> None:
     parser = ArgumentParser("python -m eval.loss", __doc__)
     parser.add_argument("model", help="checkpoint folder, or a GPT-2 on the Hub")
@@ -130,22 +149,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     run(main)
-
-
-def language_modeling_scores(nats: float, tokens: int, text_bytes: int) -> dict[str, float]:
-    """Returns `loss` in nats per token, `perplexity` and `bits_per_byte` of a summed cross entropy in `nats`.
-
-    Only bits per byte compare between tokenizers. A score is NaN if its number of tokens or bytes is 0.
-    """
-    loss = nats / tokens if tokens else math.nan
-    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(nats, text_bytes)}
-
-
-def perplexity(loss: float) -> float:
-    """Returns the perplexity per token of a loss in nats per token."""
-    return math.inf if loss >= 700 else math.exp(loss)
-
-
-def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """Returns the cross entropy in bits per byte of text; NaN for 0 bytes."""
-    return nats / math.log(2) / text_bytes if text_bytes else math.nan

@@ -11,11 +11,11 @@ else:
     def __getattr__(name: str) -> Any:
         if name == "GPTConfig":
             from modeling.gpt import GPTConfig as found
-        elif name == "GPTModel":
+        elif name in ("GPTModel", "GPTForCausalLM"):
             from modeling.gpt import GPTModel as found
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return found
 
 
-__all__ = ["PRESETS", "GPTConfig", "GPTModel", "Preset", "flops_per_token", "parameter_count"]
+__all__ = ["PRESETS", "GPTConfig", "GPTForCausalLM", "GPTModel", "Preset", "flops_per_token", "parameter_count"]

@@ -7,8 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -303,33 +302,21 @@ class GPTOutput(CausalLMOutputWithPast):
 class GPTModel(GPTPreTrainedModel, GenerationMixin):
     """GPT-2/GPT-3 with its language-modelling head: parameters with the names and the layout of HF GPT-2.
 
-    `forward` has the arguments of transformers' `GPT2LMHeadModel.forward`, with T at most `n_positions`, and:
-        cache: keys and values of the preceding tokens; those of this call are added.
-        loss_reduction: "none" for the loss of each token, `[B, T]`, 0 where ignored. For evaluation: its backward pass
-            would keep all logits.
-        skip_logits: computes the loss only; by default when training with labels.
-        z_loss: weight of the squared log-normalizer of the softmax in a reduced loss, which keeps logits from drifting
-            (PaLM, arXiv:2204.02311, section 5: 1e-4).
-        kwargs: `shift_labels`, `[B, T]`, already shifted: position t holds the token after `input_ids[:, t]`; they take
-            precedence over `labels`, as in transformers' losses. `num_items_in_batch`, which divides the summed loss
-            instead of the number of labels (gradient accumulation). Arguments of transformers' decorators and of the
-            attention kernel (`modeling.arguments`).
+    Attributes:
+        loss_kernel: the compiled `nats_and_gradient`; None for the plain function.
+        z_loss: weight of the squared log-normalizer of the softmax in the loss, which keeps logits from drifting (PaLM,
+            arXiv:2204.02311, section 5: 1e-4).
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    loss_kernel: LossKernel | None = None  # the compiled `nats_and_gradient`, if blocks are compiled
+    loss_kernel: LossKernel | None = None
+    z_loss: float = 0.0
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.transformer = GPTBackbone(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes an HF GPT-2 folder, as in `PreTrainedModel`, with weights for all who may read the rest."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        for weights in Path(save_directory).glob("model*.safetensors"):  # written without rights for others
-            weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -342,15 +329,21 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        loss_reduction: Literal["mean", "none"] = "mean",
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        skip_logits: bool | None = None,
-        z_loss: float = 0.0,
         **kwargs: Any,
     ) -> GPTOutput:
-        """Returns the logits `[B, T, V]` of the next tokens and, given labels, the loss, float32 in nats per token.
-        The docstring of the class describes the arguments.
+        """Returns the logits `[B, T, V]` of the next tokens and, given labels, the loss, float32 in nats per token;
+        while training with labels no logits, which would fill the memory.
+
+        The arguments are those of transformers' `GPT2LMHeadModel.forward`, with T at most `n_positions`.
+
+        Args:
+            cache: keys and values of the preceding tokens; those of this call are added.
+            kwargs: `shift_labels`, `[B, T]`, already shifted: position t holds the token after `input_ids[:, t]`; they
+                take precedence over `labels`, as in transformers' losses. `num_items_in_batch`, which divides the
+                summed loss instead of the number of labels (gradient accumulation). Arguments of transformers'
+                decorators and of the attention kernel (`modeling.arguments`).
 
         Raises:
             TypeError: for an argument that nothing acts on, with the nearest known name.
@@ -359,11 +352,8 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
         packed = position_ids is not None and attention_mask is None and cache is None
         # Not declared: `Trainer` takes each declared name with "label" in it for an input that evaluation needs.
         shift_labels, num_items_in_batch = (kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch"))
+        by_token = kwargs.pop("by_token", False)  # of `token_losses`
         refuse_unknown_arguments(self, _MODEL_ARGUMENTS, cache, kwargs, packed=packed)
-        if loss_reduction not in ("mean", "none"):
-            raise ValueError(f"loss_reduction={loss_reduction!r} must be 'mean' or 'none'")
-        if loss_reduction == "none" and (z_loss or num_items_in_batch is not None):
-            raise ValueError("loss_reduction='none' gives the loss of each token: no z_loss, no num_items_in_batch")
         inputs: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids, "use_cache": use_cache}
         outputs: Any = self.transformer(input_ids, **inputs, **kwargs)
@@ -372,9 +362,15 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         loss = z_part = None
         if shift_labels is not None:
-            loss, z_part = self._loss(hidden, shift_labels, num_items_in_batch, loss_reduction, z_loss)
-        if skip_logits is None:
-            skip_logits = self.training and loss is not None
+            rows, targets = hidden.flatten(0, 1), shift_labels.reshape(-1).to(hidden.device)
+            head = self.lm_head.weight
+            if by_token:
+                loss = token_cross_entropy(rows, head, targets).view_as(shift_labels)
+            else:
+                loss, z_part = linear_cross_entropy(
+                    rows, head, targets, num_items_in_batch, self.z_loss, self.loss_kernel
+                )
+        skip_logits = by_token or (self.training and loss is not None)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Called in any case: FSDP2 counts on a forward pass of every module of its units.
         logits = self.lm_head(hidden[:, slice(0, 0) if skip_logits else kept])
@@ -387,19 +383,20 @@ class GPTModel(GPTPreTrainedModel, GenerationMixin):
             cache=outputs.cache,
         )
 
+    def token_losses(self, shift_labels: Tensor, **inputs: Any) -> Tensor:
+        """Returns the cross entropy of each token, `[B, T]` float32 in nats, 0 where `shift_labels` are ignored: logits
+        are computed only where there is a label. For evaluation, since a backward pass would keep all of them.
+
+        Args:
+            inputs: as in `forward`.
+        """
+        return self(**inputs, shift_labels=shift_labels, use_cache=False, by_token=True).loss
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in `GenerationMixin`, without the arguments of `generate` itself."""
         own = {name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS - _MODEL_ARGUMENTS}
         return super().prepare_inputs_for_generation(*args, **own)
 
-    def _loss(
-        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, reduction: str, z_loss: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the loss and, if it is reduced, the z-loss in it. Shapes: `[B, T, C]`, shifted labels `[B, T]`."""
-        rows, targets = hidden.flatten(0, 1), labels.reshape(-1).to(hidden.device)
-        if reduction == "none":
-            return token_cross_entropy(rows, self.lm_head.weight, targets).view_as(labels), None
-        return linear_cross_entropy(rows, self.lm_head.weight, targets, num_items, z_loss, self.loss_kernel)
 
-
+GPTForCausalLM = GPTModel  # the name that Hugging Face gives such a class
 _MODEL_ARGUMENTS = argument_names(GPTModel.forward) | {"shift_labels", "num_items_in_batch"}

@@ -120,9 +120,7 @@ def _measure(run: Run) -> PreflightResult:
     for _ in range(1 + _TIMED_STEPS):  # the first one compiles and allocates
         started = time.perf_counter()
         micro_batches = run.prefetcher.take(first, first)
-        results = training_step(
-            accelerator, run.model, run.optimizer, micro_batches, settings.max_grad_norm, settings.z_loss
-        )
+        results = training_step(accelerator, run.model, run.optimizer, micro_batches, settings.max_grad_norm)
         results["loss"].item()
         times.append(time.perf_counter() - started)
         _check_stop(run)

@@ -15,14 +15,14 @@ from eval.report import PAGE_NAME
 from modeling import GPTModel, flops_per_token
 from training.checkpointing.store import RunState, checkpoint_folder
 from training.checkpointing.writer import Saver
-from training.engine.data import Data, Prefetcher
+from training.engine.data import Batch, Data, Prefetcher
 from training.engine.distributed import describe_device
 from training.monitoring.log import RunLog
 from training.monitoring.metrics import MetricsQueue, peak_flops
 from training.monitoring.stopping import StopRequest
 from training.monitoring.trackers import start_tracker
 from training.publishing import Uploads
-from training.settings.schedule import BatchPlan, Schedule
+from training.settings.schedule import BatchPlan, Schedule, Step
 from training.settings.schema import TrainingConfig
 
 
@@ -110,6 +110,28 @@ class Run:
     def is_own_step(self) -> bool:
         """Whether the weights are those of a step of this run, not those that it began with."""
         return self.state.step != self.first_step or self.state.step == self.saved_step
+
+    def next_step(self) -> Step:
+        """Plans the next step from the state and the settings alone."""
+        state, length = self.state, self.config.sequence_length
+        consumed = state.position * length
+        batch_tokens = self.batch_plan.size(consumed)
+        batch = (state.position, state.position + batch_tokens // length)
+        factor = self.schedule.at(state.step, consumed, batch_tokens)
+        return Step(
+            number=state.step,
+            batch=batch,
+            tokens=consumed + batch_tokens,
+            batch_tokens=batch_tokens,
+            learning_rate_factor=factor,
+            learning_rate=factor * self.config.optimizer.learning_rate,
+            is_skipped=any(batch[0] < stop and first < batch[1] for first, stop in state.skipped),
+        )
+
+    def micro_batches(self, step: Step) -> list[Batch]:
+        """This rank's part of the batch of a step; starts the clock of the step."""
+        self.metrics.begin()
+        return self.prefetcher.take(*step.batch)
 
     def due_evaluations(self) -> list[Evaluation]:
         """Returns the evaluations that are due before the next step."""

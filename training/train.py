@@ -8,7 +8,6 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 import contextlib
 import math
 import os
-import time
 from functools import partial
 
 from data_prep.common.command_line import UserError, first_line
@@ -19,6 +18,7 @@ if __name__ == "__main__":
     CONFIG = run_command(read_config)  # before torch is loaded: a wrong setting is reported within a second
 
 import torch
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record as show_errors_in_launcher
 
 from data_prep.common.locks import locked
@@ -29,13 +29,14 @@ from training.engine.data import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
 from training.engine.step import training_step
-from training.monitoring.divergence import Diverged, handle_divergence, is_skipped, rollback
+from training.monitoring.divergence import Diverged, handle_divergence, rollback
 from training.monitoring.log import install_screen
 from training.monitoring.metrics import LaunchedStep, gather_metrics, read_gpu
 from training.monitoring.stopping import StopRequest, stop_requests
 from training.preflight import apply_preflight_overrides, own_folder, preflight
 from training.publishing import pending
 from training.run import EvaluationStopped, Run, print_ending, write_run_report
+from training.settings.schedule import Step
 from training.settings.schema import TrainingConfig
 
 
@@ -117,7 +118,15 @@ def training_loop(run: Run) -> None:
     """Trains to the last step or a request to stop."""
     save_and_evaluate(run)
     while not run.is_over:
-        start_step(run)
+        step = run.next_step()
+        if step.is_skipped:
+            skip(run, step)
+        else:
+            set_learning_rate(run.optimizer, step.learning_rate_factor)
+            results = training_step(
+                run.accelerator, run.model, run.optimizer, run.micro_batches(step), run.config.optimizer.max_grad_norm
+            )
+            log(run, step, results)
         save_and_evaluate(run)
 
 
@@ -145,39 +154,17 @@ def save_and_evaluate(run: Run) -> None:
         publish_and_prune(run)
 
 
-def start_step(run: Run) -> None:
-    """Launches one optimizer step, then reads the metrics of the step before it, which the device worked on."""
-    config, state = run.config, run.state
-    consumed = state.position * config.sequence_length
-    batch_tokens = run.batch_plan.size(consumed)
-    following = state.position + batch_tokens // config.sequence_length
-    if is_skipped(state.skipped, state.position, following):
-        finish_last_step(run)
-        run.log.skipped(state.step, state.position, following)
-        state.step, state.position = state.step + 1, following
-        return
+def skip(run: Run, step: Step) -> None:
+    """Counts a step without an update: its batch made the loss diverge."""
+    finish_last_step(run)
+    run.log.skipped(step.number, *step.batch)
+    run.state.advance(step)
 
-    run.metrics.begin()
-    factor = run.schedule.at(state.step, consumed, batch_tokens)
-    set_learning_rate(run.optimizer, factor)
-    started = time.perf_counter()
-    micro_batches = run.prefetcher.take(state.position, following)
-    waited = time.perf_counter() - started
-    settings = config.optimizer
-    results = training_step(
-        run.accelerator, run.model, run.optimizer, micro_batches, settings.max_grad_norm, settings.z_loss
-    )
-    values, done = gather_metrics(run.accelerator, results, waited, bool(run.stop))
-    launched = LaunchedStep(
-        step=state.step,
-        batch=(state.position, following),
-        tokens=consumed + batch_tokens,
-        batch_tokens=batch_tokens,
-        learning_rate=factor * settings.learning_rate,
-        values=values,
-        done=done,
-    )
-    state.step, state.position = state.step + 1, following
+
+def log(run: Run, step: Step, results: dict[str, Tensor]) -> None:
+    """Gathers the metrics of a launched step; on a GPU reads those of the step before it, while the device works."""
+    launched = gather_metrics(run.accelerator, step, results, run.prefetcher.waited, bool(run.stop))
+    run.state.advance(step)
     finish_step(run, run.metrics.push(launched))
     print_saver_messages(run)
 
@@ -192,14 +179,15 @@ def finish_step(run: Run, launched: LaunchedStep | None) -> None:
     if launched is None:
         return
     metrics, stop = run.metrics.read(launched)
+    number = launched.step.number
     run.stopping |= stop
     metrics["mfu"] = run.flops_utilization(metrics["tokens_per_second"])
-    if run.accelerator.is_main_process and (launched.step + 1) % run.config.logging.logging_steps == 0:
+    if run.accelerator.is_main_process and (number + 1) % run.config.logging.logging_steps == 0:
         metrics |= read_gpu(run.accelerator.device)
-    run.log_metrics(metrics, launched.step)
-    for message in run.uploads.poll(launched.step) if run.uploads is not None else ():
+    run.log_metrics(metrics, number)
+    for message in run.uploads.poll(number) if run.uploads is not None else ():
         run.log.print(message)
-    handle_divergence(run, launched, metrics)
+    handle_divergence(run, launched.step, metrics)
 
 
 def save(run: Run) -> None:

@@ -70,7 +70,6 @@ def read_config(path: Path) -> CleanConfig:
     settings = read_yaml(path)
     if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
         raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
-    from data_prep.cleaning.pipeline import plan
     from data_prep.cleaning.steps import Stage
 
     found = find_problems(settings, CleanConfig, str(path))

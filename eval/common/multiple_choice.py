@@ -85,15 +85,7 @@ def score(
             own = first + accelerator.process_index
             tensors = _to_tensors(batches[own] if own < len(batches) else [_Tree([], [])])
             ids, positions, labels, branch, ending = (tensor.to(device) for tensor in tensors)
-            loss = model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=_tree_mask(branch),
-                shift_labels=labels,
-                loss_reduction="none",
-                use_cache=False,
-                skip_logits=True,
-            ).loss
+            loss = model.token_losses(labels, input_ids=ids, position_ids=positions, attention_mask=_tree_mask(branch))
             nats.index_add_(0, ending.flatten().cpu(), loss.flatten().cpu().to(nats.dtype))
     summed = iter(accelerator.reduce(nats.to(device)).tolist())
     return [[next(summed) for _ in question.endings] for question in questions]

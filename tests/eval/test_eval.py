@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.command_line import UserError, run
 from data_prep.sharding.manifest import Manifest
+from data_prep.sources.opening import open_source
 from data_prep.sources.source import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer, load_tokenizer
 from eval.common.generation import Sampling, generate
@@ -204,8 +205,8 @@ def test_a_model_or_a_run_is_recognized_where_data_or_a_run_are_expected(tiny_ru
     expected = [
         (Manifest.read, checkpoint, "not a data folder (no manifest.json); it is a model; prepare one"),
         (Manifest.read, tiny_run.folder, f"; {with_checkpoints}; prepare one"),
-        (Source.resolve, Source(str(checkpoint)), "is no folder of documents; it is a model"),
-        (Source.resolve, Source(str(data_folder)), "is no folder of documents; it is a data folder"),
+        (open_source, Source(str(checkpoint)), "is no folder of documents; it is a model"),
+        (open_source, Source(str(data_folder)), "is no folder of documents; it is a data folder"),
         (hf_tokenizer, data_folder, tokenizer),
         (hf_tokenizer, tmp_path, "no tokenizer in it; copy tokenizer.json and its config there"),
         (branch_off, tiny_run.folder, f"is not a checkpoint ({with_checkpoints})"),

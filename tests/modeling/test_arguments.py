@@ -97,19 +97,6 @@ def test_what_nothing_acts_on_is_refused(model, arguments, message):
             part(tokens(1, 4), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"loss_reduction": "sum"}, "loss_reduction='sum' must be 'mean' or 'none'"),
-        ({"loss_reduction": "none", "z_loss": 1e-4}, "no z_loss"),
-        ({"loss_reduction": "none", "num_items_in_batch": 3}, "no num_items_in_batch"),
-    ],
-)
-def test_arguments_that_exclude_each_other_are_refused(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        model(tokens(1, 4), labels=tokens(1, 4), **arguments)
-
-
 def test_a_cache_does_not_go_with_gradient_checkpointing(model):
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="cache= does not work with gradient checkpointing"):

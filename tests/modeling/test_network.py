@@ -72,12 +72,6 @@ def test_loads_the_layout_of_the_first_gpt2_release(tmp_path):
     torch.testing.assert_close(ours.eval()(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_weights_may_be_read_by_those_who_may_read_the_rest(tmp_path):
-    GPTModel(GPTConfig(**SMALL)).save_pretrained(tmp_path)
-    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
-    assert modes["model.safetensors"] == modes["config.json"]
-
-
 def test_inputs_embeds_token_types_and_outputs_are_those_of_stock(tmp_path):
     stock = random_stock_model()
     stock.set_attn_implementation("eager")

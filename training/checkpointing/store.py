@@ -17,6 +17,7 @@ from typing import Any
 from data_prep.common.command_line import UserError
 from data_prep.common.files import file_hash, write_text
 from data_prep.common.schema import STRICT, Count, Positive, Sha256, read_json
+from training.settings.schedule import Step
 from training.settings.schema import NEWEST, TrainingConfig
 
 COMPLETE = "COMPLETE"
@@ -56,6 +57,10 @@ class RunState:
     skipped: list[tuple[Count, Count]] = field(default_factory=list)
     recent: list[tuple[float, float]] = field(default_factory=list)
     grad_scaler: dict[str, int | float] = field(default_factory=dict)
+
+    def advance(self, step: Step) -> None:
+        """Counts a step."""
+        self.step, self.position = step.number + 1, step.batch[1]
 
     def update_best(self, val_loss: float) -> bool:
         """Notes the validation loss of this step if it is the lowest so far; returns whether it is."""

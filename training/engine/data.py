@@ -1,5 +1,6 @@
 """The data of a run: its folders, checked; batches by the position of their sequences, prefetched by a thread."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,12 +107,16 @@ class Prefetcher:
             initializer = partial(torch.cuda.set_device, index)
         self.thread = ThreadPoolExecutor(1, initializer=initializer)
         self.made: dict[int, Future[list[Batch]]] = {}
+        self.waited = 0.0  # seconds that the last `take` waited
 
     def take(self, position: int, following: int) -> list[Batch]:
         """The micro-batches at `position`; starts to make those at `following`."""
+        started = time.perf_counter()
         now = self.made.pop(position, None) or self.thread.submit(self._pinned, position)
         self.made = {following: self.thread.submit(self._pinned, following)}
-        return now.result()
+        batches = now.result()
+        self.waited = time.perf_counter() - started
+        return batches
 
     def close(self) -> None:
         """Ends the thread."""

@@ -47,6 +47,7 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "" if source is None else f" of {source}"
         raise UserError(f"cannot make the model{where}: {' '.join(str(error).split())}") from error
+    model.z_loss = config.optimizer.z_loss
     devices = config.devices
     if devices.gradient_checkpointing != "none":
         checkpoint_activations(model, selective=devices.gradient_checkpointing == "selective")

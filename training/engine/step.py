@@ -17,7 +17,6 @@ def training_step(
     optimizer: AcceleratedOptimizer,
     micro_batches: Sequence[Batch],
     max_grad_norm: float,
-    z_loss: float = 0.0,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of one global batch, clips them and updates the weights. Collective.
 
@@ -26,32 +25,31 @@ def training_step(
 
     Args:
         micro_batches: this rank's part, `[B, T]` each, on any device. Their number may change between steps.
-        z_loss: weight of the squared log-normalizer in what is minimised; see `GPTModel.forward`.
 
     Returns:
         Metrics by name: `loss`, the mean over this rank's tokens; `z_loss`, its part of the objective; `grad_norm`, of
         the global batch, before clipping. They are float32 scalars on the device: the caller decides when to wait.
     """
     accelerator.gradient_accumulation_steps = len(micro_batches)
-    accelerator.step = 0  # counts the micro-batches of this step only
+    accelerator.step = 0  # else Accelerate would count on from the last step, which may have had another number
     losses = []
     for batch in micro_batches:
         with accelerator.accumulate(model):
-            outputs = model(**on_device(batch, accelerator.device), use_cache=False, skip_logits=True, z_loss=z_loss)
-            # A loss that overflows may have a finite gradient, which the other ranks could not tell from a good one.
-            accelerator.backward(outputs.loss * torch.where(outputs.loss.detach().isfinite(), 1.0, torch.nan))
-            losses.append(torch.stack((outputs.loss.detach(), outputs.z_loss)))
-            if accelerator.sync_gradients:
-                grad_norm = _full_norm(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
-                if accelerator.scaler is None:
-                    # As torch's gradient scaler does: with found_inf the optimizer changes no weights and no state.
-                    optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
-            optimizer.step()
-            optimizer.zero_grad()
+            outputs = model(**on_device(batch, accelerator.device), use_cache=False)
+            accelerator.backward(_nan_if_infinite(outputs.loss))
+        losses.append(torch.stack((outputs.loss.detach(), outputs.z_loss)))
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # over all shards
+    if accelerator.scaler is None:
+        # As torch's gradient scaler does: with found_inf the optimizer changes no weights and no state.
+        optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
     loss, z_part = torch.stack(losses).mean(dim=0)
     return {"loss": loss - z_part, "z_loss": z_part, "grad_norm": grad_norm}
 
 
-def _full_norm(norm: Tensor) -> Tensor:
-    """The norm over all shards of a sharded model."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _nan_if_infinite(loss: Tensor) -> Tensor:
+    """The loss, with NaN gradients if it is not finite: a loss that overflows may have finite ones, which the other
+    ranks could not tell from good ones. NaN reaches all of them with the sum of the gradients."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

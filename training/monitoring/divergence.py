@@ -19,8 +19,8 @@ from training.checkpointing.checkpoint import load_training_state
 from training.checkpointing.store import complete_checkpoints, load_state, newest_intact
 from training.engine.data import Batch, on_device
 from training.engine.distributed import decide_on_main
-from training.monitoring.metrics import LaunchedStep
 from training.run import Run
+from training.settings.schedule import Step
 from training.settings.schema import DivergenceSettings
 
 
@@ -67,12 +67,7 @@ def check_step(
     return None
 
 
-def is_skipped(skipped: list[tuple[int, int]], first: int, stop: int) -> bool:
-    """Whether any of the sequences from `first` to before `stop` are in a skipped batch."""
-    return any(first < end and begin < stop for begin, end in skipped)
-
-
-def handle_divergence(run: Run, step: LaunchedStep, metrics: dict[str, Any]) -> None:
+def handle_divergence(run: Run, step: Step, metrics: dict[str, Any]) -> None:
     """Checks a step by its metrics, and responds to divergence as the settings say. Collective.
 
     Raises:
@@ -87,7 +82,7 @@ def handle_divergence(run: Run, step: LaunchedStep, metrics: dict[str, Any]) -> 
         if settings.spike_zscore:
             state.recent = [*state.recent, (metrics["loss"], grad_norm)][-settings.spike_window :]
         return
-    diverged = Diverged(f"step {step.step}: {divergence.problem}", step.batch)
+    diverged = Diverged(f"step {step.number}: {divergence.problem}", step.batch)
     if not divergence.finite and settings.on_nonfinite == "halt":
         raise _end(run, diverged, "on_nonfinite='halt'")
     if len(state.skipped) >= settings.max_skipped:
@@ -178,7 +173,7 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
     try:
         for batch in micro_batches:  # all of them, also after a find: other ranks may wait for this one
             with torch.compiler.set_stance("force_eager"):  # hooks would make compiled blocks compile again
-                model(**on_device(batch, device), use_cache=False, skip_logits=True)
+                model(**on_device(batch, device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

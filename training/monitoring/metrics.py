@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from eval.common.devices import peak_memory
+from training.settings.schedule import Step
 
 # Dense tensor-core peaks at bf16 of the vendors' data sheets, in FLOP/s. A device that is not here has no known peak.
 _PEAK_FLOPS = {
@@ -33,20 +34,11 @@ class LaunchedStep:
     """A launched step whose metrics have not been read yet.
 
     Attributes:
-        step: its number, from 0.
-        batch: its sequences, as the positions of the first and of the one after the last.
-        tokens: consumed by the run, this step's included.
-        batch_tokens: tokens in this step, over all ranks.
-        learning_rate: AdamW's; Muon's may have another peak.
         values: per-rank values keyed by metric, each `[world_size]` on the host once `done` has happened.
         done: end of the device's work on it; None if the values are there already.
     """
 
-    step: int
-    batch: tuple[int, int]
-    tokens: int
-    batch_tokens: int
-    learning_rate: float
+    step: Step
     values: dict[str, Tensor]
     done: torch.cuda.Event | None
 
@@ -78,27 +70,27 @@ class MetricsQueue:
         """Removes the oldest step and returns it, None if the queue is empty."""
         return self.steps.pop(0) if self.steps else None
 
-    def read(self, step: LaunchedStep) -> tuple[dict[str, Any], bool]:
+    def read(self, launched: LaunchedStep) -> tuple[dict[str, Any], bool]:
         """Waits for a popped step, but not for later work; returns its metrics, and whether any rank is to stop.
 
         Metrics without a rule of their own here are means over the ranks.
         """
-        if step.done is not None:
-            step.done.synchronize()
+        if launched.done is not None:
+            launched.done.synchronize()
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
-        values = {name: by_rank.tolist() for name, by_rank in step.values.items()}
+        values = {name: by_rank.tolist() for name, by_rank in launched.values.items()}
         stop, memory, grad_norm = (values.pop(name) for name in ("stop", "memory_bytes", "grad_norm"))
         means = {name: sum(by_rank) / len(by_rank) for name, by_rank in values.items()}
         waited, z_loss = means.pop("data_wait"), means.pop("z_loss")
         metrics = {
             **means,
             **({"z_loss": z_loss} if z_loss else {}),
-            "learning_rate": step.learning_rate,
+            "learning_rate": launched.step.learning_rate,
             "grad_norm": grad_norm[0],  # of the global batch: the same on all ranks
-            "tokens": step.tokens,
-            "batch_tokens": step.batch_tokens,
-            "tokens_per_second": step.batch_tokens / seconds,
+            "tokens": launched.step.tokens,
+            "batch_tokens": launched.step.batch_tokens,
+            "tokens_per_second": launched.step.batch_tokens / seconds,
             "data_wait": waited / seconds,
             "memory_bytes": int(max(memory)),
         }
@@ -106,17 +98,14 @@ class MetricsQueue:
 
 
 def gather_metrics(
-    accelerator: Accelerator, results: dict[str, Tensor], waited: float, stop: bool
-) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    accelerator: Accelerator, step: Step, results: dict[str, Tensor], waited: float, stop: bool
+) -> LaunchedStep:
     """Gathers the metrics of a step without waiting for the device. Collective.
 
     Args:
         results: scalars on the device, keyed by name, as `training_step` returns them.
         waited: seconds that this rank waited for data.
         stop: whether this rank is asked to stop.
-
-    Returns:
-        `values` and `done` of `LaunchedStep`.
     """
     device = accelerator.device
     on_host = {"data_wait": waited, "memory_bytes": peak_memory(device), "stop": stop}
@@ -129,7 +118,7 @@ def gather_metrics(
         gathered = torch.empty(gathered.shape, pin_memory=True).copy_(gathered, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-    return dict(zip(names, gathered.cpu().unbind(dim=1), strict=True)), done
+    return LaunchedStep(step, dict(zip(names, gathered.cpu().unbind(dim=1), strict=True)), done)
 
 
 def peak_flops(device_name: str, mixed_precision: str) -> float | None:

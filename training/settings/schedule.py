@@ -96,3 +96,26 @@ class Schedule:
     def at(self, step: int, consumed: int, size: int) -> float:
         """The fraction of the peak for step number `step`, which begins after `consumed` tokens and has `size`."""
         return self.factor(step, 1) if self.unit == "steps" else self.factor(consumed, size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        number: from 0.
+        batch: its sequences, as the positions of the first and of the one after the last.
+        tokens: consumed by the run, this step's included.
+        batch_tokens: tokens in this step, over all ranks.
+        learning_rate_factor: learning rate relative to the peak.
+        learning_rate: AdamW's; Muon's may have another peak.
+        is_skipped: whether its batch is skipped, since it made the loss diverge.
+    """
+
+    number: int
+    batch: tuple[int, int]
+    tokens: int
+    batch_tokens: int
+    learning_rate_factor: float
+    learning_rate: float
+    is_skipped: bool

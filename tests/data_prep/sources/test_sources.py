@@ -349,6 +349,7 @@ def test_hub_data_sets_are_streamed(tmp_path):
     files = {f"data/train-0000{i}-of-00002.parquet": parquet_bytes(text=[f"{i} {t}" for t in TEXTS]) for i in (0, 1)}
     files["data/test-00000-of-00001.parquet"] = parquet_bytes(text=["a test"])
     program = "import json, sys; from data_prep.sources.source import Source; "
+    program += "from data_prep.sources.opening import open_source; "
     program += "print(json.dumps(list(open_source(Source(sys.argv[1], split=sys.argv[2])).documents())))"
     with serve_dataset("user/corpus", files) as (endpoint, requests):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}

@@ -72,7 +72,7 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
         outputs = model(**rows(batches(1)[0], accelerator.process_index)[0], use_cache=False)
         outputs.loss.backward()
         accumulated = accumulated_dtypes(model)
-    nats = model(**rows(batches(1)[0], 0)[0], loss_reduction="none", use_cache=False).loss
+    nats = model.token_losses(**rows(batches(1)[0], 0)[0])
     group = torch.distributed.distributed_c10d._get_default_group()
     return {
         "losses": losses,
@@ -81,7 +81,7 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
         "alone": alone.counts,
         "loss": str(outputs.loss.dtype),
         "hellaswag": str(nats.dtype),
-        "logits": str(model(**rows(batches(1)[0], 0)[0], use_cache=False, skip_logits=False).logits.dtype),
+        "logits": str(model.eval()(**rows(batches(1)[0], 0)[0], use_cache=False).logits.dtype),
         "accumulated": sorted({str(dtype) for dtype in accumulated}),
         "matrices": sum(1 for name, p in model.named_parameters() if ".h." in name and p.dim() == 2),
     }

@@ -109,7 +109,7 @@ def test_a_block_is_one_graph_under_ddp(monkeypatch):
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         for batch in batches(2):
-            parallel(**batch, use_cache=False, skip_logits=True).loss.backward()
+            parallel(**batch, use_cache=False).loss.backward()
     finally:
         torch.distributed.destroy_process_group()
     assert len(graphs) == 2  # the block, and what the loss does with logits
@@ -150,11 +150,12 @@ def test_a_step_never_waits_for_the_device(optim, attention):
     """Not for the mask of documents either, nor to hear whether the gradients are finite."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     model = make_model(attn_implementation=attention)
+    model.z_loss = 1e-4
     model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerSettings(optim=optim)))
     batch = batches(1)[0]
     batch["position_ids"] = torch.arange(LENGTH).expand_as(batch["input_ids"]) % 10
     with Waits() as waits:
-        training_step(accelerator, model, optimizer, [batch, batch], max_grad_norm=1.0, z_loss=1e-4)
+        training_step(accelerator, model, optimizer, [batch, batch], max_grad_norm=1.0)
     assert waits.seen == []
 
 

@@ -7,6 +7,7 @@ import torch
 
 from training.monitoring import metrics as step_metrics
 from training.monitoring.metrics import LaunchedStep, MetricsQueue
+from training.settings.schedule import Step
 
 
 class Stream:
@@ -40,7 +41,7 @@ def launched(stream, step, loss=1.0, stop=0.0):
         stream.host = max(stream.host, end)
 
     values = dict(zip(names, by_rank.unbind(dim=1), strict=True))
-    return LaunchedStep(step, (0, 1), 0, 1000, 0.1, values, SimpleNamespace(synchronize=synchronize))
+    return LaunchedStep(Step(step, (0, 1), 0, 1000, 0.1, 0.1, False), values, SimpleNamespace(synchronize=synchronize))
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -49,7 +50,7 @@ def test_throughput_excludes_evaluations_at_any_depth(stream, depth):
 
     def read(step):
         if step is not None:
-            seen[step.step] = queue.read(step)[0]["tokens_per_second"]
+            seen[step.step.number] = queue.read(step)[0]["tokens_per_second"]
 
     for step, took in enumerate(seconds):
         if step in (2, 4):  # an evaluation, which begins when all that was launched has been read
