@@ -26,7 +26,7 @@ QUEUED = "queued"  # sentinel file in work/: Slurm has the tasks
 
 
 def clean(config: CleanConfig) -> list[CleaningStep] | None:
-    """Creates `config.output`: a folder of .jsonl.zst files for each source, and `cleaning.json`.
+    """Creates `config.output`: one folder of .jsonl.zst files per source, and `cleaning.json`.
 
     Continues an interrupted cleaning; leaves a complete output as it is.
 
@@ -75,7 +75,7 @@ def _run_stages(config: CleanConfig, stages: list[Any], work: Path) -> None:
 
 @contextlib.contextmanager
 def _stderr_to(path: Path) -> Iterator[None]:
-    """Appends the stderr of this process and its children, which is datatrove's log, to a file."""
+    """Appends stderr of this process and its children (datatrove's log) to a file."""
     descriptor = os.dup(2)
     with open(path, "a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
@@ -87,8 +87,8 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 
 def _claim(config: CleanConfig, output: Path) -> list[Any]:
-    """Writes all that determines the result into the output folder, or checks that it is the same as there; returns the
-    passes, over the same commits on the Hub."""
+    """Records everything that determines the result in the output folder, or checks it against an earlier record;
+    returns the passes, over the same Hub commits."""
     from data_prep.cleaning.pipeline import plan
 
     path = output / CLEANING_CONFIG
@@ -128,7 +128,7 @@ def _flat(settings: Any, where: str = "") -> dict[str, Any]:
 
 
 def table(report: list[CleaningStep]) -> str:
-    """The report as a table: sizes after each step."""
+    """Formats the report as a table of sizes after each step."""
     if not report:
         return "no step was run"
     first = report[0]

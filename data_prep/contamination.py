@@ -28,7 +28,7 @@ _BATCH_DOCUMENTS = 256
 
 @dataclass(frozen=True)
 class Contamination:
-    """Items of one evaluation set in the data.
+    """Items of one evaluation set found in the data.
 
     Attributes:
         file: the evaluation set.
@@ -78,7 +78,7 @@ class _Record:
 
 
 class _Search:
-    """Search for one evaluation set; memory is bounded by its size.
+    """Search for one evaluation set; its memory is bounded by the size of the set.
 
     Attributes:
         counts: number of documents with each n-gram, `[n-grams]`.
@@ -127,7 +127,7 @@ class _Search:
 
 
 def item_ngram(words: list[int]) -> int:
-    """Length of the n-grams for a set whose items have these numbers of words: their 5th percentile, from 8 to 13.
+    """N-gram length for items with these word counts: their 5th percentile, clamped to 8..13.
 
     Appendix C of GPT-3's paper (arXiv:2005.14165), "N". The training data itself is always cleaned by 13-grams.
     """
@@ -146,7 +146,7 @@ def contamination(folder: Path, against: list[Path], fields: list[str] | None = 
 
 
 def record(folder: Path, found: list[Contamination]) -> None:
-    """Writes results to `contamination.json` of the data folder; keeps those of other sets."""
+    """Writes results to the data folder's `contamination.json`, keeping those of other sets."""
     new = {Path(one.file).resolve() for one in found}
     kept = [one for one in recorded(folder) or [] if Path(one.file).resolve() not in new]
     content = _Record(Manifest.read(folder).shards_sha256, [*kept, *found])
@@ -154,7 +154,7 @@ def record(folder: Path, found: list[Contamination]) -> None:
 
 
 def recorded(folder: Path) -> list[Contamination] | None:
-    """Recorded results for the present shards of `folder`, one an evaluation set; None if they were not searched."""
+    """Recorded results for the current shards of `folder`, one per evaluation set; None if they were not searched."""
     try:
         content = read_json(folder / FILE_NAME, _Record)
     except FileNotFoundError:

@@ -31,7 +31,7 @@ _BACKGROUNDS = (153, 157, 222, 217, 189, 194)
 
 @dataclass(frozen=True)
 class _RunSettings:
-    """Settings of a run that determine the order of its data."""
+    """Settings of a run that determine its data order."""
 
     __pydantic_config__ = STRICT | {"extra": "ignore"}
 
@@ -44,8 +44,8 @@ class _RunSettings:
 
 
 def measure(folder: Path, manifest: Manifest) -> tuple[int | None, np.ndarray]:
-    """Bytes of the documents' text, None if neither the tokens nor the manifest tell it; and the number of documents by
-    length in tokens: element k has those from 2^k to 2^(k+1) - 1."""
+    """Text size in bytes (None if neither the tokens nor the manifest tell it), and document counts by length: element
+    k counts documents with 2^k to 2^(k+1) - 1 tokens."""
     sizes, text_bytes = bytes_of_tokens(hf_tokenizer(folder / "tokenizer")), 0
     lengths = np.zeros(33, dtype=np.int64)
     for split in ("val", "train"):
@@ -59,7 +59,8 @@ def measure(folder: Path, manifest: Manifest) -> tuple[int | None, np.ndarray]:
 
 
 def summary(folder: Path, manifest: Manifest, total: int) -> str:
-    """The numbers of a folder, its share of `total` tokens, and an example of what each cleaning step has dropped."""
+    """Summarizes a folder: its numbers, its share of `total` tokens, and an example of what each cleaning step
+    dropped."""
     tokens, documents = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("tokens", "documents"))
     text_bytes, lengths = measure(folder, manifest)
     fertility = "not available" if text_bytes is None else f"{text_bytes / (tokens - documents):.3f} bytes per token"
@@ -100,8 +101,8 @@ def sample(folder: Path, manifest: Manifest, split: str, count: int, seed: int) 
 
 
 def sequences(names: list[str], run_folder: Path, first: int, stop: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and token ids of the training sequences at positions `first` to before `stop` of a run on these folders
-    (`UserError` for a folder that is not a run's, and for a run on other data)."""
+    """Names and token ids of the training sequences at positions `first` to before `stop` (`UserError` if the folder is
+    not a run, or was trained on other data)."""
     config = run_folder / "config.yaml"
     try:
         settings = validate(read_yaml(config), _RunSettings, str(config))
@@ -118,7 +119,7 @@ def sequences(names: list[str], run_folder: Path, first: int, stop: int) -> Iter
 
 
 def shown(tokenizer: Any, ids: np.ndarray, color: bool) -> str:
-    """Tokens as text for a terminal; with `color` each has a background other than its neighbours'."""
+    """Renders tokens as text for a terminal; with `color`, neighbouring tokens differ in background."""
     if not color:
         return tokenizer.decode(ids.tolist())
     pieces = (tokenizer.decode([number]).replace("\n", "⏎\n") for number in ids.tolist())

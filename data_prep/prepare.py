@@ -43,7 +43,7 @@ _BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines the contents of a data folder, and its share of a mixture."""
+    """Everything that determines the contents of a data folder, and its share of a mixture."""
 
     __pydantic_config__ = STRICT
 
@@ -71,7 +71,7 @@ class Recipe:
 
 
 def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: Engine = "auto") -> Manifest:
-    """Creates or completes a data folder; returns the manifest of a complete one if its recipe is the same.
+    """Creates or completes a data folder. A complete folder with the same recipe is returned as it is.
 
     Args:
         workers: tokenizing threads, by default one a core. The result does not depend on them.
@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, folder: Path, workers: int | None = None, engine: En
 
 
 def _is_ours(names: set[str]) -> bool:
-    """Whether a folder with these files, without a manifest, is empty or left by a preparation that was killed."""
+    """Whether a folder without a manifest is empty, or contains only what a killed preparation leaves."""
     files = {LOCK_NAME, partial_name(FILE_NAME)}
     return names <= (files | {"tokenizer"} if LOCK_NAME in names else files)
 
@@ -135,7 +135,7 @@ def _cores() -> int:
 
 
 def _check_same(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
-    """Refuses a folder of another recipe (`UserError`)."""
+    """Refuses a folder made with a different recipe (`UserError`)."""
     names = {"gpt2": "gpt2", "bpe": f"bpe-{recipe.vocab_size}"}
     wanted = {
         **recipe.source.describe(),
@@ -150,7 +150,7 @@ def _check_same(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
 
 
 def _reopen(recipe: Recipe, folder: Path, manifest: Manifest) -> Corpus:
-    """The corpus of the manifest (`UserError` if its files have changed)."""
+    """Opens the corpus recorded in the manifest (`UserError` if its files have changed)."""
     corpus = recipe.open_source(manifest.source.commit)
     _refuse_difference(folder, asdict(corpus.describe()), asdict(manifest.source))
     return corpus
@@ -195,7 +195,7 @@ def _begin(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[Tokenizer, Man
 
 
 def preparing_command(folder: str, manifest: Manifest) -> list[str]:
-    """Words of the command that makes a folder with this manifest, without `python -m`; empty for registered shards."""
+    """Words of the command that prepares such a folder, without `python -m`; empty for registered shards."""
     if manifest.is_registered:
         return []
     source, name = manifest.source, manifest.tokenizer.name
@@ -218,8 +218,8 @@ class _RecipeFile:
 
 
 def read_recipes(path: Path) -> dict[Path, Recipe]:
-    """Reads the recipe of each folder in a YAML file, whose settings are the options of `python -m data_prep.prepare`,
-    and `weight` (`UserError` for an invalid file)."""
+    """Reads a YAML file with a recipe per folder; settings are the options of `python -m data_prep.prepare`, plus
+    `weight` (`UserError` for an invalid file)."""
     folders = validate(read_yaml(path), _RecipeFile, str(path)).folders
     recipes = {}
     for name, settings in folders.items():
@@ -232,7 +232,7 @@ def read_recipes(path: Path) -> dict[Path, Recipe]:
 
 
 def check_sources(recipes: dict[Path, Recipe]) -> None:
-    """Finds all sources, as the last folder may begin days after the first (`UserError` with all problems)."""
+    """Opens every source now, since the last folder may start days after the first (`UserError` with all problems)."""
     problems = []
     for folder, recipe in recipes.items():
         try:
@@ -243,7 +243,7 @@ def check_sources(recipes: dict[Path, Recipe]) -> None:
 
 
 def training_flags(recipes: dict[Path, Recipe]) -> str:
-    """The options with which the trainer reads the folders."""
+    """Trainer options that select these folders."""
     weights = [f"{recipe.weight:g}" for recipe in recipes.values() if recipe.weight is not None]
     return f"--data {shlex.join(map(str, recipes))}" + (f" --data_weights {' '.join(weights)}" if weights else "")
 

@@ -16,8 +16,8 @@ from data_prep.verify import verify
 
 
 def push(folder: Path, repository: str, private: bool = False, licence: str | None = None) -> str:
-    """Verifies and uploads a data folder; returns the URL of the commit (`UserError` for a damaged folder, and if the
-    Hub refuses)."""
+    """Verifies and uploads a data folder; returns the commit's URL (`UserError` for a damaged folder, or if the Hub
+    refuses)."""
     manifest = Manifest.read(folder)
     if problems := list(verify(folder)):
         raise UserError(f"{problems[0]}; {manifest.remedy}")
@@ -32,7 +32,7 @@ def push(folder: Path, repository: str, private: bool = False, licence: str | No
 
 
 def dataset_card(manifest: Manifest, folder: Path, repository: str, licence: str | None) -> str:
-    """Returns the `README.md` of a data folder on the Hub."""
+    """Returns the `README.md` for a data folder on the Hub."""
     source = manifest.source
     revision = f" at `{source.commit}`" if source.commit else ""
     steps = [f"{step.step} kept {step.documents_out:,} documents" for step in manifest.cleaning]

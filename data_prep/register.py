@@ -1,4 +1,4 @@
-"""Use published shards as they are: write the manifest and the tokenizer beside them.
+"""Use published shards as they are: write a manifest and a tokenizer next to them.
 
 python -m data_prep.register data/fineweb10B --tokenizer gpt2
 
@@ -19,7 +19,7 @@ from data_prep.tokenization.tokenizer import describe_tokenizer, load_tokenizer,
 
 
 def register(folder: Path, tokenizer_name: str = "gpt2") -> Manifest:
-    """Writes a manifest for the shards of `folder`, and a tokenizer unless there is one. Changes no other file.
+    """Writes a manifest for the shards in `folder`, and a tokenizer if there is none. Changes no other file.
 
     Args:
         tokenizer_name: tokenizer of the shards, if there is none beside them: `gpt2`, or what `AutoTokenizer` loads.

@@ -22,8 +22,8 @@ _MAX_THREADS = 32  # with two open files each
 
 
 def verify(folder: Path) -> Iterator[str]:
-    """Differences between the files of `folder` and its manifest, one line each (`UserError` if it is unfinished or has
-    no manifest)."""
+    """Lists differences between the files in `folder` and its manifest (`UserError` if it is unfinished or has no
+    manifest)."""
     manifest = Manifest.load(folder)
     if manifest.unfinished is not None:
         raise UserError(f"{folder}: its preparation has not finished; the same prepare command goes on with it")

@@ -32,7 +32,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomials of hashes
 
 
 def read_items(path: Path, fields: list[str] | None = None) -> Iterator[list[str]]:
-    """Reads the items of an evaluation file, each as the texts whose presence in the data is a leak.
+    """Reads the items of an evaluation file; each is a list of texts that must not occur in training data.
 
     An item is a paragraph of a .txt file, or a record of a .jsonl file. With `fields`, its texts are these fields one
     after another, once for each choice in a field that lists choices: a question followed by each answer. Without,
@@ -66,7 +66,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """Words of `text`. Punctuation, symbols and combining marks are ignored: they do not separate words."""
+    """Splits `text` into words, ignoring punctuation, symbols and combining marks (they do not separate words)."""
     return _NOT_IN_WORDS.sub("", text.lower()).split()
 
 
@@ -81,7 +81,7 @@ def _spans(text: str) -> np.ndarray:
 
 
 def _ngrams(words: list[str], lengths: Iterable[int]) -> Iterator[np.ndarray]:
-    """For each length, in ascending order, the hash of so many words from each word on, `[n-grams]` uint64."""
+    """Hashes of the n-grams starting at each word, for each length in ascending order, `[n-grams]` uint64."""
     values = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
     hashes, done = np.zeros(len(words) + 1, dtype=np.uint64), 0
     for length in lengths:
@@ -93,7 +93,7 @@ def _ngrams(words: list[str], lengths: Iterable[int]) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Index:
-    """N-grams of evaluation texts.
+    """N-grams of evaluation texts, for lookup.
 
     Attributes:
         hashes: `[n-grams]` uint64, sorted and unique.
@@ -105,7 +105,7 @@ class Index:
 
     @classmethod
     def build(cls, texts: Iterable[str], length: int = NGRAM) -> "Index":
-        """Indexes the n-grams of `length` words; a shorter text of at least `SHORTEST_NGRAM` words as a whole.
+        """Indexes all n-grams of `length` words; a shorter text counts as one n-gram if it has `SHORTEST_NGRAM` words.
 
         Section 4 defines a leaked example as a whole short text; appendix C defines the minimum length.
         """
@@ -142,12 +142,12 @@ class Index:
         return prefixes
 
     def without(self, dropped: np.ndarray) -> "Index":
-        """The index without the n-grams where `dropped`, `[n-grams]` bool, is true."""
+        """Returns the index without the n-grams selected by `dropped`, `[n-grams]` bool."""
         return Index(self.hashes[~dropped], self.lengths if not dropped.all() else ())
 
 
 def count_documents(index: Index, texts: Iterable[str]) -> np.ndarray:
-    """Number of `texts` with each n-gram of the index, `[n-grams]` int64."""
+    """Number of `texts` that contain each n-gram of the index, `[n-grams]` int64."""
     counts = np.zeros(len(index.hashes), dtype=np.int64)
     for text in texts:
         counts[np.unique(index.find(text)[0])] += 1

@@ -34,14 +34,14 @@ INSTALL = 'pip install "gpt-accelerate[clean]"'
 
 
 class CleaningSource(BaseModel):
-    """Parameters of `data_prep.sources.source.Source`, or a reader of datatrove and its parameters."""
+    """A source to clean: parameters of `data_prep.sources.source.Source`, or a datatrove reader with its parameters."""
 
     model_config = ConfigDict(**{**STRICT, "extra": "allow"})
     reader: str | None = None
 
 
 class StepSettings(BaseModel):
-    """A step and its parameters; `sources` are those that it is for, None for all."""
+    """A step and its parameters; it applies to `sources` only, or to all of them if None."""
 
     model_config = ConfigDict(**{**STRICT, "extra": "allow"})
     step: str
@@ -53,7 +53,7 @@ def _named(key: str) -> BeforeValidator:
 
 
 class CleanConfig(BaseModel):
-    """A cleaning; `data_prep/configs/clean.yaml` explains each setting."""
+    """Settings of a cleaning, explained in `data_prep/configs/clean.yaml`."""
 
     model_config = STRICT
     sources: dict[str, Annotated[CleaningSource, _named("source")]] = Field(default_factory=dict)
@@ -83,7 +83,7 @@ def read_config(path: Path) -> CleanConfig:
 
 
 def make_executor(config: CleanConfig, stage: Any, logs: Path, depends: Any, problems: list[str]) -> Any:
-    """datatrove's executor of a pass, after the one that it depends on; adds to `problems` as `construct` does."""
+    """Makes datatrove's executor of a pass, to run after `previous`; adds to `problems` as `construct` does."""
     name = config.executor
     kind = pkgutil.resolve_name(f"datatrove.executor.{name}:{name.capitalize()}PipelineExecutor")
     ours = {"pipeline": stage.pipeline, "tasks": stage.tasks, "workers": min(config.workers, stage.tasks)}
@@ -92,7 +92,7 @@ def make_executor(config: CleanConfig, stage: Any, logs: Path, depends: Any, pro
 
 
 def construct(kind: Callable[..., Any], settings: dict[str, Any], where: str, problems: list[str], **ours: Any) -> Any:
-    """Calls `kind` with the settings as arguments; returns None, and says why in `problems`, if it does not take them.
+    """Calls `kind` with the settings as arguments; if it rejects them, adds the reason to `problems` and returns None.
 
     Args:
         where: the name of the settings, for messages.
@@ -119,7 +119,7 @@ def construct(kind: Callable[..., Any], settings: dict[str, Any], where: str, pr
 
 
 def _with_lists(hint: Any) -> Any:
-    """A type hint with lists for tuples: datatrove annotates tuples of any length as `tuple[int]`."""
+    """Accepts lists where a type hint says tuple: datatrove annotates tuples of any length as `tuple[int]`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return typing.Union[tuple(map(_with_lists, typing.get_args(hint)))]  # noqa: UP007
     return list if tuple in (hint, typing.get_origin(hint)) else hint
@@ -136,7 +136,7 @@ def _classes(*modules: Any) -> dict[str, Any]:
 def plan(
     config: CleanConfig, commits: dict[str, str | None], problems: list[str]
 ) -> tuple[dict[str, Corpus], list[Stage]]:
-    """What the sources consist of, unless a reader of datatrove reads them, and the passes over them.
+    """Opens the sources (unless a datatrove reader reads them) and plans the passes over them.
 
     Args:
         commits: of the sources on the Hub, from an earlier call.
@@ -205,7 +205,7 @@ def _stages(config: CleanConfig, reader: steps.SourceReader, problems: list[str]
 
 
 def finish(data: DocumentsPipeline, rank: int, world_size: int, *, config: CleanConfig) -> None:
-    """Moves the documents to the output, and writes the report, which shows that all is complete."""
+    """Moves the documents to the output and writes the report, which marks the cleaning as complete."""
     output, names = Path(config.output), list(config.sources)
     for path in sorted((output / "work" / "out").glob("*.jsonl.zst")):
         source, part = divmod(int(path.name.partition(".")[0]), config.tasks)

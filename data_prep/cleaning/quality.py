@@ -15,7 +15,7 @@ FEATURES = 2**18  # default of Spark's HashingTF, which appendix A's classifier 
 
 @dataclass(frozen=True)
 class Classifier:
-    """scikit-learn's logistic regression on hashed words, and `alpha` of the rule by which documents are kept."""
+    """scikit-learn's logistic regression on hashed words, with `alpha` of the rule for keeping a document."""
 
     model: Any
     alpha: float
@@ -40,12 +40,12 @@ class Classifier:
         return cls(model, alpha or fit_alpha(model.predict_proba(held_out)[:, 1]))
 
     def scores(self, texts: list[str]) -> list[float]:
-        """Probabilities that texts are curated."""
+        """Probabilities that the texts are curated."""
         return self.model.predict_proba(texts)[:, 1].tolist()
 
 
 def fit_alpha(scores: np.ndarray) -> float:
-    """Alpha of the Lomax distribution, which numpy's `pareto` draws from, that is likeliest for `1 - scores`.
+    """Maximum-likelihood alpha of the Lomax distribution (numpy's `pareto`) for `1 - scores`.
 
     Appendix A chose its alpha, 9, to match the distribution of the scores of curated text. The density of a shortfall
     x = 1 - score is alpha (1 + x)^-(alpha + 1), so the maximum of the likelihood is at 1 / mean(log(1 + x)).

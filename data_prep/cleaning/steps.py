@@ -1,4 +1,4 @@
-"""What datatrove lacks: reading sources, counts of each step, and the steps of GPT-3's appendices."""
+"""Steps that datatrove lacks: reading our sources, counting each step, and the steps of GPT-3's appendices."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ _REASONS = ("timeout", "broken_process", "clean_error")  # for what datatrove's 
 
 
 class Stage(NamedTuple):
-    """One pass over the documents: its name, datatrove's steps, and the number of tasks that it is divided into."""
+    """One pass over the documents: its name, datatrove's steps, and its number of tasks."""
 
     name: str
     pipeline: list[Any]
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
 
 class SourceReader(PipelineStep):
-    """Reads one source in each task: in task `rank` the part `rank % parts` of source `rank // parts`.
+    """Reads one source in each task: task `rank` reads part `rank % parts` of source `rank // parts`.
 
     Args:
         sources: by name, a reader of datatrove, or a `data_prep.sources.source.Source` and its commit on the Hub.
@@ -71,7 +71,7 @@ class SourceReader(PipelineStep):
 
 
 class Step(PipelineStep):
-    """A step of the cleaning: runs a block in the tasks of its sources, and counts what it leaves."""
+    """A cleaning step: runs a block in the tasks of its sources and counts what is left."""
 
     type = "STEP"
 
@@ -92,7 +92,8 @@ class Step(PipelineStep):
 
 
 class WritePass(JsonlWriter):
-    """Writes exactly one file a task, even an empty one, so that the next pass gives each task the same documents."""
+    """Writes exactly one file per task, even an empty one, so that each task of the next pass gets the same
+    documents."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder / "in"), compression="zstd")  # gzip's header contains the time
@@ -103,12 +104,12 @@ class WritePass(JsonlWriter):
 
 
 def read_pass(folder: Path) -> JsonlReader:
-    """Reads what `WritePass` has written for the step with this folder."""
+    """Reads the output of the `WritePass` step with this folder."""
     return JsonlReader(str(folder / "in"), add_file_path=False)
 
 
 class Examples(JsonlWriter):
-    """datatrove's writer of dropped documents, for the beginning of the first one of each reason."""
+    """datatrove's writer of dropped documents, which records the beginning of the first document per reason."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), compression=None)
@@ -123,7 +124,7 @@ class Examples(JsonlWriter):
 
 
 class Trafilatura(extractors.Trafilatura):
-    """datatrove's; loads the library before the process whose time is limited."""
+    """datatrove's Trafilatura; loads the library before starting the process whose time is limited."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         import trafilatura  # noqa: F401
@@ -132,7 +133,8 @@ class Trafilatura(extractors.Trafilatura):
 
 
 class LanguageFilter(filters.LanguageFilter):
-    """datatrove's, with a check that probabilities add up to 1: those of fasttext-numpy2-wheel 0.9.2 do not always."""
+    """datatrove's language filter; checks that probabilities add up to 1, since those of fasttext-numpy2-wheel 0.9.2
+    sometimes do not."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         predict, wanted = self.model.predict, self.model.languages
@@ -148,7 +150,7 @@ class LanguageFilter(filters.LanguageFilter):
 
 
 class MinhashDedup(dedup.MinhashDedupFilter):
-    """Keeps one of the documents with nearly the same set of word n-grams; the defaults are FineWeb's."""
+    """Keeps one of several documents with nearly the same set of word n-grams; the defaults are FineWeb's."""
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class MinhashDedup(dedup.MinhashDedupFilter):
 
 
 class QualityClassifier(BaseFilter):
-    """Keeps documents by the score of GPT-3's classifier and a draw (`data_prep.cleaning.quality.keep`).
+    """Keeps documents by the score of GPT-3's classifier and a random draw (`data_prep.cleaning.quality.keep`).
 
     Args:
         curated, raw: names of sources to learn from; takes about five bytes of memory for each byte of text.
@@ -238,7 +240,7 @@ class QualityClassifier(BaseFilter):
 
 
 class Decontamination(PipelineStep):
-    """GPT-3's decontamination: cuts the n-grams of evaluation sets out; each remaining piece becomes a document.
+    """GPT-3's decontamination: removes n-grams of evaluation sets; each remaining piece becomes a document.
 
     Args:
         against: files of evaluation sets.

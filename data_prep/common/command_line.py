@@ -1,4 +1,4 @@
-"""Command lines of the project: one-line errors, and a suggestion for a wrong name."""
+"""Command lines: one-line errors, and suggestions for misspelled names."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 
 class UserError(Exception):
-    """An error that the user can fix. Only its text is shown: the value, the bound and the remedy."""
+    """An error that the user can fix. Only its text is shown: value, bound and remedy."""
 
 
 T = TypeVar("T")
@@ -30,12 +30,12 @@ _SECRET_IN_QUERY = re.compile(
 
 
 def redact(text: str) -> str:
-    """Returns the text without the secrets of URLs: `user:password@`, and query values named token, key or similar."""
+    """Masks secrets in URLs: `user:password@`, and query values named token, key or similar."""
     return _SECRET_IN_QUERY.sub(r"\1***", _USER_IN_URL.sub(r"\1***@", text))
 
 
 def cache_problem(error: BaseException | None) -> str | None:
-    """Why Hugging Face's cache cannot be written to, with the remedy; None for an error of another cause."""
+    """Explains why Hugging Face's cache is not writable and what to set; None for any other error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
             from huggingface_hub import constants
@@ -51,14 +51,15 @@ def cache_problem(error: BaseException | None) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or the name of its type; for an unwritable cache, that and the remedy."""
+    """First line of an error's message, or its type's name; for an unwritable cache, the explanation of
+    `cache_problem`."""
     if (problem := cache_problem(error)) is not None:
         return problem
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Problems in one line: the first few, and the number of the others."""
+    """Joins the first few problems in one line and counts the rest."""
     more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     return "; ".join(problems[:_MAX_LISTED]) + more
 
@@ -82,18 +83,18 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
 
 
 def is_missing(name: str, word: str) -> bool:
-    """Whether the value of an option is empty, as `"$UNSET"` is, and the option needs a value."""
+    """Whether an option that needs a value has an empty one, such as `"$UNSET"`."""
     return not word.strip() and name not in _MAY_BE_EMPTY
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
-    """Returns `unknown NAME`, with the most similar `known` name if there is one."""
+    """Returns `unknown NAME`, and the most similar `known` name if there is one."""
     similar = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"unknown {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help with one spelling of each option, the kind of its value, and its default."""
+    """Help that shows one spelling of each option, its value type and its default."""
 
     _KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 
@@ -120,7 +121,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, `--some_name` and `--some-name` for each option, and suggestions.
+    """argparse that shows defaults, accepts `--some_name` and `--some-name`, and suggests names.
 
     Args:
         doc: the docstring of the command's module: a summary, then examples.
@@ -166,7 +167,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def limit_spinning() -> None:
-    """Makes OpenMP's threads sleep soon where they wait for each other, unless the environment says how they wait.
+    """Limits how long OpenMP threads spin while waiting for each other, unless the environment already says.
 
     By default they spin for milliseconds: beside another busy process, or a second rank, on the core of the thread that
     they wait for (docs/benchmarks.md). libgomp reads the environment when it is loaded: call this before torch is.

@@ -1,4 +1,4 @@
-"""Files: opened without blocking, read within bounds, written completely or not at all."""
+"""Files: opened without blocking, read within bounds, written atomically."""
 
 import contextlib
 import hashlib
@@ -46,8 +46,8 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def describe_path(path: Path) -> str | None:
-    """Says what a path is where something else was expected, as in "it is ...", and names the part that may have been
-    meant; None for a folder of another kind."""
+    """Says what a path actually is ("it is ...") where something else was expected, and suggests the likely part; None
+    for any other folder."""
     if not path.exists():
         beside = path.parent.name == "checkpoints" and describe_path(path.parent)
         return f"missing; {path.parent} is {beside}" if beside else "missing"
@@ -79,7 +79,7 @@ class AtomicFile:
         self.file = open(temporary, "wb")  # noqa: SIM115  closed by commit or discard
 
     def commit(self) -> None:
-        """Makes the complete file visible under its name."""
+        """Publishes the complete file under its final name."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -93,7 +93,7 @@ class AtomicFile:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
+    """Writes a file atomically."""
     partial = AtomicFile(path, path.with_name(partial_name(path.name)))
     try:
         partial.file.write(text.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""Repositories on the Hub: uploads, data folders used from there, and retries of network requests."""
+"""Hugging Face Hub: uploads, data folders used from there, and retries of network requests."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ _REFUSALS = {
 
 
 def repository_problem(option: str, repository: str) -> str | None:
-    """Returns why a repository cannot be written to, as far as the Hub is not needed to tell, or None."""
+    """Returns why a repository cannot be written to, as far as that is known without asking the Hub, or None."""
     from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -41,7 +41,7 @@ def repository_problem(option: str, repository: str) -> str | None:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a data folder is named as one on the Hub, as in `hf://datasets/USER/NAME`."""
+    """Whether a data folder is on the Hub, as in `hf://datasets/USER/NAME`."""
     return name.startswith(PREFIX)
 
 
@@ -63,7 +63,7 @@ def local_folder(name: str, download: bool = True) -> Path:
 
 
 def limit_waiting() -> None:
-    """Makes requests to the Hub fail after a time without an answer; the default is to wait for ever.
+    """Sets a timeout for requests to the Hub; by default they wait forever.
 
     Raises:
         UserError: for values of the environment with which no request can be made.
@@ -114,7 +114,7 @@ class Retries:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """HTTP status of an error or of one of its causes; None without one."""
+    """HTTP status of an error or its causes; None if there is none."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
         if isinstance(status, int):
@@ -124,7 +124,8 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later. Types are compared by name: fsspec uses many network libraries."""
+    """Whether the same request may succeed later. Types are compared by name, since fsspec uses many network
+    libraries."""
     if (status := status_of(error)) is not None:
         return status >= 500 or status in (408, 429)
     names = {cls.__name__ for cls in type(error).__mro__}
@@ -136,7 +137,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 class Hub:
-    """A repository on the Hub. Requests are repeated after transient failures.
+    """A repository on the Hub. Transient failures are retried.
 
     Args:
         repository: `USER/NAME`.
@@ -156,7 +157,7 @@ class Hub:
         self._try(lambda: self.api.create_repo(**self._address, private=private or None, exist_ok=True))
 
     def upload(self, files: dict[str, Path | bytes], message: str, tag: str | None = None) -> str:
-        """Uploads files, by their names in the repository, as one commit; returns its URL."""
+        """Uploads files, keyed by their names in the repository, as one commit; returns its URL."""
         from huggingface_hub import CommitOperationAdd
 
         def commit() -> Any:
@@ -174,7 +175,7 @@ class Hub:
         return self._try(lambda: self.api.snapshot_download(**options))
 
     def check_access(self) -> None:
-        """Checks that the repository, or its owner's account if it does not exist, can be written to (`UserError`)."""
+        """Checks write access to the repository, or to its owner's account if it does not exist yet (`UserError`)."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:

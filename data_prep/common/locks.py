@@ -1,4 +1,4 @@
-"""One process at a time for a folder.
+"""Locks: one process per folder.
 
 The library `filelock` closes its descriptor in forked children: once a killed process leaves workers that still write
 into the folder, its lock is free. Here they hold it with the same descriptor until they end.
@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
-    """Returns a descriptor of the file that holds the lock."""
+    """Acquires the lock; returns the file descriptor that holds it."""
     import fcntl
 
     try:
@@ -68,13 +68,13 @@ def _acquire(path: Path) -> int:
 
 
 def _owner(pid: int) -> str:
-    """Identifies a process of this machine; containers of one name differ in the namespace of their ids."""
+    """Identifies a process on this machine; containers with the same host name differ in their PID namespace."""
     namespace = Path("/proc/self/ns/pid")
     return f"process {pid} on {socket.gethostname()} ({os.readlink(namespace) if namespace.is_symlink() else '-'})"
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes the file of a process that has ended; raises `UserError` for that of any other."""
+    """Removes the lock file of a process that has ended; raises `UserError` for any other."""
     owner = read_text(path)
     found = re.match(r"process (\d+) on ", owner)
     if found and owner == _owner(pid := int(found[1])) and not _is_running(pid):

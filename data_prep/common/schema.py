@@ -1,4 +1,4 @@
-"""The project's files, each read through one typed schema.
+"""The project's files, each read through a typed schema.
 
 A schema is a dataclass with `__pydantic_config__ = STRICT`; its bounds are annotations (`Positive` is one). Reading any
 file returns an instance or raises a `UserError` with file, field, value and bound.
@@ -94,12 +94,12 @@ def _loader() -> Any:
 
 
 def validate(value: Any, kind: type[T], where: str) -> T:
-    """Returns a value that was read in another way as `kind` (`UserError` if it does not match)."""
+    """Validates a value that was read elsewhere as `kind` (`UserError` if it does not match)."""
     return parse_json(_as_json(value, where), kind, where)
 
 
 def find_problems(value: Any, kind: type, where: str) -> list[tuple[str, str]]:
-    """Field and problem wherever a value does not match `kind`; the field is "" for the whole value."""
+    """Field and problem wherever a value does not match `kind`; field "" stands for the whole value."""
     try:
         _adapter(kind).validate_json(_as_json(value, where))
     except ValidationError as error:
@@ -116,7 +116,7 @@ def _as_json(value: Any, where: str) -> str:
 
 
 def _problems(error: ValidationError, kind: Any) -> list[tuple[str, str]]:
-    """All problems, each with its top-level field, and text with field, value and bound."""
+    """All problems, each with its top-level field and a text with field, value and bound."""
     found = []
     for one in error.errors(include_url=False):
         name = ".".join(map(str, one["loc"]))

@@ -1,4 +1,4 @@
-"""Which files a source stands for, local or of any `fsspec` protocol."""
+"""Files that a source stands for, local or on any `fsspec` file system."""
 
 import glob
 import os
@@ -33,8 +33,8 @@ def names_files(source: str) -> bool:
 
 
 def find_files(pattern: str) -> tuple[Any, list[str], int]:
-    """The file system, the files of a folder, a pattern or a name, and the number of hidden files beside them
-    (`UserError` if there is no such thing).
+    """Returns the file system, the files of a folder, pattern or name, and the number of hidden files (`UserError` if
+    nothing matches).
 
     Hidden are, as in `datasets`, names that begin with a dot, and what is in folders whose names begin with a dot or
     with two underscores, unless the pattern has such names itself.
@@ -103,7 +103,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def check_regular(filesystem: Any, paths: Sequence[str]) -> None:
-    """Refuses local pipes and devices, whose reading may never end (`UserError`)."""
+    """Refuses local pipes and devices, which may never end (`UserError`)."""
     for path in paths if "file" in filesystem.protocol else ():
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path}: not a regular file; name a file, or a folder of files")
@@ -115,12 +115,12 @@ def _hidden_parts(path: str) -> int:
 
 
 def is_documentation(path: str) -> bool:
-    """Whether a text file is about the data beside it, by its name: README.txt, LICENSE.txt and the like."""
+    """Whether a text file, by its name, documents the data next to it: README.txt, LICENSE.txt and the like."""
     return is_plain_text(path) and _DOCUMENTATION.fullmatch(PurePosixPath(path).name.split(".")[0]) is not None
 
 
 def count_by_suffix(paths: Sequence[str], hidden: int) -> dict[str, int]:
-    """Number of files by suffix, the most frequent first; of the hidden ones, and of those with rare suffixes."""
+    """Counts files by suffix, most frequent first; hidden files and rare suffixes are grouped."""
     counts = Counter(PurePosixPath(p).name if is_documentation(p) else "".join(suffixes(p)) or "others" for p in paths)
     counts.update({"hidden": hidden} if hidden else {})
     # Names may have bytes that are no text.

@@ -41,21 +41,21 @@ COMPRESSED: dict[str, Callable[[], Any]] = {
 
 
 def suffixes(path: str) -> tuple[str, str]:
-    """The suffixes of a file's format and of its compression, in lower case; "" for a missing one."""
+    """Format suffix and compression suffix in lower case; "" if missing."""
     name = path.lower()
     packed = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
     return PurePosixPath(name.removesuffix(packed)).suffix, packed
 
 
 def decompressed(raw: Any, path: str) -> io.BufferedReader:
-    """A file's content. Reading raises an error of its decompressor's, and `EOFError` for a file that is cut off."""
+    """Decompressed content of a file. Reading raises the decompressor's errors, and `EOFError` for a truncated file."""
     new = COMPRESSED.get(suffixes(path)[1])
     chunks = iter(partial(raw.read, _BUFFER_BYTES), b"") if new is None else _decompress(raw, new)
     return io.BufferedReader(_Chunks(chunks), _BUFFER_BYTES)
 
 
 def _decompress(raw: Any, new: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of all streams in a file, which zero bytes may follow, as tapes and some programs leave them."""
+    """Content of all streams in a file; trailing zero bytes, as tapes leave them, are ignored."""
     stream = new()
     while piece := raw.read(_COMPRESSED_BYTES):
         while piece := piece if stream else piece.lstrip(b"\0"):
@@ -69,7 +69,7 @@ def _decompress(raw: Any, new: Callable[[], Any]) -> Iterator[bytes]:
 
 
 class _Chunks(io.RawIOBase):
-    """Pieces of any size as a file."""
+    """Presents chunks of any size as a file."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self.chunks, self.rest = chunks, b""
@@ -105,7 +105,7 @@ _REMOTE_READ_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """Records, or their documents, between two positions; `size` is the number of bytes of the corpus's files."""
+    """Records, or their documents, between two positions; `size` counts bytes of the corpus's files."""
 
     texts: list[Any]
     start: Position
@@ -114,8 +114,8 @@ class Block:
 
 
 def blocks_of(records: Records, fields: Fields, start: Position, where: str) -> Iterator[Block]:
-    """Groups of records with about `BLOCK_CHARACTERS` characters, or ids, in their documents (`UserError` for a record
-    that `Fields.check` refuses).
+    """Groups records into blocks with about `BLOCK_CHARACTERS` characters or ids (`UserError` for a record that
+    `Fields.check` refuses).
 
     Args:
         start: position of the first record.
@@ -140,18 +140,18 @@ def blocks_of(records: Records, fields: Fields, start: Position, where: str) -> 
 
 
 def is_read_here(path: str) -> bool:
-    """Whether a file is in one of `FORMATS`, by its name."""
+    """Whether a file's name has one of the `FORMATS` that are read without `datasets`."""
     kind, packed = suffixes(path)
     return packed in FORMATS.get(kind, ())
 
 
 def is_plain_text(path: str) -> bool:
-    """Whether a file's records have no fields."""
+    """Whether a file is plain text, whose records have no fields."""
     return suffixes(path)[0] == ".txt"
 
 
 def url_of(filesystem: Any, path: str) -> str:
-    """The name by which `datasets` opens a file."""
+    """URL under which `datasets` opens a file."""
     return path if "file" in filesystem.protocol else filesystem.unstrip_protocol(path)
 
 
@@ -163,7 +163,7 @@ def open_file(filesystem: Any, path: str) -> Any:
 
 
 def datasets_format(path: str) -> tuple[str, dict[str, Any]] | None:
-    """The name by which `datasets` loads a file, and its arguments; None for a file that is not read."""
+    """Loader name in `datasets` for a file, and its arguments; None if `datasets` does not read it."""
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
     found = _EXTENSION_TO_MODULE.get(suffixes(path)[0])
@@ -171,7 +171,7 @@ def datasets_format(path: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def make_builder(source: Source, filesystem: Any, path: str) -> Any:
-    """The builder of `datasets` for files like this one."""
+    """The `datasets` builder for files like this one."""
     from datasets import load_dataset_builder
 
     name, options = datasets_format(path) or ("", {})
@@ -179,8 +179,8 @@ def make_builder(source: Source, filesystem: Any, path: str) -> Any:
 
 
 def streamed(builder: Any, url: str, column: str) -> Records:
-    """Records that `datasets` reads from one of a builder's files. A cell of CSV is text, which may be "NA", "null" or
-    "007"; only an empty one is missing."""
+    """Records of one of a builder's files, read by `datasets`. CSV cells are text, including "NA", "null" and "007";
+    only an empty cell is missing."""
     from datasets.packaged_modules.csv.csv import CsvConfig
 
     builder, config = copy.copy(builder), copy.copy(builder.config)
@@ -193,7 +193,7 @@ def streamed(builder: Any, url: str, column: str) -> Records:
 
 
 def after(items: Iterable[T], count: int) -> Iterator[T]:
-    """What follows the first items."""
+    """Skips the first `count` items."""
     rest = iter(items)
     if sum(1 for _ in islice(rest, count)) < count:
         raise UserError("a file of the source ends before the position to continue at; prepare a new folder")
@@ -201,13 +201,13 @@ def after(items: Iterable[T], count: int) -> Iterator[T]:
 
 
 def json_lines(raw: Any, path: str, first: int) -> Records:
-    """Records of JSON lines, without the `first` lines."""
+    """Records of JSON lines, skipping the `first` lines."""
     for number, line in enumerate(after(decompressed(raw, path), first), start=first + 1):
         yield None if line.isspace() else parse_record(line, f"{path}, line {number}"), raw.tell()
 
 
 def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
-    """Parses a line of JSON (`UserError` if it is no object); `where` is its origin, for messages."""
+    """Parses a line of JSON (`UserError` unless it is an object); `where` names its origin in messages."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -218,7 +218,7 @@ def parse_record(line: str | bytes, where: str) -> dict[str, Any]:
 
 
 def texts(raw: Any, path: str, column: str) -> Records:
-    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, cut at a blank line, else at a line's end, else anywhere.
+    """Documents of at most `MAX_TEXT_DOCUMENT` bytes, split at a blank line, else at a line end, else anywhere.
 
     Read as Python reads text, without a byte-order mark and with universal newlines.
     """
@@ -247,7 +247,7 @@ def _read(stream: io.BufferedReader, count: int) -> bytes:
 
 
 def _bad_byte(raw: Any, path: str) -> int:
-    """Position of the first byte of a file that is not UTF-8."""
+    """Position of the first byte that is not UTF-8."""
     raw.seek(0)
     stream, decoder, read = decompressed(raw, path), codecs.getincrementaldecoder("utf-8")(), 0
     try:
@@ -274,7 +274,8 @@ def _cut(data: bytes) -> int:
 
 
 def parquet_rows(raw: Any, path: str, size: int, fields: Fields, first: int, every_field: bool) -> Records:
-    """Rows of parquet, without the `first` ones; few at a time, as a file does not tell how long its rows are.
+    """Rows of a parquet file, skipping the first `first`; few at a time, since a file does not tell how long its rows
+    are.
 
     Args:
         size: of the file, in bytes.

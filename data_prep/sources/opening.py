@@ -46,8 +46,8 @@ def _find(source: Source, commit: str | None, skip_bad_files: bool) -> Corpus:
 
 
 def _of_files(source: Source, skip_bad_files: bool) -> Corpus:
-    """Of the files that are found, those that are read here, else those of one format that `datasets` reads;
-    documentation only if there is nothing else."""
+    """Chooses among the files found: those read here, else those of one format that `datasets` reads; documentation
+    only if there is nothing else."""
     filesystem, found, hidden = find_files(_saved_files(source) or source.source)
     here = [path for path in found if is_read_here(path)]
     paths = [path for path in here if not is_documentation(path)]
@@ -68,8 +68,8 @@ def _of_files(source: Source, skip_bad_files: bool) -> Corpus:
 
 
 def _saved_files(source: Source) -> str | None:
-    """The pattern of the files that `save_to_disk` of `datasets` wrote into a folder (`UserError` for another split
-    than it has); None for other sources."""
+    """Pattern for the files that `save_to_disk` wrote into a folder (`UserError` if it lacks the split); None for other
+    sources."""
     folder = Path(source.source).expanduser()
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())

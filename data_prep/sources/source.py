@@ -1,4 +1,4 @@
-"""Requests for documents and their records: in recipes, in manifests, in reports of cleanings."""
+"""Sources: the request for documents, its record in manifests, and the records of a cleaning."""
 
 from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, Literal
@@ -33,22 +33,22 @@ class Source:
 
     @property
     def column(self) -> str:
-        """The field of a record that holds the document."""
+        """Field of a record that holds the document."""
         return self.tokens_column or self.text_column
 
     @property
     def kind(self) -> Kind:
-        """What a document is."""
+        """Type of a document."""
         return "text" if self.tokens_column is None else "tokens"
 
     def describe(self) -> dict[str, Any]:
-        """The fields that distinguish two sources, without the passwords of URLs."""
+        """Fields that identify a source, without passwords in URLs."""
         return {**asdict(self), "source": redact(self.source)}
 
 
 @dataclass(frozen=True)
 class ConversationSource(Source):
-    """Request for conversations: lists of messages, each with a role and a content, in the field `text_column`."""
+    """Request for conversations: the field `text_column` holds a list of messages, each with a role and a content."""
 
     @property
     def kind(self) -> Kind:
@@ -58,7 +58,7 @@ class ConversationSource(Source):
 
 @dataclass(frozen=True)
 class SourceRecord(Source):
-    """Origin of the documents, in the manifest: the request, and the files that were found.
+    """Where the documents came from, as recorded in the manifest: the request, and the files that were found.
 
     Attributes:
         source: "registered" for shards of another program; all else is unknown then.
@@ -107,8 +107,8 @@ class CleaningStep(StepCounts):
 
 @dataclass(frozen=True)
 class Position:
-    """A position in a corpus: after `record` records of file number `file`; where an unfinished preparation continues,
-    `tokens` tokens of the block that begins there are written already."""
+    """A position in a corpus: after `record` records of file number `file`. In an unfinished preparation, `tokens`
+    counts the tokens of the block starting there that are already written."""
 
     __pydantic_config__ = STRICT
 

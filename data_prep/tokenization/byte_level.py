@@ -1,4 +1,4 @@
-"""Byte-level BPE as in GPT-2: the spelling of tokens, their merges and their length in bytes."""
+"""Byte-level BPE as in GPT-2: token spelling, merges, and token lengths in bytes."""
 
 import json
 import re
@@ -22,17 +22,17 @@ _CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.
 
 
 def bytes_to_unicode(token: bytes) -> str:
-    """Spells a token as GPT-2's vocabulary does."""
+    """Spells a token as in GPT-2's vocabulary."""
     return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
 
 
 def unicode_to_bytes(token: str) -> bytes:
-    """Returns the bytes of a token of GPT-2's vocabulary."""
+    """Returns the bytes of a token spelled as in GPT-2's vocabulary."""
     return bytes(map(_CHARACTER_TO_BYTE.__getitem__, token))
 
 
 def chunks(text: str, size: int) -> Iterator[str]:
-    """Cuts a text into chunks of at most `size` characters, without changing GPT-2's split of it into words.
+    """Splits a text into chunks of at most `size` characters at positions where GPT-2 also splits it into words.
 
     That split never joins a space or a line's end to a preceding character that is not white space, so a chunk may end
     there. A chunk without such a position is cut at `size`: that many characters in a row are no words.
@@ -51,12 +51,12 @@ def chunks(text: str, size: int) -> Iterator[str]:
 
 
 def ends_a_word(text: str, stop: int) -> bool:
-    """Whether a chunk that ends at `stop` leaves GPT-2's split of a text into words as it is."""
+    """Whether GPT-2 splits a text into words at position `stop`, so that a chunk may end there."""
     return stop == len(text) or _CHUNK_END.match(text, stop - 1) is not None
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs that the tokens were merged from, in order of rank: what is left of a token by the ranks below its own."""
+    """Merge pairs in order of rank, recovered by tokenizing each token with the ranks below its own."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
@@ -72,7 +72,7 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, int] | None:
-    """Ranks with which tiktoken gives the same ids as a tokenizer of the `tokenizers` library; None if it cannot."""
+    """Ranks with which tiktoken reproduces a `tokenizers` tokenizer's ids; None if it cannot."""
     model, split = state["model"], state["pre_tokenizer"] or {}
     supported = (
         _keeps_bytes(state)
@@ -92,7 +92,7 @@ def byte_level_ranks(state: dict[str, Any], eos_token_id: int) -> dict[bytes, in
 
 
 def bytes_of_tokens(tokenizer: Any) -> np.ndarray | None:
-    """Number of bytes of text for each id of a `transformers` tokenizer, `[V]` int64; 0 for special tokens.
+    """Bytes of text per id of a `transformers` tokenizer, `[V]` int64; 0 for special tokens.
 
     None unless the tokens of a text are its bytes, each once. WordPiece, SentencePiece, `</w>`, a space before the text
     and normalization add, remove or change some, so that only the source tells the size of a text.
@@ -109,7 +109,7 @@ def bytes_of_tokens(tokenizer: Any) -> np.ndarray | None:
 
 
 def _keeps_bytes(state: dict[str, Any]) -> bool:
-    """Whether the tokens of a text are its bytes, each once, for a tokenizer of the `tokenizers` library."""
+    """Whether a `tokenizers` tokenizer's tokens spell exactly the bytes of the text."""
     model, split = state["model"], state["pre_tokenizer"] or {"type": None}
     steps = split.get("pretokenizers", [split])
     return (

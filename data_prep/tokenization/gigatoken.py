@@ -1,4 +1,4 @@
-"""gigatoken (Rød 2026), a faster engine of byte-level BPE; its ids are compared with tiktoken's on samples."""
+"""gigatoken (Rød 2026), a faster engine for byte-level BPE; samples of its output are compared with tiktoken's."""
 
 import itertools
 import re
@@ -40,7 +40,7 @@ _INSTANCE_CHARACTERS = 1 << 28  # then a new instance, as its cache of words onl
 
 
 class GigatokenTokenizer:
-    """A byte-level tokenizer that is run by gigatoken, with the ids of tiktoken."""
+    """A byte-level tokenizer that gigatoken runs, with tiktoken's ids."""
 
     def __init__(self, reference: ByteLevelTokenizer) -> None:
         from gigatoken.gigatoken_rs import PadTruncate
@@ -82,7 +82,7 @@ class GigatokenTokenizer:
         return ids
 
     def _instance(self, characters: int) -> "BPETokenizer":
-        """The instance of this thread, a new one after some hundred million characters."""
+        """This thread's instance, replaced after some hundred million characters."""
         from gigatoken.gigatoken_rs import load_hf_json
 
         if getattr(self._local, "left", 0) <= 0:
@@ -91,7 +91,7 @@ class GigatokenTokenizer:
         return self._local.instance
 
     def _compare(self, text: str, found: np.ndarray) -> None:
-        """Compares the ids of a document's beginning with tiktoken's (`UserError`)."""
+        """Checks the ids of a document's beginning against tiktoken's (`UserError`)."""
         beginning = next(chunks(text, _SAMPLE_CHARACTERS))
         if not ends_a_word(text, len(beginning)):
             beginning = next(chunks(text, CHUNK_CHARACTERS))
@@ -108,7 +108,7 @@ def _difference(text: str) -> str:
 
 
 def _is_known(text: str, encoded: bytes) -> bool:
-    """Whether gigatoken splits a text as tiktoken does."""
+    """Whether gigatoken splits a text exactly as tiktoken does."""
     if _END_OF_TEXT in encoded:  # is text there, not the special token
         return False
     if len(text) > CHUNK_CHARACTERS:
@@ -123,7 +123,8 @@ def _is_known(text: str, encoded: bytes) -> bool:
 
 
 def with_engine(tokenizer: Tokenizer, engine: Engine) -> Tokenizer:
-    """The tokenizer, run by `engine`; `auto` takes gigatoken if a tested version is installed and can run it.
+    """Returns the tokenizer run by `engine`; `auto` uses gigatoken if a tested version is installed and supports the
+    tokenizer.
 
     Raises:
         UserError: if gigatoken is asked for and cannot be used.

@@ -38,7 +38,7 @@ _LONGEST_WORD = 2048  # bytes; the time to train a tokenizer grows with the squa
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """Tokenizer of the shards; `sha256` is the hash of `tokenizer/tokenizer.json`."""
+    """The shards' tokenizer; `sha256` is the hash of `tokenizer/tokenizer.json`."""
 
     __pydantic_config__ = STRICT
 
@@ -89,7 +89,7 @@ class ByteLevelTokenizer:
 
     @property
     def encoding(self) -> "tiktoken.Encoding":
-        """tiktoken's encoding, one for each thread: two threads that share one wait a fifth of their time for its
+        """tiktoken's encoding, one per thread: threads that share one spend a fifth of their time waiting for its
         regular expression."""
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
@@ -115,7 +115,7 @@ class ByteLevelTokenizer:
 
     @cached_property
     def backend(self) -> "Backend":
-        """The same tokenizer of the `tokenizers` library."""
+        """The same tokenizer in the `tokenizers` library."""
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
@@ -176,14 +176,15 @@ class HuggingFaceTokenizer:
 
 
 class TokenIds:
-    """Takes documents that are token ids already, as in published token sets, and checks them against a tokenizer."""
+    """Passes through documents that are already token ids, as in published token sets, and checks them against a
+    tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name, self.vocab_size, self.eos_token_id = tokenizer.name, tokenizer.vocab_size, tokenizer.eos_token_id
         self.tokenizer = tokenizer
 
     def encode(self, documents: list[np.ndarray], /) -> np.ndarray:
-        """The ids of documents, concatenated, each after one end of text, its own if it begins or ends with one.
+        """Concatenated ids of the documents, each after exactly one end of text, its own if it starts or ends with one.
 
         Raises:
             UserError: for ids that the tokenizer does not have, and for a sample whose text it encodes otherwise.
@@ -200,7 +201,7 @@ class TokenIds:
         return tokens
 
     def _compare(self, sample: np.ndarray) -> None:
-        """Refuses ids whose text the tokenizer encodes as others (`UserError`)."""
+        """Refuses ids if the tokenizer encodes their text differently (`UserError`)."""
         documents = np.split(sample, np.flatnonzero(sample == self.eos_token_id))
         again = self.tokenizer.encode([self.tokenizer.decode(ids[1:]) for ids in documents[1:]])
         found, again = (ids[ids != self.eos_token_id] for ids in (sample, again))
@@ -214,22 +215,22 @@ class TokenIds:
 
 
 def describe_tokenizer(tokenizer: Tokenizer, sha256: str) -> TokenizerRecord:
-    """The manifest's record of a tokenizer; `sha256` is that of its `tokenizer.json`."""
+    """Returns the manifest's record of a tokenizer; `sha256` is the hash of its `tokenizer.json`."""
     return TokenizerRecord(tokenizer.name, tokenizer.vocab_size, tokenizer.eos_token_id, sha256)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Files in `folder` that belong to a tokenizer, by their names."""
+    """Tokenizer files in `folder`, recognized by name."""
     return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """sha256 of a folder's `tokenizer.json`; tokenizers with the same hash give the same ids."""
+    """sha256 of a folder's `tokenizer.json`; equal hashes mean equal ids."""
     return file_hash(Path(folder) / "tokenizer.json")
 
 
 def tokenizer_problem(tokenizer: Any, record: TokenizerRecord) -> str | None:
-    """Difference between a tokenizer of `hf_tokenizer` and the manifest's record; None if there is none."""
+    """Difference between a tokenizer from `hf_tokenizer` and the manifest's record, or None."""
     found = {"eos_token_id": tokenizer.eos_token_id, "vocab_size": max(tokenizer.get_vocab().values()) + 1}
     expected = {name: getattr(record, name) for name in found}
     wrong = [f"{name}={value}, not {expected[name]}" for name, value in found.items() if value != expected[name]]
@@ -253,8 +254,8 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of each text by a tokenizer of `hf_tokenizer`, as `prepare` writes them: its template adds no tokens, and
-    spellings of special tokens are text."""
+    """Token ids of each text, exactly as `prepare` writes them: no tokens from the template, and spellings of special
+    tokens are plain text."""
 
     def ids_of(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -263,7 +264,7 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _encode(ids_of: Callable[[list[str]], list[list[int]]], tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of each text by `ids_of`, without ends of text, whose spelling is an ordinary word in some models."""
+    """Ids of each text by `ids_of`, without end-of-text tokens, whose spelling is an ordinary word in some models."""
     documents, eos, spelling = ids_of(texts), tokenizer.eos_token_id, tokenizer.eos_token
     for i, ids in enumerate(documents):
         if eos in ids:
@@ -275,8 +276,8 @@ def _encode(ids_of: Callable[[list[str]], list[list[int]]], tokenizer: Any, text
 
 
 def encode_document(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a document, which begins with an end of text; the rest as `encode`. Raises `UserError` for a tokenizer
-    without end of text."""
+    """Token ids of a document, starting with end of text; otherwise as `encode` (`UserError` for a tokenizer without an
+    end-of-text token)."""
     _check_end_of_text(tokenizer, tokenizer.name_or_path)
     return [tokenizer.eos_token_id, *encode(tokenizer, [text])[0]]
 
@@ -287,8 +288,8 @@ def _check_end_of_text(tokenizer: Any, name: str) -> None:
 
 
 def hf_tokenizer(source: str | Path) -> Any:
-    """Loads a tokenizer with `AutoTokenizer` from a folder or the Hub, without running code of the repository
-    (`UserError` for a missing or damaged tokenizer, and one that needs such code)."""
+    """Loads a tokenizer with `AutoTokenizer` from a folder or the Hub without running code from the repository
+    (`UserError` if it is missing, damaged, or needs such code)."""
     from transformers import AutoTokenizer
 
     file = Path(source) / "tokenizer.json"
@@ -303,7 +304,7 @@ def hf_tokenizer(source: str | Path) -> Any:
 
 
 def missing_tokenizer(source: str | Path) -> str | None:
-    """Returns what to do about a folder without a tokenizer; None for a folder with one, and for a name on the Hub."""
+    """Returns the remedy for a folder without a tokenizer; None for a folder with one, or a name on the Hub."""
     folder = Path(source)
     if not folder.is_dir() or any((*folder.glob("tokenizer?*"), *folder.glob("vocab*"))):
         return None
@@ -314,7 +315,7 @@ def missing_tokenizer(source: str | Path) -> str | None:
 
 
 def _check_ids(file: Path) -> None:
-    """Refuses ids that no vocabulary has (`UserError`): the libraries allocate tables as long as the largest id."""
+    """Refuses implausibly large ids (`UserError`): the libraries allocate tables up to the largest id."""
     content = read_json(file, dict[str, Any])
     model, added = content.get("model"), content.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -327,7 +328,7 @@ def _check_ids(file: Path) -> None:
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Loads `gpt2`, or a tokenizer from a folder or the Hub with the ids of `AutoTokenizer`. Raises as `hf_tokenizer`,
-    and a `UserError` for a tokenizer without end of text or not run by the `tokenizers` library."""
+    and `UserError` for a tokenizer without end of text or without `tokenizer.json`."""
     if source == "gpt2":
         return gpt2_tokenizer()
     tokenizer, name = hf_tokenizer(source), str(source)
