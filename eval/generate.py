@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _read_prompt() -> str | None:
-    """Returns a line of the standard input, None at its end."""
+    """Reads a line from standard input; None at its end."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -52,8 +52,8 @@ def check_tasks(tasks: list[str], include_path: str = str(TASKS)) -> Any:
 
 
 def load_tasks(tasks: list[str], n_positions: int, include_path: str = str(TASKS)) -> Any:
-    """Returns the harness's `TaskManager` after it has loaded the data of `tasks` once. Raises `UserError` as
-    `check_tasks`, for data that cannot be loaded, and for tasks that generate more tokens than the context has."""
+    """Loads the data of `tasks` once and returns the harness's `TaskManager`. Raises `UserError` as `check_tasks`, for
+    data that cannot be loaded, and for tasks that generate more tokens than the context has."""
     from datasets.exceptions import DatasetsError
 
     manager = check_tasks(tasks, include_path)
@@ -66,7 +66,7 @@ def load_tasks(tasks: list[str], n_positions: int, include_path: str = str(TASKS
 
 
 def check_generation(tasks: dict[str, Any], context: int, max_gen_toks: int = 0) -> None:
-    """Raises `UserError` for tasks that generate so many tokens that the context has no room for a prompt.
+    """Raises `UserError` for tasks that generate so many tokens that no room is left for a prompt.
 
     Args:
         max_gen_toks: of tasks that do not say how many.
@@ -96,7 +96,7 @@ def evaluate_tasks(
     batch_size: int = 16,
     check_stop: Callable[[bool], bool],
 ) -> dict[str, float]:
-    """Runs tasks of the harness on a model in memory, and writes its results to `output`. Collective. Returns scores by
+    """Runs harness tasks on a model in memory and writes the results to `output`. Collective. Returns scores keyed by
     `lm_eval/TASK/METRIC`, an empty dict on other ranks. `task_manager` is from `load_tasks`, `check_stop` as in
     `StoppableLM`.
 

@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830) by the two rules that published numbers follow.
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830) under the two rules behind published numbers.
 
     accelerate launch -m eval.hellaswag MODEL [--data FILE] [--limit N]
 
@@ -54,7 +54,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class Item(TypedDict):
-    """A line of `hellaswag_val.jsonl`. `label` is the index of the right ending, on the Hub as text."""
+    """A line of `hellaswag_val.jsonl`. `label` is the index of the correct ending (text on the Hub)."""
 
     __pydantic_config__ = STRICT | {"extra": "ignore"}  # type: ignore[misc]
 
@@ -68,7 +68,7 @@ class Item(TypedDict):
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of a model by one rule; `nats` is the summed cross entropy of each ending of each item."""
+    """A model's scores under one rule; `nats` is the summed cross entropy of each ending of each item."""
 
     rule: str
     acc: float
@@ -78,7 +78,7 @@ class Result:
     nats: list[list[float]]
 
     def metrics(self) -> dict[str, float]:
-        """Returns the scores by `hellaswag/RULE/SCORE`."""
+        """Returns the scores keyed by `hellaswag/RULE/SCORE`."""
         return {f"hellaswag/{self.rule}/acc": self.acc, f"hellaswag/{self.rule}/acc_norm": self.acc_norm}
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Result:
 
 @dataclass(frozen=True)
 class HellaSwag:
-    """Tokenized items for one rule; acc_norm divides by the `lengths` of the endings."""
+    """Items tokenized for one rule; acc_norm divides by the endings' `lengths`."""
 
     rule: str
     questions: list[Question]
@@ -125,7 +125,7 @@ class HellaSwag:
         batch_size: int = BATCH_SIZE,
         before_batch: Callable[[], object] | None = None,
     ) -> Result:
-        """Scores a model, as `score` does. Collective. Returns the same result on all ranks."""
+        """Scores a model, as `score` does. Collective; same result on all ranks."""
         from eval.common.multiple_choice import accuracy, count_truncated, score
 
         nats = score(accelerator, model, self.questions, batch_size, before_batch)
@@ -141,7 +141,7 @@ def _lm_eval_texts(item: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 def read_items(path: Path | None = None, dataset: str = _DATASET) -> list[Item]:
     """Reads the validation set from a file in the original format, or from the Hub. Raises `UserError` if that fails,
-    and for a wrong item, with its line."""
+    and for an invalid item, with its line."""
     # Not splitlines, which would split at characters that JSON strings may contain.
     lines = [json.dumps(item) for item in _download(dataset)] if path is None else read_text(path).split("\n")
     where = path or dataset

@@ -45,8 +45,8 @@ def summed_loss(
 
 
 def read_tokens(data: Path, tokenizer: Any) -> tuple[Tensor, int | None]:
-    """Reads the validation tokens of a data folder, or tokenizes a text file: `[N]` int64, end of text first. Also
-    returns the size of their text in bytes, None if neither the tokens nor the manifest tell it.
+    """Reads the validation tokens of a data folder, or tokenizes a text file: `[N]` int64, starting with end of text.
+    Also returns their text's size in bytes, or None if it is unknown.
 
     Raises:
         UserError: for unreadable data and for data of another tokenizer.
@@ -75,7 +75,7 @@ def read_tokens(data: Path, tokenizer: Any) -> tuple[Tensor, int | None]:
 
 
 def windows(tokens: Tensor, length: int, stride: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yields batches of sliding windows, in which each of `tokens` `[N]` except the first is a label once.
+    """Yields batches of sliding windows in which every token of `tokens` `[N]` but the first is a label exactly once.
 
     Windows have `length` tokens and start `stride` tokens apart. With `stride` equal to `length` they are those of the
     rolling log-likelihood of EleutherAI's harness. With a smaller stride each label after the first window has at least

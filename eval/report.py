@@ -1,4 +1,4 @@
-"""Plots, report.html and report.md of a run, or of several compared.
+"""Report on a run, or on several compared: plots, report.html and report.md.
 
 python -m eval.report runs/quickstart
 python -m eval.report runs/quickstart runs/other path/to/build-nanogpt/log/log.txt
@@ -22,7 +22,8 @@ _SENTINEL = "<!-- written by python -m eval.report -->"
 
 
 def write_report(records: list[Record], folder: Path) -> Path:
-    """Writes `report.md`, its plots, and all of it as `report.html` to `folder`; returns the path of `report.md`."""
+    """Writes `report.md`, its plots, and the same as one page, `report.html`, to `folder`; returns the path of
+    `report.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plot_all(records, folder)
     parts = [
@@ -44,7 +45,7 @@ def write_report(records: list[Record], folder: Path) -> Path:
 
 
 def check_output(folder: Path) -> None:
-    """Raises `UserError` if a report in a folder that the user names would overwrite a file of others."""
+    """Raises `UserError` if a report in a folder chosen by the user would overwrite somebody else's file."""
     for name in (FILE_NAME, PAGE_NAME, *sections.CAPTIONS):
         # Pictures have no sentinel: they are ours where a report.md with one is.
         marked = folder / (name if name in (FILE_NAME, PAGE_NAME) else FILE_NAME)
@@ -62,7 +63,7 @@ def remove_report(folder: Path) -> None:
 
 
 def _harness(records: list[Record]) -> str:
-    """Returns the table of the harness's scores, with those that GPT-3's paper has of the same metrics."""
+    """Returns the table of harness scores, next to GPT-3's published scores on the same metrics."""
     published = [model for model in models_beside(records) if model.harness]
     rows = []
     for record in records:
@@ -84,7 +85,7 @@ def _harness(records: list[Record]) -> str:
 
 
 def _results(records: list[Record]) -> str:
-    """Returns the table of all runs and of the published models of their sizes."""
+    """Returns the table of all runs and of the published models of the same size."""
     heading = ["", "parameters", "tokens", "validation loss", "perplexity", "bits per byte", "HellaSwag, completion",
                "HellaSwag, lm_eval", "training time", "tokens/s"]  # fmt: skip
     rows = [_result(record) for record in records]
@@ -119,7 +120,7 @@ def _result(record: Record) -> list[str]:
 
 
 def _with_best(record: Record, metric: str, choose: Callable[[list[float]], float]) -> str:
-    """Formats the last value of a metric, and the lowest or highest one with its step if that is another."""
+    """Formats the last value of a metric, followed by the best one and its step if that differs."""
     if (curve := record.curves.get(metric)) is None:
         return ""
     last, best = curve.values[-1], choose(curve.values)

@@ -1,4 +1,4 @@
-"""The model: configuration, network, loss and presets. Needs only torch and transformers, which it loads when used."""
+"""The model: configuration, network, loss and presets. Depends only on torch and transformers, loaded on first use."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Arguments of `forward` that transformers passes, and the refusal of unknown ones."""
+"""Keyword arguments of `forward`: those that transformers passes, and the refusal of unknown ones."""
 
 import difflib
 import inspect
@@ -24,7 +24,7 @@ _COMMON_ARGUMENTS = _BY_DECORATORS | TransformersKwargs.__annotations__.keys() -
 
 
 def argument_names(function: Callable[..., Any]) -> frozenset[str]:
-    """Returns the names of the arguments that a method declares."""
+    """Returns the names of a method's declared arguments."""
     parameters = inspect.signature(function).parameters
     return frozenset(name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD) - {"self"}
 
@@ -42,7 +42,8 @@ GENERATE_ARGUMENTS = argument_names(GenerationMixin.generate).union(
 def refuse_unknown_arguments(
     model: Any, declared: frozenset[str], cache: Any, given: dict[str, Any], *, packed: bool
 ) -> None:
-    """Raises `TypeError` for `given` arguments that neither the model nor transformers nor the attention kernel knows.
+    """Raises `TypeError` for any of the `given` arguments that neither the model nor transformers nor the attention
+    kernel knows.
 
     Args:
         declared: names of the arguments that `forward` acts on itself.
@@ -73,7 +74,8 @@ def _unknown_argument(model: Any, name: str, known: frozenset[str]) -> str:
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether a cache belongs to `generate_batch`, which has attention kernels of its own. `TypeError` for no cache."""
+    """Whether a cache belongs to `generate_batch`, which brings its own attention kernels. Raises `TypeError` if it is
+    not a cache."""
     if cache is None or isinstance(cache, Cache):
         return False
     from transformers.generation.continuous_batching.cache import PagedAttentionCache

@@ -37,8 +37,8 @@ _UNSUPPORTED = {
 
 
 class GPTConfig(GPT2Config):
-    """Configuration of `GPTModel`: `transformers.GPT2Config` without dropout. It loads any `gpt2` configuration, and is
-    saved as one that names `GPT2LMHeadModel`.
+    """Configuration of `GPTModel`: `transformers.GPT2Config` with dropout 0 by default. Loads any `gpt2` configuration,
+    and is saved as one for `GPT2LMHeadModel`.
 
     Raises:
         ValueError: for a size below 1, an `n_embd` that is not a multiple of `n_head`, and an unsupported field.
@@ -74,7 +74,7 @@ class GPTConfig(GPT2Config):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes `config.json` as GPT-2's, so that every program that reads GPT-2 loads the model."""
+        """Writes `config.json` as GPT-2's, so that every program that reads GPT-2 can load the model."""
         self.architectures = ["GPT2LMHeadModel"]
         self.n_ctx = self.n_positions  # llama.cpp's converter reads this name
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
@@ -90,7 +90,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that returns its weights: `[B, H, T, D]` in, `[B, T, H, D]` and weights `[B, H, T, S]` out."""
+    """Attention that also returns its weights: `[B, H, T, D]` in, `[B, T, H, D]` and weights `[B, H, T, S]` out."""
     if attention_mask is None:
         scores = query @ key.transpose(-1, -2) * scaling
     else:
@@ -300,7 +300,7 @@ class GPTOutput(CausalLMOutputWithPast):
 
 
 class GPTModel(GPTPreTrainedModel, GenerationMixin):
-    """GPT-2/GPT-3 with its language-modelling head: parameters with the names and the layout of HF GPT-2.
+    """GPT-2/GPT-3 with a language-modelling head. Parameters have the names and the layout of HF GPT-2.
 
     Attributes:
         loss_kernel: the compiled `nats_and_gradient`; None for the plain function.

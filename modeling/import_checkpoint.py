@@ -20,16 +20,16 @@ _SIZES = {"block_size": "n_positions", **{name: name for name in ("vocab_size", 
 
 
 class _Settings:
-    """Replaces `GPTConfig`, an instance of which build-nanogpt pickles: fields without code."""
+    """Stands in for the `GPTConfig` instance that build-nanogpt pickles: fields without code."""
 
 
 def bare_name(name: str) -> str:
-    """The name of a parameter without those of wrappers around the model and its parts."""
+    """Strips the prefixes that wrappers add to a parameter's name."""
     return _WRAPPERS.sub("", name)
 
 
 def import_checkpoint(file: Path, vocab_size: int | None = None) -> "GPTModel":
-    """Reads a `.pt` file without running code in it.
+    """Reads a `.pt` file without running any code in it.
 
     Biases that nanoGPT does not have are zeros. nanoGPT uses the exact GELU, build-nanogpt GPT-2's approximation.
 
@@ -110,7 +110,7 @@ def _convert(content: Any, vocab_size: int | None) -> "GPTModel":
 
 
 def write_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Saves a model, and a tokenizer unless that is None, to a new folder: completely or not at all.
+    """Saves a model, and a tokenizer unless it is None, to a new folder atomically.
 
     Raises:
         ValueError: for a folder that exists, or cannot be written.

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head in chunks of tokens, so that the logits of all tokens are never in memory at once."""
+"""Cross entropy of a linear head, computed in chunks of tokens so that the full logits are never in memory."""
 
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +14,7 @@ VOCAB_MULTIPLE = 128  # tensor cores are faster with aligned rows: 50257 is padd
 
 @cache
 def chunk_tokens(device: torch.device) -> int:
-    """Number of tokens whose logits are in memory at once: they fit into a CPU's cache, or keep a GPU busy."""
+    """Tokens per chunk of logits: few enough for a CPU's cache, enough to keep a GPU busy."""
     if device.type == "cpu":
         return 512
     large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 32 * 1024**3
@@ -29,7 +29,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     loss_kernel: LossKernel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of `softmax(hidden @ weight.T)` and `labels`, `chunk_tokens` tokens at a time.
+    """Cross entropy of `softmax(hidden @ weight.T)` against `labels`, `chunk_tokens` tokens at a time.
 
     The forward pass computes the gradients of each chunk and frees its logits: one chunk of logits in memory, and no
     recomputation in the backward pass (Liger Kernel, arXiv:2410.10989, section 3.2).
@@ -55,7 +55,7 @@ def linear_cross_entropy(
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each token, `[N]` float32 in nats; 0 for ignored labels, for which no logits are computed.
+    """Cross entropy of each token, `[N]` float32 in nats; 0 for ignored labels, whose logits are not computed.
     Arguments as in `linear_cross_entropy`."""
     head = _padded_head(hidden, weight)
     counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)

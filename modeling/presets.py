@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published size with its batch and learning rate; the vocabulary is GPT-2's."""
+    """A published size with its batch size and learning rate; the vocabulary is GPT-2's."""
 
     n_layer: int
     n_embd: int

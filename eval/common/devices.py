@@ -22,8 +22,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 def make_accelerator(
     timeout: float = 3600, kwargs_handlers: Sequence[KwargsHandler] = (), **kwargs: Any
 ) -> Accelerator:
-    """Returns the Accelerator of this process; `kwargs` go to `Accelerator`. Raises `UserError` if the launch asked for
-    something that this machine does not have, or that this project does not work with.
+    """Creates this process's Accelerator; `kwargs` go to `Accelerator`. Raises `UserError` if this machine or this
+    project cannot do what the launch asks for.
 
     Args:
         timeout: seconds that ranks wait for each other; NCCL's 10 minutes are too short for rank 0 to hash data.
@@ -69,8 +69,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def num_threads() -> int:
-    """Returns OMP_NUM_THREADS, or this process's share of the cores if it is 1, which `accelerate launch` sets by
-    default. Raises `UserError` for another value than a number."""
+    """Returns OMP_NUM_THREADS, or this process's share of the cores if it is 1, as `accelerate launch` sets it by
+    default. Raises `UserError` if it is not a number."""
     text = os.environ.get("OMP_NUM_THREADS", "1")
     first = text.split(",")[0].strip()  # a list has a number for each nested level
     if not first.isdecimal() or int(first) < 1:
@@ -82,7 +82,7 @@ def num_threads() -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc's malloc keep freed memory. By default it returns large blocks to the system and gets them back
+    """Makes glibc's malloc keep freed memory instead of returning large blocks to the system and getting them back
     zeroed, page by page, which for the logits of a step takes as long as the arithmetic."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "gnu_get_libc_version"):
@@ -91,8 +91,8 @@ def _keep_freed_memory() -> None:
 
 
 def chosen_precision(asked_for: str) -> str:
-    """Returns the mixed precision to use: `asked_for`, or for `auto` that of the Accelerate config, else the fastest of
-    this process's device."""
+    """Resolves the mixed precision: `asked_for`, or for `auto` the Accelerate config's, else the fastest on this
+    device."""
     if asked_for != "auto":
         return asked_for
     return configured_precision() or ("bf16" if bf16_is_fast() else "fp16" if _only_fp16_is_fast() else "no")
@@ -106,5 +106,5 @@ def bf16_is_fast() -> bool:
 
 
 def _only_fp16_is_fast() -> bool:
-    """Whether this process's device is a GPU with matrix products in fp16, but bf16 in emulation only: V100, T4."""
+    """Whether this process's device is a GPU with fp16 tensor cores that only emulates bf16 (V100, T4)."""
     return not on_cpu() and torch.cuda.is_available() and (7, 0) <= torch.cuda.get_device_capability() < (8, 0)

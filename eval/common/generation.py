@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Text generation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from modeling import GPTModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of `generate`, named as in transformers' `GenerationConfig`; `seed` is that of its random numbers."""
+    """Settings of `generate`, named as in transformers' `GenerationConfig`; `seed` seeds its random numbers."""
 
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0 is greedy
@@ -27,7 +27,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """Continuations of a prompt, without the prompt; `left_out` counts prompt tokens beyond the model's context."""
+    """Continuations without the prompt; `left_out` counts prompt tokens beyond the model's context."""
 
     texts: list[str]
     new_tokens: int
@@ -36,7 +36,7 @@ class Generated:
 
 @contextmanager
 def isolated_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's random numbers inside; outside they continue as if none had been drawn."""
+    """Seeds torch's random numbers inside the block and restores their state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not support MPS
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def isolated_random_state(seed: int, device: torch.device) -> Iterator[None]:
 def generate(
     model: GPTModel, tokenizer: Any, prompt: str, sampling: Sampling, *, compiled: bool = False, streamer: Any = None
 ) -> Generated:
-    """Continues `prompt` as the start of a document. The random state outside does not change.
+    """Continues `prompt` as the start of a document, without changing the caller's random state.
 
     A long prompt is truncated from the left to leave room for `max_new_tokens`, or for half of the context; the
     continuation ends at the end of the context.
@@ -65,7 +65,7 @@ def generate(
 
 
 def prompt_room(model: GPTModel, sampling: Sampling) -> int:
-    """The number of tokens that a prompt may have: the context without `max_new_tokens`, or without its half."""
+    """Maximum number of prompt tokens: the context minus `max_new_tokens`, or at least half of the context."""
     context = model.config.n_positions
     return context - min(sampling.max_new_tokens, context // 2)
 
@@ -73,7 +73,7 @@ def prompt_room(model: GPTModel, sampling: Sampling) -> int:
 def generate_ids(
     model: GPTModel, tokenizer: Any, ids: list[int], sampling: Sampling, *, compiled: bool = False, streamer: Any = None
 ) -> tuple[list[str], int]:
-    """Continues tokens. Returns the texts without the prompt, and their number of tokens. The rest as in `generate`."""
+    """Continues token ids; returns the texts without the prompt and their number of tokens. Otherwise as `generate`."""
     input_ids = torch.tensor([ids], device=model.device)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:

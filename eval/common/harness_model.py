@@ -21,20 +21,20 @@ class GPTModelLM(HFLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The context of a text without one: the end of text, which documents begin with."""
+        """Context of a text without one: the end-of-text token, which starts every document."""
         start = self.model.config.bos_token_id  # of this project's models; the tokenizer's may be another token
         known = self.custom_prefix_token_id is None and start in self.tokenizer.all_special_ids
         return start if known else super().prefix_token_id
 
     @property
     def max_gen_toks(self) -> int:
-        """Default of generated tokens: at most half of a short context, which leaves room for the prompt."""
+        """Default number of tokens to generate: at most half of a short context, to leave room for the prompt."""
         return min(256, self.max_length // 2)
 
 
 class StoppableLM(GPTModelLM):
-    """`GPTModelLM` that may be asked to stop between batches. Ranks have different numbers of them: one that is done
-    keeps asking until all ranks are.
+    """`GPTModelLM` that checks between batches whether to stop. Ranks have different numbers of batches: one that is
+    done keeps checking until all ranks are.
 
     Args:
         check_stop: collective; takes whether this rank is done, returns whether all are, and raises to stop.

@@ -1,4 +1,4 @@
-"""What this launch asks for: the answers of `accelerate config`, as far as the launcher passes them on."""
+"""What the launch asks for: the answers of `accelerate config`, as far as the launcher passes them on."""
 
 import contextlib
 import os
@@ -17,12 +17,12 @@ _LAUNCHER = re.compile(r"(accelerate(_cli(\.py)?)? launch|accelerate-launch|acce
 
 
 def processes_launched() -> int:
-    """Returns the number of processes of this launch, known before they have joined."""
+    """Returns the number of launched processes, known before they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_cpu() -> bool:
-    """Whether this process runs on the CPU: because the Accelerate config says so, or without an accelerator."""
+    """Whether this process runs on the CPU, because the Accelerate config says so or there is no accelerator."""
     if _is_true("ACCELERATE_USE_CPU"):
         return True
     import torch
@@ -36,7 +36,7 @@ def uses_fsdp() -> bool:
 
 
 def launch_problems() -> Iterator[str]:
-    """Yields what this launch asks for and cannot have, with the remedy, as far as it can be told without torch."""
+    """Yields each unsupported request of this launch, with the remedy, as far as it can be told without torch."""
     yield from (f"the Accelerate config asks for {name}" for flag, name in _UNSUPPORTED.items() if _is_true(flag))
     if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         yield f"the launch asks for gradient_accumulation_steps={steps}, which follow from --batch_tokens; leave it out"
@@ -67,7 +67,7 @@ def _fsdp_problems() -> Iterator[str]:
 
 
 def device_problems() -> Iterator[str]:
-    """Yields what this launch asks for and torch or this machine does not have, with the remedy."""
+    """Yields each request of this launch that torch or this machine cannot fulfil, with the remedy."""
     import torch
 
     mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
@@ -94,7 +94,7 @@ def device_problems() -> Iterator[str]:
 
 
 def compile_options() -> dict[str, Any] | None:
-    """Returns the options of `torch.compile` that the Accelerate config names, None if it names no backend."""
+    """Returns the `torch.compile` options from the Accelerate config; None if it names no backend."""
     from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
     plugin = TorchDynamoPlugin()
@@ -106,15 +106,15 @@ def compile_options() -> dict[str, Any] | None:
 
 
 def configured_precision() -> str | None:
-    """Returns the mixed precision that the launch names, "no" among them, as an answer of `accelerate config` or an
-    option of the launcher; None if it names none."""
+    """Returns the mixed precision that the launch names explicitly ("no" included), by `accelerate config` or a
+    launcher option; None if it names none."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return None if precision == "no" and _is_by_default() else precision
 
 
 @cache
 def _is_by_default() -> bool:
-    """Whether `accelerate launch` was told no precision: it passes on its default "no" as it does the answer "no"."""
+    """Whether `accelerate launch` was given no precision: its default "no" looks the same as the answer "no"."""
     import psutil
 
     for parent in psutil.Process().parents():

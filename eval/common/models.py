@@ -19,8 +19,8 @@ from modeling.loss import nats_and_gradient
 
 
 def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel, Any]:
-    """Loads a float32 model in evaluation mode and its tokenizer from a folder or the Hub. Raises `UserError` if there
-    is no GPT-2, or no tokenizer with it."""
+    """Loads a float32 model in evaluation mode and its tokenizer from a folder or the Hub. Raises `UserError` if either
+    is missing."""
     check_folder(name)
     model, tokenizer = from_pretrained(name), hf_tokenizer(name)
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= model.config.vocab_size:
@@ -33,7 +33,7 @@ def load_model(name: str, device: torch.device | None = None) -> tuple[GPTModel,
 
 def from_pretrained(source: str | Path, **options: Any) -> GPTModel:
     """Loads a float32 model in evaluation mode, without its tokenizer, on the CPU; `options` as in transformers. Raises
-    `UserError` for unreadable files, and for missing, unknown and mismatched weights, about which it only warns."""
+    `UserError` for unreadable files and for missing, unknown or mismatched weights, where transformers only warns."""
     logging.disable_progress_bar()
     # With "ignored" sizes transformers reports all mismatches instead of raising at the first.
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -66,7 +66,7 @@ def check_folder(name: str) -> None:
 
 @contextmanager
 def _user_error(source: str | Path) -> Iterator[None]:
-    """Turns errors of any kind, as of the libraries that read the files, into a `UserError` with the model's name."""
+    """Turns any error of the libraries that read the files into a `UserError` with the model's name."""
     try:
         yield
     except Exception as error:
@@ -74,8 +74,8 @@ def _user_error(source: str | Path) -> Iterator[None]:
 
 
 def _check_path(source: str | Path) -> None:
-    """Raises `ValueError` for a path without a model, and for a config.json of more parameters than the weights have
-    bytes, before memory for such a model is allocated. Any other name is one on the Hub."""
+    """Raises `ValueError` for a path without a model, and for a config.json with more parameters than the weights have
+    bytes, before allocating memory for it. Any other name is a name on the Hub."""
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith("."):
@@ -93,8 +93,8 @@ def _check_path(source: str | Path) -> None:
 
 
 def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
-    """Raises `UserError` with all fields of a configuration whose values the program `reader` does not support. `also`
-    are further fields, each with the only supported value."""
+    """Raises `UserError` with all configuration fields that the program `reader` does not support. `also` adds fields,
+    each with its only supported value."""
     fixed = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     fixed |= also
     if other := [f"{name}={getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]:
@@ -102,8 +102,8 @@ def check_plain(config: GPTConfig, reader: str, **also: Any) -> None:
 
 
 def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:
-    """Compiles each block, and the loss, in place: the names of weights do not change. The Accelerate config may name
-    backend and mode.
+    """Compiles each block and the loss in place, keeping the names of weights. Backend and mode come from the
+    Accelerate config, if it names them.
 
     Args:
         dynamic: as in `torch.compile`. False compiles for each shape, which is fastest for few; None is for many.
@@ -117,13 +117,13 @@ def compile_blocks(model: GPTModel, dynamic: bool | None = False) -> None:
 
 
 def is_compiled(model: GPTModel) -> bool:
-    """Whether the model or its blocks are compiled, so that few shapes should be used."""
+    """Whether the model or its blocks are compiled, so that inputs should have few shapes."""
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 @contextmanager
 def evaluating(model: Any, attn_implementation: str | None = None) -> Iterator[None]:
-    """Disables gradients and dropout, and optionally changes the attention kernel; restores everything at the end."""
+    """Disables gradients and dropout, optionally switches the attention kernel, and restores everything at the end."""
     was_training, attention = model.training, model.config._attn_implementation
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for each new length, which takes longer than it saves

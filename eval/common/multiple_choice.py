@@ -1,4 +1,4 @@
-"""Likelihood of each of several endings of a text.
+"""Multiple choice: likelihood of each possible ending of a text.
 
 The context of a question is computed once for all of its endings. A question is a tree in a row: a stem and branches. A
 token attends to its own branch and to the stem:
@@ -23,7 +23,7 @@ from modeling.loss import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a context, at least one, and of the endings to choose from."""
+    """Token ids of a context (at least one) and of the endings to choose from."""
 
     context: list[int]
     endings: list[list[int]]
@@ -41,8 +41,8 @@ class _Tree:
 
 
 def accuracy(nats: Sequence[Sequence[float]], labels: Sequence[int], lengths: Sequence[Sequence[int]] | None) -> float:
-    """Returns the share of questions whose label is the index of the lowest `nats` (summed cross entropy), divided by
-    `lengths` if given; the first of equal ones."""
+    """Returns the share of questions whose label has the lowest `nats` (summed cross entropy), divided by `lengths` if
+    given; ties go to the first."""
     if lengths is not None:
         nats = [[cost / n for cost, n in zip(*pair, strict=True)] for pair in zip(nats, lengths, strict=True)]
     correct = [costs.index(min(costs)) == label for costs, label in zip(nats, labels, strict=True)]
@@ -61,7 +61,7 @@ def score(
     batch_size: int,
     before_batch: Callable[[], object] | None = None,
 ) -> list[list[float]]:
-    """Returns the summed cross entropy in nats of each ending of each question. Collective, the same on all ranks.
+    """Returns the summed cross entropy in nats of each ending of each question. Collective; same result on all ranks.
 
     Batches are distributed over the ranks, and all ranks run the same number of them. A context that does not fit
     with an ending is truncated from the left, as in EleutherAI's harness. Raises `UserError` for an ending longer than

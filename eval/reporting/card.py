@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, from the records of its run."""
+"""Model card of a checkpoint, written from the records of its run."""
 
 import math
 import shlex
@@ -73,7 +73,7 @@ def model_card(
 
 
 def truncate_to_step(record: Record, step: int) -> Record:
-    """Returns the record without what was logged after a step."""
+    """Returns the record without entries after a step."""
     curves = {}
     for name, curve in record.curves.items():
         count = sum(s <= step for s in curve.steps)
@@ -83,7 +83,7 @@ def truncate_to_step(record: Record, step: int) -> Record:
 
 
 def _evaluation_results(record: Record, about: Environment, step: int) -> list[Any]:
-    """Returns all finite scores of the checkpoint of a step, as the Hub's `EvalResult`."""
+    """Returns all finite scores of a step's checkpoint, as the Hub's `EvalResult`."""
     from huggingface_hub import EvalResult
 
     def value(metric: str) -> float | None:

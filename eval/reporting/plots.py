@@ -1,4 +1,4 @@
-"""Plots of runs: an overview, loss, HellaSwag, and how the training went."""
+"""Plots of runs: overview, loss, HellaSwag, and training curves."""
 
 import math
 import textwrap
@@ -30,7 +30,7 @@ _SAMPLE_LINES, _SAMPLE_COLUMNS = 7, 31  # of two samples side by side, legible o
 
 
 def plot_all(records: list[Record], folder: Path) -> list[Path]:
-    """Saves the plots for which the records have data to `folder`, and returns their paths."""
+    """Saves every plot that the records have data for to `folder`; returns their paths."""
     figures = {
         "overview.png": _plot_overview(records[0]) if len(records) == 1 else None,
         "loss.png": _plot_loss(records),
@@ -46,7 +46,7 @@ def plot_all(records: list[Record], folder: Path) -> list[Path]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Saves a matplotlib figure completely or not at all."""
+    """Saves a matplotlib figure atomically."""
     temporary = path.with_name(f".{path.stem}.partial.png")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # a sample's letter that matplotlib's font lacks
@@ -71,7 +71,7 @@ def new_figure(
 
 
 def models_beside(records: list[Record]) -> list[ReferenceResult]:
-    """Returns the published models of the sizes of the runs."""
+    """Returns the published models of the same sizes as the runs."""
     return list(dict.fromkeys(model for record in records for model in of_the_same_size(record.parameters)))
 
 
@@ -92,8 +92,7 @@ def _plot_overview(record: Record) -> Any:
 
 
 def _excerpts(samples: list[Sample]) -> str:
-    """Returns the first lines, wrapped, of the samples of the first two prompts, with a mark for what cannot be
-    printed."""
+    """Returns the first lines, wrapped, of samples for the first two prompts; unprintable characters are replaced."""
     prompts: dict[str, str] = {}
     for sample in samples:
         prompts.setdefault(sample.prompt, sample.text)
@@ -122,7 +121,7 @@ def _plot_loss(records: list[Record]) -> Any:
 
 
 def _plot_losses(panel: Any, records: list[Record], axis: str) -> None:
-    """Plots losses in a range without the first ones of the training."""
+    """Plots losses, scaled so that the first steps do not dominate the axis."""
     _plot_metric(panel, records, axis, "loss", lambda name, _: f"{name}, training (smoothed)", smooth=True)
     _plot_metric(panel, records, axis, "val_loss", lambda name, last: f"{name}, validation: {last:.3f}")
     losses = _finite_losses(records)
@@ -186,7 +185,7 @@ def _figure(title: str, records: list[Record], columns: int, **layout: Any) -> t
 def _plot_metric(
     panel: Any, records: list[Record], axis: str, metric: str, label: Callable[[str, float], str], smooth: bool = False
 ) -> None:
-    """Plots a metric of each run over an axis, either its points or its moving average over a fiftieth of the run.
+    """Plots a metric of each run over an axis, as points or as a moving average over a fiftieth of the run.
 
     Args:
         label: called with the name of the run and the last value.

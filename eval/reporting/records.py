@@ -1,4 +1,4 @@
-"""Records of runs: ours, build-nanogpt's and llm.c's logs, and the published results of GPT-2 and GPT-3."""
+"""Records of runs (ours, and logs of build-nanogpt and llm.c), and published results of GPT-2 and GPT-3."""
 
 import re
 import sys
@@ -151,8 +151,8 @@ class Record:
 
 
 def read_run(path: Path, batch_tokens: int | None = None) -> Record:
-    """Reads the record of a run folder, or of another trainer's log file with `batch_tokens` tokens per step. Raises
-    `UserError` for a folder without a log, and for a file that is not a log."""
+    """Reads a run folder, or another trainer's log file with `batch_tokens` tokens per step. Raises `UserError` for a
+    folder without a log, and for a file that is not a log."""
     if path.is_dir() and (path / "metrics.jsonl").exists():
         return _read_our_run(path)
     files = [path] if path.is_file() else [path / name for name in ("log.txt", "main.log") if (path / name).exists()]
@@ -200,7 +200,7 @@ def _read_our_run(folder: Path) -> Record:
 
 
 def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Returns scores by task and metric, without standard errors, from results of the lm-evaluation-harness."""
+    """Extracts scores keyed by task and metric, without standard errors, from results of the lm-evaluation-harness."""
     return {
         task: {
             metric.removesuffix(",none"): value
@@ -212,7 +212,7 @@ def harness_scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _read_log(path: Path) -> dict[str, Curve]:
-    """Reads lines `STEP KIND VALUE` or `s:STEP KIND:VALUE ...`; the last value of a step counts."""
+    """Reads lines `STEP KIND VALUE` or `s:STEP KIND:VALUE ...`; for a repeated step the last value counts."""
     values: dict[str, dict[int, float]] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not (parts := re.fullmatch(r"(?:s:)?(\d+)((?: \w+[: ]\S+)+)\s*", line)):
@@ -291,6 +291,6 @@ REFERENCE_RESULTS = (
 
 
 def of_the_same_size(parameters: float | None) -> list[ReferenceResult]:
-    """Returns the published models of about this number of parameters."""
+    """Returns the published models with about this number of parameters."""
     sizes = REFERENCE_RESULTS if parameters else ()
     return [one for one in sizes if 1 / _SAME_SIZE < (parameters or 0) / one.parameters < _SAME_SIZE]

@@ -1,4 +1,4 @@
-"""Markdown sections of reports and model cards, empty if there is no data for them; and the page made of them."""
+"""Markdown sections of reports and model cards (empty without data), and the HTML page made from them."""
 
 import shlex
 from base64 import b64encode
@@ -24,7 +24,7 @@ _SAMPLES = 3
 
 
 def section(title: str, text: str) -> str:
-    """Returns `text` with a heading, nothing for no text."""
+    """Returns `text` under a heading; nothing for empty text."""
     return f"## {title}\n\n{text}" if text else ""
 
 
@@ -45,7 +45,7 @@ def settings(records: list[Record]) -> str:
 
 
 def data(record: Record) -> str:
-    """Lists the data of a run, its cleaning, and the items of evaluation sets found in it."""
+    """Lists a run's data folders, their cleaning, and their contamination with evaluation sets."""
     rows, lines = [], []
     for one in record.environment.data if record.environment else []:
         amounts = [f"{one.training_tokens:,}", f"{one.share:.1%}"]
@@ -65,7 +65,7 @@ def data(record: Record) -> str:
 
 
 def source(one: DataRecord) -> str:
-    """Returns the name of the source of a data folder."""
+    """Returns the name of a data folder's source."""
     name = "the Python standard library" if one.source == BUILTIN else one.source
     return " ".join(filter(None, [name, one.name]))
 
@@ -90,7 +90,7 @@ def _contamination(folder: str) -> list[str]:
 
 
 def samples(record: Record) -> str:
-    """Shows up to three samples of the last step that has some, as blocks of text under a heading."""
+    """Shows up to three samples from the last sampled step as text blocks under a heading."""
     last = [sample for sample in record.samples if sample.step == record.samples[-1].step][:_SAMPLES]
     texts = [(sample.prompt + sample.text).replace("```", "'''") for sample in last]
     title = f"Samples of {record.name} at step {last[0].step}" if last else ""
@@ -120,7 +120,7 @@ def hardware(about: Environment) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table without its empty columns; the first column is always kept."""
+    """Formats a table, dropping empty columns; the first column always stays."""
     rows = [list(heading), ["---"] * len(heading), *map(list, rows)]
     kept = [i for i in range(len(heading)) if i == 0 or any(row[i] for row in rows[2:])]
     return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in rows)
@@ -145,7 +145,7 @@ _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def write_page(path: Path, markdown: str, pictures: Iterable[Path], first_line: str = "") -> None:
-    """Writes Markdown as a page that loads nothing and runs nothing.
+    """Writes Markdown as a self-contained page: it loads nothing and runs nothing.
 
     Args:
         markdown: begins with its title. HTML in it is shown as text, since much of a report is data.
