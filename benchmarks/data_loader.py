@@ -39,12 +39,12 @@ def loader_rate(config: TrainingConfig, seconds: float) -> Callable[[], float]:
 
 def model_rate(steps: int) -> float:
     """Returns the tokens per second of the quickstart's steps, without the first five."""
-    from training.build import setup
-    from training.monitoring.stopping import stop_requests
+    from training.build import build_run
+    from training.run import stop_requests
     from training.train import start_step
 
     with tempfile.TemporaryDirectory() as folder, stop_requests(max_minutes=None) as stop:
-        quickstart = setup(parse_config(["--output_dir", f"{folder}/quickstart"]), stop)
+        quickstart = build_run(parse_config(["--output_dir", f"{folder}/quickstart"]), stop)
         for _ in range(5):
             start_step(quickstart)
         started = time.perf_counter()

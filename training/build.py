@@ -1,6 +1,5 @@
 """Builds a run: data, model, optimizer, the state to resume from, and the header on screen."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,30 +10,28 @@ from torch import nn
 from data_prep.common.command_line import UserError
 from data_prep.tokenization.tokenizer import hf_tokenizer, tokenizer_files, tokenizer_problem
 from eval.report import remove_report
-from modeling import GPTModel, flops_per_token
+from modeling import flops_per_token
 from training.checkpointing.checkpoint import load_training_state
-from training.checkpointing.store import AlreadyFinished, RunState, find_checkpoint, is_finished, resumed_state
+from training.checkpointing.store import RunState
 from training.checkpointing.writer import Saver
 from training.engine.data import Batch, Batches, Data, Prefetcher, load_data
 from training.engine.distributed import accelerator_for, decide_on_main, describe_device
 from training.engine.model import check_initial_model, find_micro_batch, make_model
 from training.engine.optimizer import describe, make_optimizer
-from training.evaluations import HarnessEvaluation, HellaSwagEvaluation, Samples, Validation
-from training.monitoring.environment import write_environment
-from training.monitoring.log import RunLog
+from training.evaluations import make_evaluations
+from training.monitoring.log import RunLog, write_environment
 from training.monitoring.metrics import MetricsQueue
-from training.monitoring.stopping import StopRequest
 from training.monitoring.trackers import TRACKERS, start_tracker
 from training.preflight import room_for_checkpoints
 from training.publishing import Uploads
-from training.run import Evaluation, Run
-from training.settings.schedule import BatchPlan
+from training.resume import AlreadyFinished, find_checkpoint, is_finished, resumed_state
+from training.run import Run, StopRequest
 from training.settings.schema import TrainingConfig
 
 _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments, in float32
 
 
-def setup(config: TrainingConfig, stop: StopRequest) -> Run:
+def build_run(config: TrainingConfig, stop: StopRequest) -> Run:
     """Builds everything that the loop needs, the cheap checks first. Collective.
 
     Raises:
@@ -45,53 +42,62 @@ def setup(config: TrainingConfig, stop: StopRequest) -> Run:
 
     transformers_logging.disable_progress_bar()
     accelerator = accelerator_for(config)
+    main = accelerator.is_main_process
     data, checkpoint, state = _find_start(config, accelerator)
     tokenizer = hf_tokenizer(data.tokenizer_folder)
     if problem := tokenizer_problem(tokenizer, data.tokenizer):
         raise UserError(f"{data.tokenizer_folder}: {problem}; {data.manifests[0].remedy}")
     train_data = data.batches(config, "train")
     with accelerator.main_process_first():
-        evaluations: list[Evaluation] = [
-            Validation.prepare(config, data, train_data, tokenizer),
-            *HellaSwagEvaluation.prepare(config.evaluation, tokenizer),
-            *HarnessEvaluation.prepare(config, tokenizer),
-            Samples(config.evaluation.sample_every, tokenizer),
-        ]
+        evaluations = make_evaluations(config, data, train_data, tokenizer)
     if checkpoint is None and (name := config.model.model_name_or_path) is not None:
         check_initial_model(name, config, data, tokenizer)
     model, optimizer, micro_batch = _prepare_model(config, accelerator, data, train_data, checkpoint)
     if checkpoint is not None:
         load_training_state(accelerator, model, optimizer, state, checkpoint)
-    batch_plan = config.batch_plan
-    prefetcher = Prefetcher(
-        global_batches(config, batch_plan, accelerator, train_data, micro_batch), accelerator.device
-    )
+    bare_model = accelerator.unwrap_model(model)
+    parameters = bare_model.num_parameters()
+    decide_on_main(accelerator, lambda: room_for_checkpoints(config, _STATE_BYTES * parameters))
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    if main:
+        remove_report(config.report_folder)  # of the run before it was resumed
+        flops = flops_per_token(bare_model.config, config.sequence_length)
+        write_environment(config, accelerator, data, parameters, flops)
     is_branch = checkpoint is not None and checkpoint.resolve().parent != config.checkpoints.resolve()
-    log = _open_log(config, accelerator, data, accelerator.unwrap_model(model), optimizer, state, micro_batch)
-    state.num_processes = accelerator.num_processes
-    saver = Saver(config.checkpoints, stop.request)
-    publishing = config.hub.push_to_hub and not config.run.preflight and accelerator.is_main_process
-    return Run(
+
+    def micro_batches(position: int) -> list[Batch]:
+        """This rank's part of the global batch at a position."""
+        start = 0 if config.data.overfit_single_batch else position
+        count = config.batch_plan.size(start * config.sequence_length) // config.sequence_length
+        processes = (accelerator.process_index, accelerator.num_processes)
+        return train_data.micro_batches(start, start + count, micro_batch, *processes)
+
+    run = Run(
         config=config,
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
         micro_batch=micro_batch,
-        batch_plan=batch_plan,
-        schedule=config.schedule,
         tokenizer_files={file.name: file.read_bytes() for file in tokenizer_files(data.tokenizer_folder)},
         data=data,
-        prefetcher=prefetcher,
+        prefetcher=Prefetcher(micro_batches, accelerator.device),
         evaluations=evaluations,
         state=state,
-        log=log,
-        saver=saver,
-        uploads=Uploads(config.run_folder, log.flush, every=config.hub.hub_strategy == "all") if publishing else None,
+        log=RunLog(config.run_folder, state.step, config.max_steps, config.logging.logging_steps, main),
+        saver=Saver(config.checkpoints, stop.request),
         stop=stop,
         metrics=MetricsQueue(depth=1 if accelerator.device.type == "cuda" else 0),
         first_step=state.step,
         saved_step=None if checkpoint is None or is_branch else state.step,
     )
+    run.log.print(header(run))
+    state.num_processes = accelerator.num_processes
+    if main:
+        names = [name for name in map(str, accelerator.log_with) if name in TRACKERS]
+        accelerator.trackers = [run.log, *(start_tracker(name, config, state.step) for name in names)]
+        if config.hub.push_to_hub and not config.run.preflight:
+            run.uploads = Uploads(config.run_folder, run.log.flush, every=config.hub.hub_strategy == "all")
+    return run
 
 
 def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data, Path | None, RunState]:
@@ -125,61 +131,9 @@ def _prepare_model(
     return model, optimizer, micro_batch
 
 
-def _open_log(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    data: Data,
-    model: GPTModel,
-    optimizer: AcceleratedOptimizer,
-    state: RunState,
-    micro_batch: int,
-) -> RunLog:
-    """Makes the run's folder, prints the header, and starts the trackers, the run's own log first. Collective."""
-    parameters = model.num_parameters()
-    decide_on_main(accelerator, lambda: room_for_checkpoints(config, _STATE_BYTES * parameters))
-    config.run_folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_report(config.report_folder)  # of the run before it was resumed
-        write_environment(config, accelerator, data, parameters, flops_per_token(model.config, config.sequence_length))
-        print(header(config, accelerator, data, parameters, describe(optimizer.optimizer), state, micro_batch))
-    log = RunLog(
-        config.run_folder, state.step, config.max_steps, config.logging.logging_steps, accelerator.is_main_process
-    )
-    names = [name for name in map(str, accelerator.log_with) if name in TRACKERS and accelerator.is_main_process]
-    accelerator.trackers = [log, *(start_tracker(name, config, state.step) for name in names)]
-    return log
-
-
-def global_batches(
-    config: TrainingConfig, plan: BatchPlan, accelerator: Accelerator, train_data: Batches, micro_batch: int
-) -> Callable[[int], list[Batch]]:
-    """A function that makes this rank's part of the global batch at a position."""
-
-    def make(position: int) -> list[Batch]:
-        if config.data.overfit_single_batch:
-            position = 0
-        batch_tokens = plan.size(position * config.sequence_length)
-        return train_data.micro_batches(
-            position,
-            micro_batch=micro_batch,
-            accumulation_steps=batch_tokens // (micro_batch * config.sequence_length * accelerator.num_processes),
-            rank=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-
-    return make
-
-
-def header(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    data: Data,
-    parameters: int,
-    optimizer: str,
-    state: RunState,
-    micro_batch: int,
-) -> str:
+def header(run: Run) -> str:
     """A few lines about the run that begins."""
+    config, accelerator, data, state = run.config, run.accelerator, run.data, run.state
     settings, processes = config.model, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     counted = f"{processes} process{'es' if processes > 1 else ''}"
@@ -190,7 +144,7 @@ def header(
         start += f" (saved by {state.num_processes}, now {processes}: same batches, losses equal up to rounding)"
     plan = config.batch_plan
     total = plan.tokens(config.max_steps)
-    accumulated = plan.batch_tokens // (micro_batch * config.sequence_length * processes)
+    accumulated = plan.batch_tokens // (run.micro_batch * config.sequence_length * processes)
     ramp = f", from {plan.ramp_start:,} in the first {plan.ramp_tokens:,}" if plan.ramp_tokens else ""
     sources = [
         f"data    {name}: {manifest.tokens('train'):,} training tokens "
@@ -200,12 +154,13 @@ def header(
     ]
     return "\n".join(
         [
-            f"model   {parameters:,} parameters: {settings.n_layer} layers, width {settings.n_embd}, "
-            f"{settings.n_head} heads, context {settings.n_positions}, vocabulary {data.tokenizer.vocab_size}",
+            f"model   {run.bare_model.num_parameters():,} parameters: {settings.n_layer} layers, "
+            f"width {settings.n_embd}, {settings.n_head} heads, context {settings.n_positions}, "
+            f"vocabulary {data.tokenizer.vocab_size}",
             *sources,
-            f"optim   {optimizer}",
+            f"optim   {describe(run.optimizer)}",
             f"batch   {plan.batch_tokens:,} tokens = {counted} x {accumulated} accumulated x "
-            f"{micro_batch} sequences x {config.sequence_length}{ramp}",
+            f"{run.micro_batch} sequences x {config.sequence_length}{ramp}",
             f"steps   {config.max_steps} {start}: {total:,} tokens",
             f"device  {processes} x {describe_device(accelerator.device)}, {precision}",
             f"run     {config.run_folder}",

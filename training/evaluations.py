@@ -12,12 +12,29 @@ from eval.harness import evaluate_tasks, load_tasks
 from eval.hellaswag import HellaSwag, read_items
 from eval.loss import bits_per_byte, summed_loss
 from training.engine.data import Batches, Data, validation_sequences
-from training.run import Run
-from training.settings.schema import EvaluationSettings, TrainingConfig
+from training.run import Evaluation, Run
+from training.settings.schema import TrainingConfig
+
+
+def make_evaluations(config: TrainingConfig, data: Data, train_data: Batches, tokenizer: Any) -> list[Evaluation]:
+    """The evaluations of a run, in the order in which they run."""
+    settings, val_data = config.evaluation, data.batches(config, "val")
+    sequences = validation_sequences(val_data, settings.val_tokens)
+    text_bytes = data.val_text_bytes(val_data, sequences, tokenizer)
+    evaluations: list[Evaluation] = [Validation(settings.eval_steps, val_data, train_data, sequences, text_bytes)]
+    if settings.hellaswag_every:
+        file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
+        task = HellaSwag.prepare(read_items(file)[: settings.hellaswag_limit], "completion", tokenizer)
+        evaluations.append(HellaSwagEvaluation(settings.hellaswag_every, task))
+    if settings.lm_eval_every:
+        tasks = load_tasks(settings.lm_eval_tasks, config.model.n_positions)
+        evaluations.append(HarnessEvaluation(settings.lm_eval_every, tokenizer, tasks))
+    evaluations.append(Samples(settings.sample_every, tokenizer))
+    return evaluations
 
 
 @dataclass
-class Validation:
+class Validation(Evaluation):
     """The loss on the same first sequences of the validation split each time.
 
     Attributes:
@@ -26,21 +43,12 @@ class Validation:
         text_bytes: of the text that their labels stand for; None if neither the tokens nor the manifests tell it.
     """
 
-    every: int
+    at_start = True
+    at_checkpoints = True
     val_data: Batches
     train_data: Batches
     sequences: int
     text_bytes: int | None
-    at_start: bool = True
-    at_checkpoints: bool = True
-
-    @classmethod
-    def prepare(cls, config: TrainingConfig, data: Data, train_data: Batches, tokenizer: Any) -> "Validation":
-        """Reads the labels once, for the size of their text."""
-        val_data = data.batches(config, "val")
-        sequences = validation_sequences(val_data, config.evaluation.val_tokens)
-        text_bytes = data.val_text_bytes(val_data, sequences, tokenizer)
-        return cls(config.evaluation.eval_steps, val_data, train_data, sequences, text_bytes)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Loss in nats per token, and bits per byte of text. Collective: each rank takes its part of the sequences."""
@@ -65,22 +73,11 @@ class Validation:
 
 
 @dataclass
-class HellaSwagEvaluation:
+class HellaSwagEvaluation(Evaluation):
     """Accuracy by the rule of GPT-2's and GPT-3's published numbers, `completion`."""
 
-    every: int
+    at_start = True
     task: HellaSwag
-    at_start: bool = True
-    at_checkpoints: bool = False
-
-    @classmethod
-    def prepare(cls, settings: EvaluationSettings, tokenizer: Any) -> list["HellaSwagEvaluation"]:
-        """One evaluation; none if the run does not evaluate on HellaSwag."""
-        if not settings.hellaswag_every:
-            return []
-        file = None if settings.hellaswag_data is None else Path(settings.hellaswag_data)
-        items = read_items(file)[: settings.hellaswag_limit]
-        return [cls(settings.hellaswag_every, HellaSwag.prepare(items, "completion", tokenizer))]
 
     def run(self, run: Run) -> dict[str, Any]:
         """`acc` and `acc_norm`. Collective: the ranks share the items."""
@@ -90,26 +87,15 @@ class HellaSwagEvaluation:
 
 
 @dataclass
-class HarnessEvaluation:
+class HarnessEvaluation(Evaluation):
     """The harness on some of its tasks, whose full results are kept beside the checkpoints.
 
     Attributes:
         task_manager: the harness's index of its tasks.
     """
 
-    every: int
     tokenizer: Any
     task_manager: Any
-    at_start: bool = False
-    at_checkpoints: bool = False
-
-    @classmethod
-    def prepare(cls, config: TrainingConfig, tokenizer: Any) -> list["HarnessEvaluation"]:
-        """The evaluation, with its tasks loaded; none if the run does not use the harness."""
-        settings = config.evaluation
-        if not settings.lm_eval_every:
-            return []
-        return [cls(settings.lm_eval_every, tokenizer, load_tasks(settings.lm_eval_tasks, config.model.n_positions))]
 
     def run(self, run: Run) -> dict[str, Any]:
         """The score of each task and metric. Collective."""
@@ -133,33 +119,29 @@ class HarnessEvaluation:
 
 
 @dataclass
-class Samples:
+class Samples(Evaluation):
     """Continuations of the prompts in the settings, drawn with random numbers that training does not share."""
 
-    every: int
     tokenizer: Any
-    at_start: bool = False
-    at_checkpoints: bool = False
 
     def run(self, run: Run) -> dict[str, Any]:
         """The texts, each with its prompt: the same ones for any number of processes. Collective.
 
         Each process generates its share. All ranks of a sharded model generate all texts, as none can without the rest.
         """
-        prompts, accelerator = run.config.evaluation.sample_prompts, run.accelerator
+        settings, accelerator = run.config.evaluation, run.accelerator
         rank, turns = (0, 1) if accelerator.is_fsdp2 else (accelerator.process_index, accelerator.num_processes)
+        prompts = settings.sample_prompts
         mine = []
         for first in range(0, len(prompts), turns):
             run.check_stop()
             if (number := first + rank) < len(prompts):
-                mine.append((number, self._sample(run, number, prompts[number])))
+                sampling = Sampling(max_new_tokens=settings.sample_tokens, seed=run.config.run.seed + number)
+                # Generation would recompile for every length; past torch's limit training would lose its own code.
+                with torch.compiler.set_stance("force_eager"):
+                    text = generate(run.bare_model, self.tokenizer, prompts[number], sampling).texts[0]
+                mine.append((number, text))
         texts = dict(gather_object(mine))
         for number, prompt in enumerate(prompts):
             run.log.sample(run.state.step, prompt, texts[number])
         return {f"sample/{number}": prompt + texts[number] for number, prompt in enumerate(prompts)}
-
-    def _sample(self, run: Run, number: int, prompt: str) -> str:
-        sampling = Sampling(max_new_tokens=run.config.evaluation.sample_tokens, seed=run.config.run.seed + number)
-        # Generation would recompile for every length; past torch's limit training would lose its own code.
-        with torch.compiler.set_stance("force_eager"):
-            return generate(run.bare_model, self.tokenizer, prompt, sampling).texts[0]

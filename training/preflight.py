@@ -31,12 +31,9 @@ _HELLASWAG_ITEMS = 64
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder for a preflight, empties it of what a killed one has left, and removes it at the end.
-
-    Raises:
-        UserError: if another program, or a preflight that still runs, has made it.
-    """
+def preflight_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder for a preflight, empties it of what a killed one has left, and removes it at the end. Raises
+    `UserError` if another program, or a preflight that still runs, has made it."""
     # A preflight locks its folder before anything else.
     if folder.exists() and not (folder / LOCK_NAME).is_file() and (others := sorted(os.listdir(folder))):
         raise UserError(f"{folder}: {others[0]} is in the way of the preflight, which did not make it; move it")
@@ -77,31 +74,19 @@ def apply_preflight_overrides(config: TrainingConfig) -> TrainingConfig:
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """Measurements of a preflight.
+    """Measurements of a preflight."""
 
-    Attributes:
-        step_seconds: the least of a few steps.
-        step_tokens: of those steps.
-        memory: the most that any rank had, in bytes.
-        room: the least that any rank can have, in bytes.
-        checkpoint_bytes: of one checkpoint.
-        saving_seconds: until the checkpoint was on the disk.
-    """
-
-    step_seconds: float
+    step_seconds: float  # fastest timed step
     step_tokens: int
-    memory: int
-    room: int
+    memory: int  # peak over all ranks, in bytes
+    room: int  # smallest memory of any rank, in bytes
     checkpoint_bytes: int
-    saving_seconds: float
+    saving_seconds: float  # until the checkpoint was on the disk
 
 
 def preflight(run: Run) -> None:
     """Runs a few steps, each evaluation, and the writing and reading of a checkpoint; prints an estimate. Collective.
-
-    Raises:
-        UserError: for a problem that would end the run later.
-    """
+    Raises `UserError` for a problem that would end the run later."""
     if run.config.hub.push_to_hub:
         hub = Hub(str(run.config.hub.hub_model_id), "model")
         decide_on_main(run.accelerator, hub.check_access)
@@ -133,7 +118,7 @@ def _measure(run: Run) -> PreflightResult:
     seconds, size = decide_on_main(accelerator, lambda: _checkpoint_roundtrip(snapshot, run.checkpoints))
     own = [float(peak_memory(accelerator.device)), -float(memory_for_this_process(accelerator.device))]
     memory, room = accelerator.gather(torch.tensor([own], device=accelerator.device)).amax(dim=0).tolist()
-    tokens = run.batch_plan.size(first * run.config.sequence_length)
+    tokens = run.config.batch_plan.size(first * run.config.sequence_length)
     return PreflightResult(min(times[1:]), tokens, int(memory), -int(room), size, seconds)
 
 
@@ -160,14 +145,8 @@ def _checkpoint_roundtrip(snapshot: Snapshot | None, checkpoints: Path) -> tuple
 
 
 def forecast(config: TrainingConfig, result: PreflightResult, parameters: int, step: int, position: int) -> str:
-    """A few lines about the time, memory and disk space that a run of these settings will take.
-
-    Args:
-        step, position: steps and sequences that are done already, by the run that is continued.
-
-    Raises:
-        UserError: if the checkpoints do not fit on the disk.
-    """
+    """The time, memory and disk space that a run of these settings will take, after `step` steps and `position`
+    sequences that are done already. Raises `UserError` if the checkpoints do not fit on the disk."""
     steps = config.max_steps - step
     tokens = config.batch_plan.tokens(config.max_steps) - position * config.sequence_length
     speed = result.step_tokens / result.step_seconds
@@ -195,11 +174,8 @@ def checkpoints_kept(config: TrainingConfig) -> int:
 
 
 def room_for_checkpoints(config: TrainingConfig, checkpoint_bytes: int) -> tuple[int, int]:
-    """Bytes that the checkpoints of a run will take, and bytes available to them, their present ones included.
-
-    Raises:
-        UserError: if the disk is too small.
-    """
+    """Bytes that the checkpoints of a run will take, and bytes available to them, their present ones included. Raises
+    `UserError` if the disk is too small."""
     count = checkpoints_kept(config)
     needed = count * checkpoint_bytes
     place = next(path for path in (config.run_folder, *config.run_folder.absolute().parents) if path.exists())

@@ -1,9 +1,16 @@
-"""`Run`: everything that the training loop works with, and how a run ends."""
+"""`Run`: everything that the training loop works with; and requests to stop it."""
 
-import shlex
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -11,26 +18,31 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 
 from data_prep.common.command_line import first_line
-from eval.report import PAGE_NAME
 from modeling import GPTModel, flops_per_token
-from training.checkpointing.store import RunState, checkpoint_folder
+from training.checkpointing.store import RunState
 from training.checkpointing.writer import Saver
 from training.engine.data import Batch, Data, Prefetcher
 from training.engine.distributed import describe_device
 from training.monitoring.log import RunLog
 from training.monitoring.metrics import MetricsQueue, peak_flops
-from training.monitoring.stopping import StopRequest
 from training.monitoring.trackers import start_tracker
 from training.publishing import Uploads
-from training.settings.schedule import BatchPlan, Schedule, Step
+from training.settings.schedule import Step
 from training.settings.schema import TrainingConfig
+
+# Two signals this close are one Ctrl-C: the terminal sends it to every process, and launchers pass it on.
+_SAME_SIGNAL_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+# From schedulers and launchers, Slurm's warnings, a lost terminal, the limit of processor time.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 
 
 class EvaluationStopped(Exception):
     """The ranks have agreed to stop in the middle of an evaluation."""
 
 
-class Evaluation(Protocol):
+@dataclass
+class Evaluation:
     """Something that is evaluated every N steps, and after the last one.
 
     Attributes:
@@ -39,31 +51,85 @@ class Evaluation(Protocol):
         at_checkpoints: also whenever a checkpoint is saved.
     """
 
+    at_start: ClassVar[bool] = False
+    at_checkpoints: ClassVar[bool] = False
     every: int
-    at_start: bool
-    at_checkpoints: bool
 
     def run(self, run: "Run") -> dict[str, Any]:
         """Evaluates the model and returns its metrics by name; texts are for trackers only. Collective. Calls
         `run.check_stop` between batches."""
+        raise NotImplementedError
+
+
+class StopRequest:
+    """A request to this process to stop: true once it is made, with its reason. Ranks agree before they act on it."""
+
+    def __init__(self, max_minutes: float | None) -> None:
+        self.reason: str | None = None
+        self.interrupted_at: float | None = None
+        self.max_minutes = max_minutes
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+
+    def __bool__(self) -> bool:
+        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.request(f"max_minutes={self.max_minutes:g}")
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Makes the request, unless there is one already."""
+        self.reason = self.reason or reason
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Makes the request; a second Ctrl-C ends the process at once."""
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self.interrupted_at is None:
+                self.interrupted_at = now
+                if os.environ.get("RANK", "0") == "0":
+                    # Not print(): the signal may interrupt one.
+                    with contextlib.suppress(OSError):  # the screen is gone
+                        os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+            elif now - self.interrupted_at > _SAME_SIGNAL_SECONDS:
+                raise KeyboardInterrupt
+        self.request(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def stop_requests(max_minutes: float | None) -> Iterator[StopRequest]:
+    """Handles Ctrl-C, the end of the launcher, the end of `max_minutes` and `_STOP_SIGNALS` as requests to stop. Under
+    `nohup` SIGHUP stays ignored."""
+    request = StopRequest(max_minutes)
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # The launcher of a single process passes no signal on: this process would stay and hold the devices. So the
+        # system sends SIGTERM when the launcher dies.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, request.on_signal)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
 class Run:
-    """Everything that the training loop works with.
+    """Everything that the training loop works with; a context manager that closes it.
 
     Attributes:
         model: as `accelerator.prepare` returns it, possibly wrapped.
         micro_batch: sequences in one forward pass of one process.
-        batch_plan, schedule: batch size and learning rate of each step.
         tokenizer_files: contents keyed by name; they go into each checkpoint.
         prefetcher: this rank's part of a global batch, by its position.
         evaluations: in the order in which they run.
-        uploads: background uploader; None if disabled or rank != 0.
         stop: request to this process to end the run.
         metrics: launched steps whose metrics have not been read yet.
         first_step: step at which this process began, or to which it rolled back: there is nothing to save at it.
         saved_step: last step whose checkpoint is in this run's folder; None if there is none.
+        uploads: background uploader; None if disabled or rank != 0.
         stopping: whether the ranks have agreed to stop.
     """
 
@@ -72,8 +138,6 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     micro_batch: int
-    batch_plan: BatchPlan
-    schedule: Schedule
     tokenizer_files: dict[str, bytes]
     data: Data
     prefetcher: Prefetcher
@@ -81,11 +145,11 @@ class Run:
     state: RunState
     log: RunLog
     saver: Saver
-    uploads: Uploads | None
     stop: StopRequest
     metrics: MetricsQueue
     first_step: int
     saved_step: int | None
+    uploads: Uploads | None = None
     stopping: bool = False
 
     @property
@@ -115,9 +179,9 @@ class Run:
         """Plans the next step from the state and the settings alone."""
         state, length = self.state, self.config.sequence_length
         consumed = state.position * length
-        batch_tokens = self.batch_plan.size(consumed)
+        batch_tokens = self.config.batch_plan.size(consumed)
         batch = (state.position, state.position + batch_tokens // length)
-        factor = self.schedule.at(state.step, consumed, batch_tokens)
+        factor = self.config.schedule.at(state.step, consumed, batch_tokens)
         return Step(
             number=state.step,
             batch=batch,
@@ -159,18 +223,22 @@ class Run:
 
     def restart_trackers(self) -> None:
         """Continues every tracker but the run's own log at the step of the state, after a rollback."""
-        for tracker in self.accelerator.trackers[1:]:
+        trackers = self.accelerator.trackers
+        for tracker in trackers[1:]:
             try:
                 tracker.finish()
-                restarted = start_tracker(tracker.name, self.config, self.state.step)
+                trackers[trackers.index(tracker)] = start_tracker(tracker.name, self.config, self.state.step)
             except Exception as error:  # as above
                 self._switch_off(tracker, error)
-            else:
-                self.accelerator.trackers[self.accelerator.trackers.index(tracker)] = restarted
 
     def _switch_off(self, tracker: GeneralTracker, error: Exception) -> None:
         self.accelerator.trackers.remove(tracker)
         self.log.print(f"{tracker.name} is switched off: {type(error).__name__}: {first_line(error)}")
+
+    def print_saver_messages(self) -> None:
+        """Prints the results of the checkpoints that were being written."""
+        for message in self.saver.messages():
+            self.log.print(message)
 
     def flops_utilization(self, tokens_per_second: float) -> float | None:
         """The model FLOPs utilization (MFU) of all devices; None where their peak is not known."""
@@ -195,7 +263,6 @@ class Run:
 
     @property
     def stop_reason(self) -> str:
-        """The reason why the ranks stop."""
         return self.stop.reason or "another process was asked to"
 
     def sum_over_processes(self, *values: float) -> list[float]:
@@ -203,77 +270,20 @@ class Run:
         dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         return self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.accelerator.device)).tolist()
 
-    def close(self, failed: bool = False) -> None:
-        """Ends the threads, the logs, the trackers and the process group.
+    def __enter__(self) -> "Run":
+        return self
 
-        The wrapped model goes first. As the last owner of the process group it would wait for the group's threads while
-        it holds the interpreter's lock, which they may be waiting for.
-
-        Args:
-            failed: leave the process group as it is: other ranks may be waiting for this one, and its end tells them.
-        """
+    def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
+        """Ends the threads, the logs, the trackers and the process group."""
+        self.saver.close()
+        self.print_saver_messages()
         self.prefetcher.close()
-        self.log.close()
-        if failed:
+        self.log.finish()
+        if error is not None:
             if self.uploads is not None:
                 self.uploads.close()
-            return
+            return  # other ranks may be waiting in the process group for this one, and its end tells them
+        # The wrapped model goes first. As the last owner of the process group it would wait for the group's threads
+        # while it holds the interpreter's lock, which they may be waiting for.
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
         self.accelerator.end_training()
-
-
-def write_run_report(run: Run) -> None:
-    """Writes the report of the run."""
-    run.log.close()
-    if not run.accelerator.is_main_process:
-        return
-    from eval.report import write_report
-    from eval.reporting.records import read_run
-
-    try:
-        write_report([read_run(run.config.run_folder)], run.config.report_folder)
-    except Exception as error:  # the records were changed meanwhile; the run itself has succeeded
-        print(f"no report: {first_line(error)}")
-
-
-def print_ending(run: Run) -> None:
-    """Prints where the run has ended, its results, and commands to try next."""
-    if not run.accelerator.is_main_process:
-        return
-    folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
-    if run.stopping:
-        remedy = (
-            f"the same command with --resume_from_checkpoint continues from {last}"
-            if last.exists()
-            else "this run has no checkpoint yet"
-        )
-        print(f"\nstopped after step {run.state.step} ({run.stop_reason}); {remedy}")
-        return
-    repository = run.config.hub.hub_model_id
-    report = run.config.report_folder / PAGE_NAME
-    longer = ["accelerate", "launch", "training/train.py", f"{folder}/config.yaml", "--output_dir", f"{folder}_longer"]
-    longer += ["--max_steps", str(2 * run.config.max_steps)]
-    longer += ["--hub_model_id", f"{repository}_longer"] if run.config.hub.push_to_hub else []
-    prompt = next(iter(run.config.evaluation.sample_prompts), "")
-    commands = [
-        ["python", "-m", "eval.generate", str(last), "--prompt", prompt],
-        ["python", "-m", "eval.loss", str(last), "--data", run.data.names[0]],
-        longer,
-    ]
-    if not run.config.hub.push_to_hub:
-        commands.append(["python", "-m", "training.publish", str(folder), "--hub_model_id", "USER/NAME"])
-    print(
-        f"\nreport           {report if report.exists() else 'was not written'}\n"
-        f"last checkpoint  {last}\n"
-        f"best checkpoint  {_best_checkpoint(run)}\n"
-        "\nNow try",
-        *map(shlex.join, commands),
-        sep="\n  ",
-    )
-
-
-def _best_checkpoint(run: Run) -> str:
-    if run.state.best_step is None:
-        return "none: no validation loss was finite"
-    folder = checkpoint_folder(run.checkpoints, run.state.best_step)
-    return f"{folder if folder.exists() else 'was not written'} (validation loss {run.state.best_val_loss:.4f})"

@@ -8,6 +8,7 @@ Without arguments: a small model of Python source text, in a few minutes on a la
 import contextlib
 import math
 import os
+import shlex
 from functools import partial
 
 from data_prep.common.command_line import UserError, first_line
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record as show_errors_in_launcher
 
 from data_prep.common.locks import locked
-from training.build import setup
+from eval.report import PAGE_NAME
+from training.build import build_run
 from training.checkpointing.checkpoint import take_snapshot
-from training.checkpointing.store import AlreadyFinished, checkpoint_folder, prune_checkpoints
+from training.checkpointing.store import checkpoint_folder, prune_checkpoints
 from training.engine.data import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
@@ -32,10 +34,10 @@ from training.engine.step import training_step
 from training.monitoring.divergence import Diverged, handle_divergence, rollback
 from training.monitoring.log import install_screen
 from training.monitoring.metrics import LaunchedStep, gather_metrics, read_gpu
-from training.monitoring.stopping import StopRequest, stop_requests
-from training.preflight import apply_preflight_overrides, own_folder, preflight
+from training.preflight import apply_preflight_overrides, preflight, preflight_folder
 from training.publishing import pending
-from training.run import EvaluationStopped, Run, print_ending, write_run_report
+from training.resume import AlreadyFinished
+from training.run import EvaluationStopped, Run, StopRequest, stop_requests
 from training.settings.schedule import Step
 from training.settings.schema import TrainingConfig
 
@@ -48,7 +50,7 @@ def main(config: TrainingConfig) -> None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_requests(config.run.max_minutes))
         if is_first:
-            stack.enter_context((own_folder if config.run.preflight else locked)(config.run_folder))
+            stack.enter_context((preflight_folder if config.run.preflight else locked)(config.run_folder))
         try:
             run_training(config, stop)
         except AlreadyFinished as finished:
@@ -63,40 +65,34 @@ def main(config: TrainingConfig) -> None:
 
 def run_training(config: TrainingConfig, stop: StopRequest) -> None:
     """Runs a training, or the rest of it, to its end or to a request to stop."""
-    run = setup(config, stop)
-    failed = True
-    try:
-        if config.run.preflight:
-            preflight(run)
-        else:
-            train_and_report(run)
-        failed = False
-    except RuntimeError as error:
-        if not is_lost_process(error):
+    with build_run(config, stop) as run:
+        try:
+            (preflight if config.run.preflight else train_and_report)(run)
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise UserError(
+                f"rank {run.accelerator.process_index} lost its connection to a peer; see that rank's error; "
+                f"--resume_from_checkpoint continues from the last checkpoint"
+            ) from error
+        except DataError as lost:
+            if run.accelerator.num_processes == 1:  # with several it would take all ranks
+                with contextlib.suppress(Diverged):  # a rollback would need data
+                    save(run)
+            run.saver.finish()
+            raise UserError(
+                f"step {run.state.step}: {lost}; once the data can be read again, --resume_from_checkpoint continues "
+                f"from the last checkpoint"
+            ) from lost
+        except KeyboardInterrupt:
+            run.log.print(
+                f"\nstopped in step {run.state.step}; --resume_from_checkpoint continues from the last checkpoint"
+            )
             raise
-        raise UserError(
-            f"rank {run.accelerator.process_index} lost its connection to another rank, whose own message says why; "
-            f"--resume_from_checkpoint continues from the last checkpoint"
-        ) from error
-    except DataError as lost:
-        save_without_data(run)
-        raise UserError(
-            f"step {run.state.step}: {lost}; once the data can be read again, --resume_from_checkpoint continues from "
-            f"the last checkpoint"
-        ) from lost
-    except KeyboardInterrupt:
-        run.log.print(
-            f"\nstopped in step {run.state.step}; --resume_from_checkpoint continues from the last checkpoint"
-        )
-        raise
-    finally:
-        run.saver.close()
-        print_saver_messages(run)
-        run.close(failed)
     if run.uploads is not None:
         for message in run.uploads.finish(lambda: run.stopping or bool(stop)):
             print(message, flush=True)
-    if not config.run.preflight:
+    if run.accelerator.is_main_process and not config.run.preflight:
         print_ending(run)
 
 
@@ -109,14 +105,19 @@ def train_and_report(run: Run) -> None:
         except Diverged as diverged:
             rollback(run, diverged)
     run.saver.finish()
-    print_saver_messages(run)
+    run.print_saver_messages()
     if not run.stopping:
         write_run_report(run)
 
 
 def training_loop(run: Run) -> None:
-    """Trains to the last step or a request to stop."""
-    save_and_evaluate(run)
+    """Trains to the last step or a request to stop.
+
+    A step is saved before it is evaluated, so that an evaluation that crashes or is killed loses no steps; a new lowest
+    validation loss is saved too. No step is saved twice.
+    """
+    evaluate(run)
+    publish_and_prune(run)
     while not run.is_over:
         step = run.next_step()
         if step.is_skipped:
@@ -127,31 +128,12 @@ def training_loop(run: Run) -> None:
                 run.accelerator, run.model, run.optimizer, run.micro_batches(step), run.config.optimizer.max_grad_norm
             )
             log(run, step, results)
-        save_and_evaluate(run)
-
-
-def save_and_evaluate(run: Run) -> None:
-    """Saves and evaluates what is due after a step, or at the start.
-
-    Saves first, so that an evaluation that crashes or is killed loses no steps; then a new lowest validation loss is
-    saved too. A step is saved once.
-    """
-    state = run.state
-    if due := run.due_evaluations():  # evaluations take longer than a step
-        finish_last_step(run)
-        run.agree_on_stopping()
-    if run.save_due or run.stopping:
-        save(run)
-    with contextlib.suppress(EvaluationStopped):
-        for evaluation in () if run.stopping else due:
-            metrics = evaluation.run(run)
-            run.log_metrics(metrics, state.step)
-            if run.is_own_step and state.update_best(metrics.get("val_loss", math.nan)):
-                save(run)
-    if run.stopping:
-        save(run)
-    elif state.step == run.saved_step and run.accelerator.is_main_process:
+        if run.save_due:
+            save(run)
+        if evaluate(run):
+            save(run)
         publish_and_prune(run)
+    save(run)
 
 
 def skip(run: Run, step: Step) -> None:
@@ -166,7 +148,7 @@ def log(run: Run, step: Step, results: dict[str, Tensor]) -> None:
     launched = gather_metrics(run.accelerator, step, results, run.prefetcher.waited, bool(run.stop))
     run.state.advance(step)
     finish_step(run, run.metrics.push(launched))
-    print_saver_messages(run)
+    run.print_saver_messages()
 
 
 def finish_last_step(run: Run) -> None:
@@ -190,6 +172,20 @@ def finish_step(run: Run, launched: LaunchedStep | None) -> None:
     handle_divergence(run, launched.step, metrics)
 
 
+def evaluate(run: Run) -> bool:
+    """Runs the evaluations that are due; returns whether the validation loss is the lowest so far. Collective."""
+    due, is_best = run.due_evaluations(), False
+    if due:  # they take longer than a step
+        finish_last_step(run)
+        run.agree_on_stopping()
+    with contextlib.suppress(EvaluationStopped):
+        for evaluation in () if run.stopping else due:
+            metrics = evaluation.run(run)
+            run.log_metrics(metrics, run.state.step)
+            is_best |= run.is_own_step and run.state.update_best(metrics.get("val_loss", math.nan))
+    return is_best
+
+
 def save(run: Run) -> None:
     """Starts to write a checkpoint of the last step, unless there is one, or nothing to save yet. Collective."""
     if run.state.step in (run.first_step, run.saved_step):
@@ -203,17 +199,11 @@ def save(run: Run) -> None:
     run.saved_step = run.state.step
 
 
-def save_without_data(run: Run) -> None:
-    """Saves the steps that are done after the data became unreadable; not with several ranks, which it would take."""
-    if run.accelerator.num_processes == 1:
-        with contextlib.suppress(Diverged):  # a rollback would need data
-            save(run)
-    run.saver.finish()
-
-
 def publish_and_prune(run: Run) -> None:
-    """Queues the checkpoint of this step for upload, if it is wanted, and removes those that are not kept."""
+    """Queues the checkpoint of this step, if there is one, for upload, and removes those that are not kept."""
     step, kept, hub = run.state.step, run.config.checkpointing, run.config.hub
+    if step != run.saved_step or run.stopping or not run.accelerator.is_main_process:
+        return
     wanted = {"end": step == run.config.max_steps, "best": step == run.state.best_step}
     if run.uploads is not None and wanted.get(hub.hub_strategy, True):
         run.uploads.enqueue(checkpoint_folder(run.checkpoints, step))
@@ -223,10 +213,53 @@ def publish_and_prune(run: Run) -> None:
     run.saver.afterwards("an older checkpoint could not be removed", prune)
 
 
-def print_saver_messages(run: Run) -> None:
-    """Prints the results of the checkpoints that were being written."""
-    for message in run.saver.messages():
-        run.log.print(message)
+def write_run_report(run: Run) -> None:
+    """Writes the report of the run."""
+    run.log.finish()
+    if not run.accelerator.is_main_process:
+        return
+    from eval.report import write_report
+    from eval.reporting.records import read_run
+
+    try:
+        write_report([read_run(run.config.run_folder)], run.config.report_folder)
+    except Exception as error:  # the records were changed meanwhile; the run itself has succeeded
+        print(f"no report: {first_line(error)}")
+
+
+def print_ending(run: Run) -> None:
+    """Prints where the run has ended, its results, and commands to try next."""
+    folder, last = run.config.run_folder, checkpoint_folder(run.checkpoints, run.state.step)
+    if run.stopping:
+        resume = f"the same command with --resume_from_checkpoint continues from {last}"
+        remedy = resume if last.exists() else "this run has no checkpoint yet"
+        print(f"\nstopped after step {run.state.step} ({run.stop_reason}); {remedy}")
+        return
+    best, repository = "none: no validation loss was finite", run.config.hub.hub_model_id
+    if run.state.best_step is not None:
+        path = checkpoint_folder(run.checkpoints, run.state.best_step)
+        shown = path if path.exists() else "was not written"
+        best = f"{shown} (validation loss {run.state.best_val_loss:.4f})"
+    report = run.config.report_folder / PAGE_NAME
+    longer = ["accelerate", "launch", "training/train.py", f"{folder}/config.yaml", "--output_dir", f"{folder}_longer"]
+    longer += ["--max_steps", str(2 * run.config.max_steps)]
+    longer += ["--hub_model_id", f"{repository}_longer"] if run.config.hub.push_to_hub else []
+    prompt = next(iter(run.config.evaluation.sample_prompts), "")
+    commands = [
+        ["python", "-m", "eval.generate", str(last), "--prompt", prompt],
+        ["python", "-m", "eval.loss", str(last), "--data", run.data.names[0]],
+        longer,
+    ]
+    if not run.config.hub.push_to_hub:
+        commands.append(["python", "-m", "training.publish", str(folder), "--hub_model_id", "USER/NAME"])
+    print(
+        f"\nreport           {report if report.exists() else 'was not written'}\n"
+        f"last checkpoint  {last}\n"
+        f"best checkpoint  {best}\n"
+        "\nNow try",
+        *map(shlex.join, commands),
+        sep="\n  ",
+    )
 
 
 if __name__ == "__main__":

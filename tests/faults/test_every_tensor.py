@@ -15,7 +15,7 @@ from small_models import SMALL
 from data_prep.common.command_line import UserError
 from eval.common.models import load_model
 from modeling import GPTConfig, GPTModel
-from training.checkpointing.checkpoint import Snapshot, _in_gpt2_layout, write_checkpoint
+from training.checkpointing.checkpoint import Snapshot, write_checkpoint
 from training.checkpointing.store import RunState
 
 RESUME = ["--run_name", "tiny", "--resume_from_checkpoint", "--max_steps", "30", "--override", "max_steps"]
@@ -45,16 +45,6 @@ def copy(tiny_run, tmp_path) -> Path:
     home.mkdir(parents=True)
     shutil.copy(tiny_run.folder / "config.yaml", home)
     return shutil.copytree(tiny_run.checkpoints[-1], home / "checkpoints" / tiny_run.checkpoints[-1].name)
-
-
-def test_an_optimizer_s_matrices_of_before_gpt2_s_layout_are_read():
-    shapes = {"transformer.wte.weight": (9, 4), "transformer.h.0.attn.c_attn.weight": (4, 12)}
-    shapes |= {"transformer.h.0.attn.c_proj.weight": (4, 4), "transformer.h.0.ln_1.bias": (4,)}
-    new = {f"{name}/exp_avg": torch.randn(shape) for name, shape in shapes.items()}
-    old = {name: tensor.T.contiguous() if ".h." in name else tensor for name, tensor in new.items()}
-    for tensors in (old, new):
-        found = _in_gpt2_layout(tensors)
-        assert all(torch.equal(found[name], tensor) for name, tensor in new.items())
 
 
 WRITTEN = {

@@ -21,8 +21,9 @@ from data_prep.inspect import sequences
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources.source import Source
 from modeling import GPTConfig, GPTModel
-from training.checkpointing.store import RunState, complete_checkpoints, load_state, prune_checkpoints, resumed_state
+from training.checkpointing.store import RunState, complete_checkpoints, load_state, prune_checkpoints
 from training.engine.data import load_data
+from training.resume import resumed_state
 from training.settings.reading import parse_config
 from training.train import main, read_config
 

@@ -25,15 +25,7 @@ from data_prep.common.command_line import UserError, first_line, listed
 from data_prep.common.files import file_hash
 from modeling import GPTModel
 from modeling.import_checkpoint import bare_name
-from training.checkpointing.store import (
-    COMPLETE,
-    STATE,
-    RunState,
-    checkpoint_folder,
-    is_checkpoint,
-    partial_folder,
-    remove_checkpoint,
-)
+from training.checkpointing.store import COMPLETE, STATE, RunState, checkpoint_folder, is_checkpoint, remove_checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,8 +34,7 @@ class Snapshot:
 
     Attributes:
         meta_model: a model without weights, which knows the format on disk.
-        weights, optimizer_state: tensors of the model and of its optimizer.
-        random: the state of the random number generators of each rank.
+        random: random number generators' states of each rank.
         tokenizer: its files, read when the run began: the data folder may be gone by now.
     """
 
@@ -73,24 +64,18 @@ def take_snapshot(
     weights = {bare_name(name): tensor for name, tensor in weights.items()}
     main = accelerator.is_main_process
     optimizer_state = optimizer_tensors(model, optimizer, copied=main)
-    random = gather_object([_random_state(accelerator.device)])
+    random = {"cpu": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    random_of_ranks = gather_object([random])
     if not main:
         return None
     if accelerator.scaler is not None:
         state.grad_scaler = accelerator.scaler.state_dict()
     with torch.device("meta"):
         meta_model = GPTModel(bare_model.config)
-    weights, state = _copied(weights), copy.deepcopy(state)
-    return Snapshot(meta_model, weights, optimizer_state, random, state, tokenizer)
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU; tensors that are tied stay so."""
-    copies: dict[int, Tensor] = {}
-    for tensor in tensors.values():
-        if tensor.data_ptr() not in copies:
-            copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
-    return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+    return Snapshot(meta_model, weights, optimizer_state, random_of_ranks, copy.deepcopy(state), tokenizer)
 
 
 def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
@@ -102,7 +87,7 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         ValueError: if the weights in the file are not those of the model, by name, shape or value.
     """
     folder = checkpoint_folder(checkpoints, snapshot.state.step)
-    partial = partial_folder(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     if os.path.lexists(folder) and not is_checkpoint(folder):
@@ -116,12 +101,10 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
         for rank, random in enumerate(snapshot.random):
             save_file(random, partial / STATE / f"rng_{rank}.safetensors")
         save_file(snapshot.optimizer_state, partial / STATE / "optimizer.safetensors")
-        (partial / STATE / "state.json").write_text(
-            json.dumps(asdict(snapshot.state), allow_nan=False) + "\n", encoding="utf-8"
-        )
-        hashes = {
-            str(path.relative_to(partial)): file_hash(path) for path in sorted(partial.rglob("*")) if path.is_file()
-        }
+        state = json.dumps(asdict(snapshot.state), allow_nan=False)
+        (partial / STATE / "state.json").write_text(state + "\n", encoding="utf-8")
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        hashes = {str(path.relative_to(partial)): file_hash(path) for path in files}
         (partial / COMPLETE).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             if path.suffix == ".safetensors":  # written without rights for others
@@ -158,7 +141,7 @@ def _check_weights(folder: Path, meta_model: GPTModel, weights: dict[str, Tensor
 
 
 def _flush(path: Path) -> None:
-    """Flushes a file, or the names in a folder, from the system's memory to the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,7 +162,10 @@ def load_training_state(
         # A rank that the saved run did not have keeps its own seed.
         random_state = folder / STATE / f"rng_{accelerator.process_index}.safetensors"
         if random_state.exists():
-            _restore_random_state(load_file(random_state), accelerator.device)
+            random = load_file(random_state)
+            torch.set_rng_state(random["cpu"])
+            if accelerator.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], accelerator.device)
         if accelerator.scaler is not None and state.grad_scaler:
             accelerator.scaler.load_state_dict(state.grad_scaler)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -193,27 +179,23 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied
         copied: onto the CPU. Ranks that do not keep the result still take part in gathering a sharded model.
     """
     tensors = {}
-    for name, parameter in _named_parameters(model):
+    for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
             if copied:
-                tensors[f"{name}/{key}"] = full.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{bare_name(name)}/{key}"] = full.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restores the tensors of `optimizer_tensors`, sharded as the parameters are.
-
-    Raises:
-        ValueError: naming the tensors that are missing, unknown, or of another shape than their parameter's.
-    """
+    """Restores the tensors of `optimizer_tensors`, sharded as the parameters are. Raises `ValueError` naming the
+    tensors that are missing, unknown, or of another shape than their parameter's."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     wanted = {
-        f"{name}/{key}": (parameter, key)
-        for name, parameter in _named_parameters(model)
+        f"{bare_name(name)}/{key}": (parameter, key)
+        for name, parameter in model.named_parameters()
         for key in groups[id(parameter)]["state_keys"]
     }
-    tensors = _in_gpt2_layout(tensors)
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
@@ -226,36 +208,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     if problems:
         raise ValueError(f"optimizer.safetensors: {listed(sorted(problems))}")
     for name, (parameter, key) in wanted.items():
-        optimizer.state[parameter][key] = _placed_like(tensors[name], parameter)
-
-
-def _in_gpt2_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors, whose matrices were `[out, in]` in the first checkpoints of 0.3."""
-    attention = [tensor for name, tensor in tensors.items() if ".c_attn.weight/" in name and tensor.dim() == 2]
-    if not any(tensor.shape[0] > tensor.shape[1] for tensor in attention):
-        return tensors
-    return {name: t.T.contiguous() if ".h." in name and t.dim() == 2 else t for name, t in tensors.items()}
-
-
-def _placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    tensor = tensor.to(parameter.device)
-    if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
-
-
-def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(bare_name(name), parameter) for name, parameter in model.named_parameters()]
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        tensor = tensors[name].to(parameter.device)
+        if isinstance(parameter, DTensor) and key != "step":
+            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][key] = tensor

@@ -19,8 +19,8 @@ _NICENESS = 15  # about a thirtieth of a core that training wants too
 class Saver:
     """Writes the checkpoints of a run in a thread.
 
-    A checkpoint that cannot be written is tried again, then given up with a message: the earlier ones are still there,
-    and training continues to the next. Only the first one of a run and the last must succeed.
+    Failed saves are retried, then skipped with a warning: the earlier ones are still there, and training continues to
+    the next. Only the first one of a run and the last must succeed.
 
     Args:
         stop: asks the run to stop, for the reason given: its first checkpoint cannot be written.
@@ -41,11 +41,7 @@ class Saver:
         self.tasks.append(self.thread.submit(self._save, snapshot))
 
     def afterwards(self, failure: str, task: Callable[[], None]) -> None:
-        """Runs a task after the checkpoint that is being written.
-
-        Args:
-            failure: the message if it fails, which does no harm.
-        """
+        """Runs a task after the checkpoint that is being written. If it fails, there is a message `failure`."""
 
         def attempt() -> None:
             try:
@@ -66,11 +62,7 @@ class Saver:
         self.tasks.clear()
 
     def finish(self) -> None:
-        """Waits, and checks that the first checkpoint was written, and the last.
-
-        Raises:
-            UserError: if one was not.
-        """
+        """Waits, and checks that the first checkpoint was written, and the last. Raises `UserError` if one was not."""
         self.wait()
         if self.failure is not None:
             before = complete_checkpoints(self.checkpoints)
@@ -88,9 +80,8 @@ class Saver:
                 folder = write_checkpoint(snapshot, self.checkpoints)
                 mark_committed(self.checkpoints.parent, snapshot.state.step)
             except Exception as error:  # of any kind: training must not end by it
-                self.failure = (
-                    f"step {snapshot.state.step} could not be saved: {type(error).__name__}: {first_line(error)}"
-                )
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                self.failure = f"step {snapshot.state.step} could not be saved: {reason}"
                 next_try = "giving up until the next checkpoint" if pause is None else f"again in {pause} s"
                 self.results.put(f"{self.failure}; {next_try}")
                 if pause is not None:

@@ -1,4 +1,4 @@
-"""The data of a run: its folders, checked; batches by the position of their sequences, prefetched by a thread."""
+"""The data of a run: its folders, checked; batches by the position of their sequences; prefetching."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +34,8 @@ class Batches:
     """Inputs of the model, by the position of their sequences.
 
     Args:
-        document_start: the id at the start of each document, to keep attention and positions within documents; None
-            for attention over the whole sequence, as in GPT-2 and GPT-3.
+        document_start: id at the start of each document, to keep attention and positions within documents; None for
+            attention over the whole sequence, as in GPT-2 and GPT-3.
     """
 
     def __init__(self, mixture: Mixture, document_start: int | None = None) -> None:
@@ -43,11 +43,8 @@ class Batches:
         self.document_start = document_start
 
     def sequences(self, position: int, count: int) -> Batch:
-        """`input_ids`, `shift_labels` and, with `document_start`, `position_ids`, `[count, T]` int64 each.
-
-        Raises:
-            DataError: if they cannot be read.
-        """
+        """`input_ids`, `shift_labels` and, with `document_start`, `position_ids`, `[count, T]` int64 each. Raises
+        `DataError` if they cannot be read."""
         try:
             rows = [self.mixture.read(p) for p in range(position, position + count)]
         except (OSError, UserError) as error:
@@ -55,17 +52,18 @@ class Batches:
         tokens = torch.from_numpy(np.stack(rows))
         batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].clone()}
         if self.document_start is not None:
-            batch["position_ids"] = _positions_in_documents(batch["input_ids"], self.document_start)
+            # They restart at 0 with each document, and at 0 for a document that began earlier.
+            indices = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+            starts = torch.where(batch["input_ids"] == self.document_start, indices, 0)
+            batch["position_ids"] = indices - starts.cummax(dim=1).values
         return batch
 
     def micro_batches(
-        self, position: int, micro_batch: int, accumulation_steps: int, rank: int, num_processes: int
+        self, position: int, following: int, micro_batch: int, rank: int, num_processes: int
     ) -> list[Batch]:
-        """This rank's part of the global batch at `position`."""
-        return [
-            self.sequences(position + (step * num_processes + rank) * micro_batch, micro_batch)
-            for step in range(accumulation_steps)
-        ]
+        """This rank's part of the global batch from `position` to before `following`."""
+        starts = range(position + rank * micro_batch, following, num_processes * micro_batch)
+        return [self.sequences(start, micro_batch) for start in starts]
 
     def for_rank(self, count: int, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This rank's part of the first `count` sequences, in batches of `batch_size`.
@@ -81,12 +79,6 @@ class Batches:
             counted = min(batch_size, count - start) if mine < len(starts) else 0
             batch["shift_labels"][counted:] = IGNORE_INDEX
             yield batch
-
-
-def _positions_in_documents(input_ids: Tensor, document_start: int) -> Tensor:
-    """Positions `[B, T]` that restart at 0 with each document, and at 0 for a document that began earlier."""
-    indices = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    return indices - torch.where(input_ids == document_start, indices, 0).cummax(dim=1).values
 
 
 class Prefetcher:
@@ -125,11 +117,6 @@ class Prefetcher:
     def _pinned(self, position: int) -> list[Batch]:
         batches = self.make(position)
         return [{k: v.pin_memory() for k, v in batch.items()} for batch in batches] if self.pin else batches
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; the host does not wait for copies from pinned memory."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -205,11 +192,8 @@ class Data:
 
 def load_data(config: TrainingConfig) -> Data:
     """Reads and checks the manifests of the data folders; prepares the quickstart's if it is missing, and downloads
-    those on the Hub.
-
-    Raises:
-        UserError: for a damaged or unfinished folder, folders of different tokenizers, and one smaller than a sequence.
-    """
+    those on the Hub. Raises `UserError` for a damaged or unfinished folder, folders of different tokenizers, and one
+    smaller than a sequence."""
     folders = list(map(local_folder, config.data.data))
     manifests = [_prepared(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):

@@ -1,4 +1,4 @@
-"""The model of a run: new or from a checkpoint, its kernels, and the micro-batch that fits."""
+"""The model of a run: new or from a checkpoint, its kernels, its memory, and the micro-batch that fits."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from data_prep.common.command_line import UserError
 from data_prep.tokenization.tokenizer import hf_tokenizer
@@ -26,6 +26,16 @@ from training.settings.schema import MODEL_SIZES, TrainingConfig
 
 # Up to this length a CPU is faster with full attention matrices than with the fused kernel (docs/benchmarks.md).
 _EAGER_TOKENS = 512
+# Selective checkpointing keeps the results that cost most to compute again.
+_KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+_SPARE = 0.1  # of the memory: steps differ
 
 
 def make_model(config: TrainingConfig, data: Data, source: str | Path | None) -> GPTModel:
@@ -91,9 +101,8 @@ def find_micro_batch(
 ) -> int:
     """The largest micro-batch that fits in the memory of every rank, found by steps that change nothing. Collective.
 
-    Raises:
-        UserError: if not even one sequence fits; and if a sharded model runs out of memory: its ranks need each other
-            within a step, so that the search cannot continue.
+    Raises `UserError` if not even one sequence fits, and if a sharded model runs out of memory: its ranks need each
+    other within a step, so that the search cannot continue.
     """
     settings = config.optimizer
     sharded = accelerator.distributed_type == "FSDP"
@@ -138,54 +147,33 @@ def find_micro_batch(
     return largest
 
 
-# Selective checkpointing keeps the results that cost most to compute again.
-_KEPT = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-)
-_SPARE = 0.1  # of the memory: steps differ
-
-
 def checkpoint_activations(model: GPTModel, selective: bool) -> None:
     """Makes the blocks recompute activations in the backward pass (arXiv:1604.06174)."""
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
     model.activation_checkpointing_enable(options)
-
-
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def largest_micro_batch(
     attempt: Callable[[int], None], sizes: list[int], device: torch.device, all_agree: Callable[[bool], bool]
 ) -> int:
-    """The largest of `sizes` that fits in the memory of every rank. Collective.
+    """The largest of the ascending `sizes` that fits in the memory of every rank; `UserError` if none does. Collective.
 
-    Sizes are tried in order. The memory of the next one is predicted from the two before it; the search ends when the
-    prediction exceeds the memory of any rank, or an attempt fails.
+    Stops when an attempt fails, or when the memory of the next size, extrapolated from the two before it, exceeds the
+    memory of any rank.
 
     Args:
         attempt: runs a step of N sequences. If it runs out of memory, it must not leave other ranks waiting.
-        sizes: in ascending order.
         all_agree: whether the argument is true on every rank.
-
-    Raises:
-        UserError: if not even the smallest size fits.
     """
     room = (1 - _SPARE) * memory_for_this_process(device)
-    peaks: list[int] = []
+    measured: list[tuple[int, int]] = []  # sizes that fit, with their peak memory
     for size in sizes:
-        done = len(peaks)
         fits = True
-        if done >= 2:
-            per_sequence = (peaks[-1] - peaks[-2]) / (sizes[done - 1] - sizes[done - 2])
-            fits = peaks[-1] + (size - sizes[done - 1]) * per_sequence <= room
+        if len(measured) >= 2:
+            (before, peak_before), (last, peak) = measured[-2:]
+            fits = peak + (size - last) * (peak - peak_before) / (last - before) <= room
         if not all_agree(fits):
             break
         try:
@@ -194,13 +182,13 @@ def largest_micro_batch(
             fits = False
         if not all_agree(fits):
             break
-        peaks.append(peak_memory(device))
-    if not peaks:
+        measured.append((size, peak_memory(device)))
+    if not measured:
         raise UserError(
             f"per_device_train_batch_size=auto: no memory for {sizes[0]} sequence; take a smaller model, shorter "
             f"sequences or --gradient_checkpointing full"
         )
-    return sizes[len(peaks) - 1]
+    return measured[-1][0]
 
 
 def memory_for_this_process(device: torch.device) -> int:

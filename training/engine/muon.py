@@ -50,11 +50,8 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates each matrix that has a gradient. Collective.
-
-        Raises:
-            ValueError: for a closure, and for gradients that are still multiplied by a loss scale.
-        """
+        """Updates each matrix that has a gradient. Collective. Raises `ValueError` for a closure, and for gradients
+        that are still multiplied by a loss scale."""
         if closure is not None or self.grad_scale is not None:
             raise ValueError("Muon takes no closure, and no scaled gradients: clip them first, which unscales them")
         updated: list[tuple[nn.Parameter, dict[str, Any]]] = []
@@ -70,11 +67,11 @@ class Muon(Optimizer):
 
     def _update(self, updated: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
         """Updates some matrices, each given with its group."""
-        parts = [
-            part
-            for parameter, group in updated
-            for part in _full(self._update_momentum(parameter, group["momentum"])).T.chunk(group["parts"])
-        ]
+        parts: list[Tensor] = []
+        for parameter, group in updated:
+            direction = self._update_momentum(parameter, group["momentum"])
+            whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
+            parts += whole.T.chunk(group["parts"])
         shared = all(group["shared"] for _, group in updated)
         results = iter(orthogonalize_together(parts, self.dtype, shared))
         for parameter, group in updated:
@@ -103,16 +100,10 @@ class Muon(Optimizer):
         parameter.addcmul_(update.to(parameter.dtype), applied, value=-group["lr"] * size)
 
 
-def _full(matrix: Tensor) -> Tensor:
-    """All of a matrix that may be sharded. Collective."""
-    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-
-
 def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype, shared: bool = True) -> list[Tensor]:
-    """Orthogonalizes matrices, those of one shape or its transpose in one batch.
+    """Orthogonalizes matrices of any sizes, those of one shape or its transpose in one batch.
 
     Args:
-        matrices: `[A, B]` of any sizes.
         dtype: of the arithmetic and of the results.
         shared: each process, which has the same matrices, computes a share. Collective.
     """
@@ -120,17 +111,13 @@ def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype, shared: b
     for index, matrix in enumerate(matrices):
         by_shape[min(matrix.shape), max(matrix.shape)].append(index)
     results = list(matrices)
-    for indices in by_shape.values():
-        batch = torch.stack([_wide(matrices[index]) for index in indices]).to(dtype)
+    for (rows, _), indices in by_shape.items():
+        wide = [matrices[index] if len(matrices[index]) == rows else matrices[index].T for index in indices]
+        batch = torch.stack(wide).to(dtype)
         found = _in_shares(batch) if shared else orthogonalize(batch)
         for index, result in zip(indices, found, strict=False):  # the rest is padding
             results[index] = result if matrices[index].shape == result.shape else result.T
     return results
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    """The matrix, or its transpose, with at least as many columns as rows."""
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 def _in_shares(batch: Tensor) -> Tensor:

@@ -15,14 +15,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precisio
     """The optimizer of all parameters of `model`.
 
     AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
-    norms. With `muon`, Muon updates the matrices of the blocks. Each group has its peak learning rate in `initial_lr`,
-    and in `state_keys` the names of the state that it keeps of an updated parameter.
-
-    Args:
-        mixed_precision: of the run; with bf16, Muon's own products are in bfloat16 too.
-
-    Raises:
-        TypeError: for an optimizer that would put a gradient that is not finite into the weights.
+    norms. With `muon`, Muon updates the matrices of the blocks, in bf16 if that is the run's `mixed_precision`. Each
+    group has its peak learning rate in `initial_lr`, and in `state_keys` the names of its parameters' state. Raises
+    `TypeError` for an optimizer that would put a gradient that is not finite into the weights.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {}
@@ -63,11 +58,9 @@ def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerSettings, mixe
     """Muon of the matrices in `parameters`, by name. `c_attn` holds three: those of queries, keys and values."""
     attention = [p for name, p in parameters.items() if name.endswith(".c_attn.weight")]
     others = [p for name, p in parameters.items() if not name.endswith(".c_attn.weight")]
+    groups = [{"params": attention, "parts": 3}, {"params": others, "parts": 1}]
     return Muon(
-        [
-            {"params": attention, "parts": 3, "state_keys": ("momentum_buffer",)},
-            {"params": others, "parts": 1, "state_keys": ("momentum_buffer",)},
-        ],
+        [{**group, "state_keys": ("momentum_buffer",)} for group in groups],
         dtype=torch.bfloat16 if mixed_precision == "bf16" else torch.float32,
         lr=settings.muon_learning_rate or settings.learning_rate,
         weight_decay=settings.weight_decay,

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.engine.data import Batch, on_device
+from training.engine.data import Batch
 
 
 def training_step(
@@ -35,7 +36,8 @@ def training_step(
     losses = []
     for batch in micro_batches:
         with accelerator.accumulate(model):
-            outputs = model(**on_device(batch, accelerator.device), use_cache=False)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            outputs = model(**batch, use_cache=False)
             accelerator.backward(_nan_if_infinite(outputs.loss))
         losses.append(torch.stack((outputs.loss.detach(), outputs.z_loss)))
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -1,1 +1,1 @@
-"""What is recorded and watched during a run."""
+"""Metrics, records and trackers of a run."""

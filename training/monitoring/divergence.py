@@ -4,11 +4,11 @@ import math
 import shlex
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -17,7 +17,7 @@ from eval.common.models import from_pretrained
 from modeling import GPTModel
 from training.checkpointing.checkpoint import load_training_state
 from training.checkpointing.store import complete_checkpoints, load_state, newest_intact
-from training.engine.data import Batch, on_device
+from training.engine.data import Batch
 from training.engine.distributed import decide_on_main
 from training.run import Run
 from training.settings.schedule import Step
@@ -30,20 +30,13 @@ class Diverged(Exception):
     def __init__(self, problem: str, batch: tuple[int, int]) -> None:
         super().__init__(problem)
         self.batch = batch
+        self.skipping = f"sequences {batch[0]} to {batch[1] - 1} are skipped"
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """A problem of a step; `finite` tells whether the weights were updated."""
-
-    problem: str
-    finite: bool
-
-
-def check_step(
+def find_divergence(
     loss: float, grad_norm: float, recent: list[tuple[float, float]], settings: DivergenceSettings
-) -> Divergence | None:
-    """Returns the divergence of a step, None for a good step.
+) -> str | None:
+    """Returns the problem of a step: a value that is not finite, or a spike; None for a good step.
 
     A spike is a loss or a gradient norm more than `spike_zscore` standard deviations above the mean of the last
     `spike_window` steps.
@@ -54,15 +47,14 @@ def check_step(
     values = {"loss": loss, "gradient norm": grad_norm}
     for name, value in values.items():
         if not math.isfinite(value):
-            return Divergence(f"the {name} is {value}", finite=False)
+            return f"the {name} is {value}"
     if settings.spike_zscore and len(recent) >= settings.spike_window:
         for (name, value), before in zip(values.items(), zip(*recent, strict=True), strict=True):
             mean, deviation = statistics.fmean(before), statistics.pstdev(before)
             if deviation and value > mean + settings.spike_zscore * deviation:
-                return Divergence(
+                return (
                     f"the {name} is {value:.4g}, {(value - mean) / deviation:.1f} standard deviations above the mean "
-                    f"{mean:.4g} of the last {len(before)} steps",
-                    finite=True,
+                    f"{mean:.4g} of the last {len(before)} steps"
                 )
     return None
 
@@ -76,34 +68,32 @@ def handle_divergence(run: Run, step: Step, metrics: dict[str, Any]) -> None:
     """
     settings, state = run.config.divergence, run.state
     # fp16's loss scale finds its size by gradients that overflow.
-    grad_norm = metrics["grad_norm"] if run.accelerator.scaler is None else 0.0
-    divergence = check_step(metrics["loss"], grad_norm, state.recent, settings)
-    if divergence is None:
+    loss, grad_norm = metrics["loss"], metrics["grad_norm"] if run.accelerator.scaler is None else 0.0
+    problem = find_divergence(loss, grad_norm, state.recent, settings)
+    if problem is None:
         if settings.spike_zscore:
-            state.recent = [*state.recent, (metrics["loss"], grad_norm)][-settings.spike_window :]
+            state.recent = [*state.recent, (loss, grad_norm)][-settings.spike_window :]
         return
-    diverged = Diverged(f"step {step.number}: {divergence.problem}", step.batch)
-    if not divergence.finite and settings.on_nonfinite == "halt":
+    diverged = Diverged(f"step {step.number}: {problem}", step.batch)
+    updated = math.isfinite(loss) and math.isfinite(grad_norm)
+    if not updated and settings.on_nonfinite == "halt":
         raise _end(run, diverged, "on_nonfinite='halt'")
     if len(state.skipped) >= settings.max_skipped:
         raise _end(run, diverged, f"max_skipped={settings.max_skipped} batches are skipped")
-    if divergence.finite or settings.on_nonfinite == "rollback":
+    if updated or settings.on_nonfinite == "rollback":
         run.saver.wait()
         if decide_on_main(run.accelerator, lambda: bool(complete_checkpoints(run.checkpoints))):
             raise diverged
-    if divergence.finite:
+    if updated:
         run.log.print(f"{diverged}; the run continues, as there is no checkpoint to roll back to yet")
         return
     state.skipped.append(step.batch)
-    run.log.print(f"{diverged}; the weights are unchanged, {_named(step.batch)} skipped")
+    run.log.print(f"{diverged}; the weights are unchanged, {diverged.skipping}")
 
 
 def rollback(run: Run, diverged: Diverged) -> None:
-    """Restores the last checkpoint; the batch is skipped when the run reaches it again. Collective.
-
-    Raises:
-        UserError: if all checkpoints are damaged.
-    """
+    """Restores the last checkpoint; the batch is skipped when the run reaches it again. Collective. Raises `UserError`
+    if all checkpoints are damaged."""
     checkpoint, messages = decide_on_main(run.accelerator, lambda: newest_intact(run.checkpoints))
     for line in messages:
         run.log.print(line)
@@ -126,11 +116,7 @@ def rollback(run: Run, diverged: Diverged) -> None:
     run.metrics.pop()  # the launched step is undone
     run.log.truncate(run.state.step)
     run.restart_trackers()
-    run.log.print(f"{diverged}; rolled back to step {run.state.step}, {_named(diverged.batch)} skipped")
-
-
-def _named(batch: tuple[int, int]) -> str:
-    return f"sequences {batch[0]} to {batch[1] - 1} are"
+    run.log.print(f"{diverged}; rolled back to step {run.state.step}, {diverged.skipping}")
 
 
 def _end(run: Run, diverged: Diverged, reason: str) -> UserError:
@@ -173,7 +159,7 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
     try:
         for batch in micro_batches:  # all of them, also after a find: other ranks may wait for this one
             with torch.compiler.set_stance("force_eager"):  # hooks would make compiled blocks compile again
-                model(**on_device(batch, device), use_cache=False)
+                model(**send_to_device(batch, device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

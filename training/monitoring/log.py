@@ -1,4 +1,5 @@
-"""The records of a run: `log.txt` in build-nanogpt's lines, `metrics.jsonl`, `samples.jsonl`, progress on screen."""
+"""What a run writes: `config.yaml` and `environment.json`, `log.txt` in build-nanogpt's lines, `metrics.jsonl`,
+`samples.jsonl`, and the screen, whose failure cannot end a run."""
 
 import contextlib
 import errno
@@ -6,28 +7,39 @@ import io
 import json
 import math
 import os
+import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
 from data_prep.common.command_line import UserError, redact
 from data_prep.common.files import read_text, write_text
+from data_prep.common.hub import is_on_hub
 from data_prep.common.schema import parse_json
+from data_prep.prepare import preparing_command
 from eval.reporting.records import MetricsLine, Sample
+from training.engine.data import Data
+from training.engine.distributed import describe_device
+from training.settings.schema import START, TrainingConfig
 
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "numpy", "safetensors", "gpt-accelerate")
 # The lines of log.txt: "STEP train LOSS" and so on, as build-nanogpt writes them.
 _LOG_TXT = {"loss": "train {:.6f}", "val_loss": "val {:.4f}", "hellaswag/completion/acc_norm": "hella {:.4f}"}
 
 
 class RunLog(GeneralTracker):
-    """Files and screen of a run, as one of Accelerate's trackers; does nothing on other ranks than the first."""
+    """Files and screen of a run, one of Accelerate's trackers; does nothing on other ranks than the first."""
 
     name = "run_log"
     requires_logging_directory = False
@@ -36,13 +48,11 @@ class RunLog(GeneralTracker):
         """Opens the files in `folder`, truncated to the steps before `from_step`."""
         super().__init__()
         self.folder, self.logging_steps, self.enabled = folder, logging_steps, enabled
-        self.pending: dict[str, Any] = {}  # written with the next step
         if not enabled:
             return
         self._open(from_step)
         # disable=None: no bar where there is no terminal, but plain lines.
         self.bar = tqdm(total=max_steps, initial=from_step, unit="step", disable=None, dynamic_ncols=True)
-        self.started, self.first_step, self.max_steps = time.perf_counter(), from_step, max_steps
 
     @property
     def tracker(self) -> "RunLog":
@@ -50,9 +60,13 @@ class RunLog(GeneralTracker):
 
     def _open(self, from_step: int) -> None:
         self.text = _Lines(self.folder / "log.txt", _step_of_text, from_step)
-        self.metrics = _Lines(self.folder / "metrics.jsonl", partial(_step_of, MetricsLine), from_step)
-        self.samples = _Lines(self.folder / "samples.jsonl", partial(_step_of, Sample), from_step)
+        self.metrics = _Lines(
+            self.folder / "metrics.jsonl", lambda line: parse_json(line, MetricsLine, "").step, from_step
+        )
+        self.samples = _Lines(self.folder / "samples.jsonl", lambda line: parse_json(line, Sample, "").step, from_step)
         self.files = (self.text, self.metrics, self.samples)
+        self.pending: dict[str, Any] = {}  # written with the next step
+        self.started, self.first_step = time.perf_counter(), from_step
 
     def truncate(self, from_step: int) -> None:
         """Removes all records from `from_step` on."""
@@ -61,8 +75,6 @@ class RunLog(GeneralTracker):
         for file in self.files:
             file.close()
         self._open(from_step)
-        self.pending = {}
-        self.started, self.first_step = time.perf_counter(), from_step
         self.bar.n = from_step
         self.bar.refresh()
 
@@ -74,8 +86,6 @@ class RunLog(GeneralTracker):
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Records the metrics of a training step, or of an evaluation before it; texts are left to `sample`."""
-        if not self.enabled:
-            return
         for name in _LOG_TXT.keys() & values.keys():
             self.text.write(f"{step} {_LOG_TXT[name].format(values[name])}\n")
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
@@ -86,7 +96,8 @@ class RunLog(GeneralTracker):
 
     def note(self, **details: Any) -> None:
         """Adds details that are no metrics to the next line of metrics.jsonl."""
-        self.pending |= details
+        if self.enabled:
+            self.pending |= details
 
     def skipped(self, step: int, first: int, stop: int) -> None:
         """Records a step whose batch, the sequences from `first` to before `stop`, is skipped."""
@@ -109,9 +120,6 @@ class RunLog(GeneralTracker):
             file.flush()
 
     def finish(self) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Ends the bar and the files; an evaluation that no step followed gets a line of its own."""
         if not self.enabled:
             return
@@ -127,9 +135,8 @@ class RunLog(GeneralTracker):
         self.bar.set_postfix_str(summary, refresh=False)
         self.bar.update()
         if self.bar.disable and done % self.logging_steps == 0:
-            pace = (time.perf_counter() - self.started) / (done - self.first_step)
-            left = pace * (self.max_steps - done)
-            self.print(f"step {done:>6}/{self.max_steps}  {summary}, {left:,.0f} s left")
+            left = (time.perf_counter() - self.started) / (done - self.first_step) * (self.bar.total - done)
+            self.print(f"step {done:>6}/{self.bar.total}  {summary}, {left:,.0f} s left")
 
     def _write_pending(self) -> None:
         if messages := screen_messages():
@@ -183,10 +190,6 @@ class _Lines:
     def close(self) -> None:
         self.flush()
         self.file.close()
-
-
-def _step_of(kind: type[MetricsLine] | type[Sample], line: str) -> int:
-    return parse_json(line, kind, "").step
 
 
 def _step_of_text(line: str) -> int:
@@ -269,3 +272,62 @@ def screen_messages() -> list[str]:
             found.append(stream.failure)
             stream.failure = None
     return found
+
+
+def write_environment(
+    config: TrainingConfig, accelerator: Accelerator, data: Data, parameters: int, flops_per_token: int
+) -> None:
+    """Writes the settings, and the versions, git revision, hardware and data, into the run's folder."""
+    base_model = config.model.model_name_or_path
+    settings = {name: value for name, value in config.to_dict().items() if name not in START}
+    environment = {
+        "command": list(map(redact, sys.argv)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _installed_version(name) for name in _PACKAGES},
+        "git_revision": git_revision(Path(__file__)),
+        "device": describe_device(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+        "base_model": None if base_model is None or Path(base_model).exists() else base_model,  # on the Hub
+        "parameters": parameters,
+        "flops_per_token": flops_per_token,
+        "data": [
+            {
+                "folder": name,
+                "source": redact(manifest.source.source),
+                "name": manifest.source.name,
+                "revision": manifest.source.commit,
+                "prepared_by": [] if is_on_hub(name) else list(map(redact, preparing_command(name, manifest))),
+                "cleaning": [asdict(step) for step in manifest.cleaning],
+                "tokenizer": manifest.tokenizer.name,
+                "training_tokens": manifest.tokens("train"),
+                "share": share,
+            }
+            for name, manifest, share in zip(data.names, data.manifests, data.shares, strict=True)
+        ],
+    }
+    write_text(config.run_folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_text(config.run_folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_revision(file: Path) -> str | None:
+    """The commit of the repository that tracks `file`, with "+" if files differ from it; None if none does."""
+
+    def git(*arguments: str | Path) -> str:
+        return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True).stdout
+
+    try:
+        if not git("ls-files", file.name):  # installed into the environment of another repository
+            return None
+        return git("describe", "--always", "--abbrev=40", "--dirty=+").strip() or None
+    except OSError:
+        return None

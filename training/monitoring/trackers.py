@@ -5,7 +5,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,8 @@ class _WandB(WandBTracker):
 
 
 def start_tracker(name: str, config: TrainingConfig, from_step: int) -> GeneralTracker:
-    """Starts a tracker for the steps from `from_step` on. It then has all earlier ones that the run has recorded, each
-    once, and no later ones, as far as it can forget them. Only for the first rank.
-
-    Args:
-        name: `tensorboard`, `wandb` or `trackio`.
-    """
+    """Starts the tracker of a name in `TRACKERS` for the steps from `from_step` on. It then has all earlier ones that
+    the run has recorded, each once, and no later ones, as far as it can forget them. Only for the first rank."""
     file = config.run_folder / _IDS
     ids = read_json(file, dict[str, str]) if file.exists() else {}
     tracker, missing = TRACKERS[name](config, from_step, ids)
@@ -67,7 +63,7 @@ def _start_wandb(config: TrainingConfig, from_step: int, ids: dict[str, str]) ->
     project = os.environ.get("WANDB_PROJECT") or PROJECT
     tracker = _WandB(project, id=number, name=config.run_name, resume="allow", dir=str(folder))
     tracker.start()
-    tracker.store_init_configuration(_settings(config))
+    tracker.store_init_configuration({name: str(value) for name, value in config.to_dict().items()})
     return tracker, tracker.run.starting_step
 
 
@@ -79,7 +75,7 @@ def _start_trackio(config: TrainingConfig, from_step: int, ids: dict[str, str]) 
     name, missing = _forget_in_trackio(from_step, ids.get("trackio")) or (config.run_name, 0)
     tracker = TrackioTracker(PROJECT, name=name, resume="allow" if missing else "never")
     tracker.start()
-    tracker.store_init_configuration(_settings(config))
+    tracker.store_init_configuration({name: str(value) for name, value in config.to_dict().items()})
     ids["trackio"] = tracker.run.id
     return tracker, missing
 
@@ -105,10 +101,6 @@ def _forget_in_trackio(from_step: int, run_id: str | None) -> tuple[str, int] | 
     return names[run_id], missing
 
 
-def _settings(config: TrainingConfig) -> dict[str, str]:
-    return {name: str(value) for name, value in config.to_dict().items()}
-
-
 def _recorded(run_folder: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """What the run has recorded of its steps from `first` to before `stop`, as trackers get it."""
     steps: dict[int, dict[str, Any]] = {}
@@ -123,9 +115,4 @@ def _recorded(run_folder: Path, first: int, stop: int) -> Iterator[tuple[int, di
     return ((step, steps[step]) for step in sorted(steps) if first <= step < stop)
 
 
-_Start = Callable[[TrainingConfig, int, dict[str, str]], tuple[GeneralTracker, int]]
-TRACKERS: dict[str, _Start] = {
-    "tensorboard": _start_tensorboard,
-    "wandb": _start_wandb,
-    "trackio": _start_trackio,
-}
+TRACKERS = {"tensorboard": _start_tensorboard, "wandb": _start_wandb, "trackio": _start_trackio}

@@ -1,4 +1,7 @@
-"""Reads and checks the settings of a run: flags over file over preset over the resumed run over defaults."""
+"""Reads the settings of a run: flags over file over preset over the run that is resumed over defaults.
+
+All problems are reported at once, before anything is loaded.
+"""
 
 import argparse
 import dataclasses
@@ -23,41 +26,57 @@ from training.settings.schema import MODEL_SIZES, NEWEST, QUICKSTART_DATA, Train
 
 _DESCRIPTION = "Train a GPT. Flags override the file, the file the preset, the preset the defaults."
 _METAVARS = {int: "N", float: "X", bool: "true|false"}
-_SHOWN = 60  # characters of a value
+_MAX_SHOWN = 60  # characters of a value
+_adapter: Any = cache(TypeAdapter)
 
 
-def read_settings(argv: list[str], num_processes: int = 1) -> tuple[TrainingConfig, list[str]]:
-    """Reads `[CONFIG.yaml] [--name value ...]`; defaults adapt to what is given and to the number of processes.
+def read_config() -> TrainingConfig:
+    """Reads the settings of this process's command line, as `load_config`; the first rank prints errors for all."""
+    try:
+        return load_config(sys.argv[1:], processes_launched())
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)
+        raise
 
-    Returns:
-        The configuration, and a line for each unknown name and each value of a wrong type or out of its bounds; a
-        setting with such a value has its default.
 
-    Raises:
-        UserError: for a flag without its value, and a file, a checkpoint or a model that cannot be read.
-    """
+def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
+    """The configuration of `[CONFIG.yaml] [--name value ...]`, checked before anything is loaded. Raises `UserError`
+    with every problem, each with its value, its bound and the remedy."""
+    config, problems = _read(argv, num_processes)
+    if not problems:  # with a wrong value replaced by its default, messages about sizes and lengths would be wrong too
+        problems += _size_problems(config)
+        problems += list(_batch_problems(config, num_processes)) or schedule_problems(config)
+    problems += launch_problems()
+    problems += _device_and_data_problems(config, num_processes)
+    problems += _evaluation_problems(config, num_processes)
+    known = config.to_dict()
+    problems += [f"override: {unknown_name(name, known)}" for name in config.run.override if name not in known]
+    problems += _folder_problems(config)
+    raise_all(problems)
+    return config
+
+
+def parse_config(argv: list[str]) -> TrainingConfig:
+    """As `load_config`, for one process; checks only names, types and bounds."""
+    config, problems = _read(argv, 1)
+    raise_all(problems)
+    return config
+
+
+def _read(argv: list[str], num_processes: int) -> tuple[TrainingConfig, list[str]]:
+    """Returns the configuration and the problems with names, types and bounds; a wrong value is replaced by its
+    default. Raises `UserError` for a flag without its value, and an unreadable file, checkpoint or model."""
     flags = list(argv)
     file = flags.pop(0) if flags and not flags[0].startswith("-") else None
     problems: list[str] = []
     in_flags = _read_flags(flags, problems)
-    in_file = {} if file is None else _read_file(Path(file))
-    given = _over(in_file, in_flags)
+    given = _over({} if file is None else _read_file(Path(file)), in_flags)
     config = _make_config(given, problems)
     if not problems:
         given = _over(_inherited(config, given), given)
         config = _make_config(given, problems)
     return _adapt_defaults(config, given, num_processes), problems
-
-
-def parse_config(argv: list[str]) -> TrainingConfig:
-    """The configuration of `[CONFIG.yaml] [--name value ...]`.
-
-    Raises:
-        UserError: with every problem that `read_settings` finds.
-    """
-    config, problems = read_settings(argv)
-    raise_all(problems)
-    return config
 
 
 def presets_table() -> str:
@@ -95,17 +114,17 @@ def _types() -> dict[str, tuple[str, tuple[Any, ...]]]:
     found = {}
     for group in dataclasses.fields(TrainingConfig):
         for name, hint in get_type_hints(cast(type, group.type)).items():
-            kinds = get_args(hint) if get_origin(hint) not in (list, Literal, None) else (hint,)
-            found[name] = group.name, tuple(kind for kind in kinds if kind is not type(None))
+            types = get_args(hint) if get_origin(hint) not in (list, Literal, None) else (hint,)
+            found[name] = group.name, tuple(one for one in types if one is not type(None))
     return found
 
 
 def _is_list(name: str) -> bool:
-    return name in _types() and any(get_origin(kind) is list for kind in _types()[name][1])
+    return name in _types() and any(get_origin(one) is list for one in _types()[name][1])
 
 
 def _parser() -> ArgumentParser:
-    """The parser of flags into words; `_make_config` checks them, as it does the values of a file."""
+    """The parser of flags into words; `_make_config` checks them like the values of a file."""
     parser = ArgumentParser("accelerate launch training/train.py", _DESCRIPTION)
     parser.usage = "%(prog)s [CONFIG.yaml] [--name value ...]"
     parser.exit_on_error = False
@@ -113,18 +132,18 @@ def _parser() -> ArgumentParser:
     for group in dataclasses.fields(TrainingConfig):
         section = parser.add_argument_group(group.name)
         for setting in dataclasses.fields(cast(type, group.type)):
-            name, kinds = setting.name, _types()[setting.name][1]
+            name, types = setting.name, _types()[setting.name][1]
             words: list[str] = []
-            for kind in kinds:
-                choices = get_args(kind) if get_origin(kind) is Literal else ()
-                words += map(str, choices or [_METAVARS.get(kind, name.upper())])
-            alone: dict[str, Any] = {"nargs": "+"} if _is_list(name) else {}
-            if bool in kinds or name == "resume_from_checkpoint":
-                alone = {"nargs": "?", "const": True if bool in kinds else NEWEST}
+            for one in types:
+                choices = get_args(one) if get_origin(one) is Literal else ()
+                words += map(str, choices or [_METAVARS.get(one, name.upper())])
+            arity: dict[str, Any] = {"nargs": "+"} if _is_list(name) else {}
+            if bool in types or name == "resume_from_checkpoint":
+                arity = {"nargs": "?", "const": True if bool in types else NEWEST}
             spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
             factory, text = setting.default_factory, setting.metadata["help"]
             default = setting.default if factory is dataclasses.MISSING else factory()
-            section.add_argument(*spellings, metavar="|".join(words), default=default, help=text, **alone)
+            section.add_argument(*spellings, metavar="|".join(words), default=default, help=text, **arity)
     return parser
 
 
@@ -140,8 +159,7 @@ def _read_flags(flags: list[str], problems: list[str]) -> dict[str, Any]:
         sys.exit()
     unknown = [word.partition("=")[0] for word in rest if word.startswith("--")] or rest
     problems += [unknown_name(word, parser._option_string_actions) for word in unknown]
-    del parsed.list_presets
-    return {name: value for name, value in vars(parsed).items() if value is not None}
+    return {name: value for name in _types() if (value := getattr(parsed, name)) is not None}
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -167,11 +185,6 @@ def _over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in lower.items() if name not in replaced} | upper
 
 
-@cache
-def _adapter() -> TypeAdapter[TrainingConfig]:
-    return TypeAdapter(TrainingConfig)
-
-
 def _make_config(values: dict[str, Any], problems: list[str]) -> TrainingConfig:
     """The configuration of flat `values`, checked against types and bounds; wrong values get the default."""
     groups: dict[str, dict[str, Any]] = {group.name: {} for group in dataclasses.fields(TrainingConfig)}
@@ -184,14 +197,14 @@ def _make_config(values: dict[str, Any], problems: list[str]) -> TrainingConfig:
         else:
             groups[_types()[name][0]][name] = known[name] = value
     try:
-        config = _adapter().validate_python(groups)
+        config: TrainingConfig = _adapter(TrainingConfig).validate_python(groups)
     except ValidationError as error:
         wrong: dict[str, list[str]] = {}
         for one in error.errors(include_url=False):
             wrong.setdefault(str(one["loc"][1]), []).append(one["msg"].removeprefix("Input "))
         for name, reasons in wrong.items():
             value = repr(values[name])
-            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+            shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
             problems.append(f"{name}={shown} {' or '.join(dict.fromkeys(reasons))}")
         return _make_config({name: value for name, value in known.items() if name not in wrong}, problems)
     if (preset := config.model.preset) is not None and preset not in PRESETS:
@@ -202,7 +215,7 @@ def _make_config(values: dict[str, Any], problems: list[str]) -> TrainingConfig:
 def _inherited(checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run to resume or to branch off from, of a preset, and of the model to start from."""
     values: dict[str, Any] = {}
-    checkpoint = checked.run.resume_from_checkpoint
+    checkpoint, name = checked.run.resume_from_checkpoint, checked.model.model_name_or_path
     if checkpoint == NEWEST:
         file = checked.run_folder / "config.yaml"
         values |= _from_run(file) if file.exists() else {}
@@ -210,18 +223,20 @@ def _inherited(checked: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]
         values |= _from_parent(checkpoint, given, checked.optimizer.cooldown_steps)
     if checked.model.preset is not None:  # GPT-3's recipe
         values = {"optim": "adamw"} | values | dataclasses.asdict(PRESETS[checked.model.preset])
-    if checked.model.model_name_or_path is not None and checkpoint is None:
-        values |= _sizes_of(checked.model.model_name_or_path)
+    if name is not None and checkpoint is None:
+        from eval.common.models import read_config as read_model_config  # loads transformers
+
+        try:
+            model = read_model_config(name)
+        except UserError as error:
+            raise UserError(f"model_name_or_path={name!r}: {first_line(error.__cause__ or error)}") from error
+        values |= {size: getattr(model, size) for size in MODEL_SIZES} | {"optim": "adamw"}
     return values
 
 
 def _from_run(file: Path) -> dict[str, Any]:
-    """The settings in a run's own `config.yaml`. Those that this version does not know are ignored, with a warning:
-    `resumed_state` refuses to resume with another result.
-
-    Raises:
-        UserError: for a wrong value.
-    """
+    """The settings in a run's own `config.yaml` (`UserError` for a wrong value). Those that this version does not know
+    are ignored, with a warning: `resumed_state` refuses to resume with another result."""
     values, problems = _read_file(file), list[str]()
     if (unknown := sorted(values.keys() - _types().keys())) and os.environ.get("RANK", "0") == "0":
         ignored = ", ".join(f"{name}={values[name]}" for name in unknown)
@@ -234,7 +249,7 @@ def _from_run(file: Path) -> dict[str, Any]:
 
 
 def _from_parent(checkpoint: str, given: dict[str, Any], cooldown_steps: int) -> dict[str, Any]:
-    """The settings of the run that `checkpoint` is of, with a length that ends after the cooldown if one is given."""
+    """The settings of the run that `checkpoint` is of; its length ends after the cooldown if one is given."""
     folder = Path(checkpoint)
     try:
         step = load_state(folder).step
@@ -249,49 +264,6 @@ def _from_parent(checkpoint: str, given: dict[str, Any], cooldown_steps: int) ->
         values.pop("max_tokens", None)
         values["max_steps"] = step + cooldown_steps
     return values
-
-
-def _sizes_of(name: str) -> dict[str, Any]:
-    """The sizes of a GPT-2 in a folder or on the Hub, which AdamW has trained."""
-    from eval.common.models import read_config  # loads transformers
-
-    try:
-        config = read_config(name)
-    except UserError as error:
-        raise UserError(f"model_name_or_path={name!r}: {first_line(error.__cause__ or error)}") from error
-    return {size: getattr(config, size) for size in MODEL_SIZES} | {"optim": "adamw"}
-
-
-def read_config() -> TrainingConfig:
-    """Reads the settings of this process's command line, as `load_config`; the first rank prints errors for all."""
-    try:
-        return load_config(sys.argv[1:], processes_launched())
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)
-        raise
-
-
-def load_config(argv: list[str], num_processes: int) -> TrainingConfig:
-    """The configuration of `[CONFIG.yaml] [--name value ...]`, checked before anything is loaded.
-
-    Raises:
-        UserError: with every problem, each with its value, its bound and the remedy.
-    """
-    config, problems = read_settings(argv, num_processes)
-    if not problems:  # with a wrong value replaced by its default, messages about sizes and lengths would be wrong too
-        problems += _size_problems(config)
-        problems += list(_batch_problems(config, num_processes)) or schedule_problems(config)
-    problems += launch_problems()
-    problems += _communication_problems(config, num_processes)
-    problems += _data_problems(config)
-    problems += _evaluation_problems(config, num_processes)
-    known = config.to_dict()
-    problems += [f"override: {unknown_name(name, known)}" for name in config.run.override if name not in known]
-    problems += _hub_problems(config)
-    problems += _folder_problems(config)
-    raise_all(problems)
-    return config
 
 
 def _size_problems(config: TrainingConfig) -> Iterator[str]:
@@ -349,20 +321,15 @@ def schedule_problems(config: TrainingConfig) -> Iterator[str]:
         yield f"muon_learning_rate does nothing under optim={settings.optim!r}; use --optim muon"
 
 
-def _communication_problems(config: TrainingConfig, num_processes: int) -> Iterator[str]:
-    kind = config.devices.gradient_compression
-    if kind == "none":
-        return
-    if num_processes == 1:
-        yield f"gradient_compression={kind!r} does nothing in a single process; use none"
-    elif uses_fsdp():
-        yield f"gradient_compression={kind!r} is for data-parallel processes, not FSDP; use none"
-    elif kind == "bf16" and on_cpu():
-        yield "gradient_compression='bf16' needs NCCL; use fp16"
-
-
-def _data_problems(config: TrainingConfig) -> Iterator[str]:
+def _device_and_data_problems(config: TrainingConfig, num_processes: int) -> Iterator[str]:
     folders, weights, attention = config.data.data, config.data.data_weights, config.model.attn_implementation
+    if (compression := config.devices.gradient_compression) != "none":
+        if num_processes == 1:
+            yield f"gradient_compression={compression!r} does nothing in a single process; use none"
+        elif uses_fsdp():
+            yield f"gradient_compression={compression!r} is for data-parallel processes, not FSDP; use none"
+        elif compression == "bf16" and on_cpu():
+            yield "gradient_compression='bf16' needs NCCL; use fp16"
     for folder in folders:
         if folder != QUICKSTART_DATA and not is_on_hub(folder) and not Path(folder).is_dir():
             yield f"data={folder!r}: no such folder; prepare one with python -m data_prep.prepare"
@@ -375,7 +342,7 @@ def _data_problems(config: TrainingConfig) -> Iterator[str]:
 
 
 def _evaluation_problems(config: TrainingConfig, num_processes: int) -> Iterator[str]:
-    settings, tracker = config.evaluation, config.logging.report_to
+    settings, tracker, hub = config.evaluation, config.logging.report_to, config.hub
     if settings.hellaswag_data is not None and not Path(settings.hellaswag_data).is_file():
         yield f"hellaswag_data={settings.hellaswag_data!r}: no such file; leave it out to download it"
     if settings.lm_eval_every and find_spec("lm_eval") is None:
@@ -384,14 +351,10 @@ def _evaluation_problems(config: TrainingConfig, num_processes: int) -> Iterator
         yield f"lm_eval_limit={limit} leaves some of {num_processes} processes without an item"
     if tracker not in ("none", "all") and find_spec(tracker) is None:
         yield f"report_to={tracker!r} is not installed; pip install {tracker}"
-
-
-def _hub_problems(config: TrainingConfig) -> Iterator[str]:
-    name = config.hub.hub_model_id
-    if config.hub.push_to_hub and name is None:
+    if hub.push_to_hub and hub.hub_model_id is None:
         yield "push_to_hub needs the name of a repository; add --hub_model_id USER/NAME"
-    elif config.hub.push_to_hub and os.environ.get("RANK", "0") == "0":  # this rank uploads
-        yield from filter(None, [repository_problem("hub_model_id", str(name))])
+    elif hub.push_to_hub and os.environ.get("RANK", "0") == "0":  # this rank uploads
+        yield from filter(None, [repository_problem("hub_model_id", str(hub.hub_model_id))])
 
 
 def _folder_problems(config: TrainingConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The settings of a run: each with its name, type, bounds, default and meaning, declared once.
+"""The settings of a run: each with its name, type, bounds, default and meaning; and what follows from them.
 
 Names are those of `transformers.TrainingArguments` where it has the setting (docs/training.md has the table).
 """
@@ -6,6 +6,7 @@ Names are those of `transformers.TrainingArguments` where it has the setting (do
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,9 @@ QUICKSTART_DATA = "data/quickstart"
 MODEL_SIZES = ("n_layer", "n_embd", "n_head", "n_positions")  # decided by a checkpoint
 NEWEST = "newest"  # --resume_from_checkpoint without a path
 START = ("resume_from_checkpoint", "auto_resume", "override", "preflight")  # settings of a start, not of the run
+# They begin a run, or change no more than the rounding of its results.
+_HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
+_MICRO_BATCH = 8  # largest default
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -47,24 +51,17 @@ class ModelSettings:
     n_head: Positive = _help(3, "attention heads")
     n_positions: Positive = _help(256, "longest context of the model, in tokens")
     dropout: BelowOne = _help(0.0, "dropout of embeddings, attention and residual branches; 0 for pre-training")
-    attn_implementation: str = _help(
-        "auto", "sdpa, flash_attention_2, flex_attention, eager, ...; auto: eager for short ones on a CPU, else sdpa"
-    )
+    attn_implementation: str = _help("auto", "sdpa, flash_attention_2, flex_attention, eager, ...; auto: the faster")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """The training data and its order."""
 
-    data: Names = _help(
-        [QUICKSTART_DATA],
-        "folders made by data_prep.prepare, or hf://datasets/USER/NAME; the default is prepared if missing",
-    )
+    data: Names = _help([QUICKSTART_DATA], "folders, or hf://datasets/USER/NAME; the default is prepared if missing")
     data_weights: Weights | None = _help(None, "share of each folder in the tokens, in any unit; else by size")
     sequence_length: Positive | None = _help(None, "tokens in a training sequence; n_positions if not given")
-    order: Literal["shuffled", "sequential"] = _help(
-        "shuffled", "shards and documents permuted anew each epoch, or in the order on disk"
-    )
+    order: Literal["shuffled", "sequential"] = _help("shuffled", "permuted anew each epoch, or in the order on disk")
     document_mask: bool = _help(False, "keep attention and positions within documents")
     overfit_single_batch: bool = _help(False, "train on the first batch again and again: the loss must go to 0")
 
@@ -75,9 +72,7 @@ class OptimizerSettings:
 
     max_steps: Positive = _help(1000, "optimizer steps in the whole run")
     max_tokens: Positive | None = _help(None, "tokens in the whole run, in place of max_steps; up to whole steps")
-    batch_tokens: Positive = _help(
-        2048, "tokens in a step, over all processes; the default is rounded to what they can share"
-    )
+    batch_tokens: Positive = _help(2048, "tokens in a step, over all processes; the default is rounded to fit them")
     batch_ramp_tokens: Count = _help(0, "tokens over which the batch grows linearly to batch_tokens; 0 for no ramp")
     batch_ramp_start: Positive | None = _help(None, "tokens in the ramp's first step; each batch is a multiple of it")
     per_device_train_batch_size: Literal["auto"] | Positive | None = _help(
@@ -88,9 +83,7 @@ class OptimizerSettings:
         "muon", "muon: Muon for the blocks' matrices, AdamW for the rest; with a preset or a model, adamw if not given"
     )
     learning_rate: PositiveFloat = _help(2e-2, "peak learning rate, of AdamW; without Muon 3e-3 if not given")
-    muon_learning_rate: PositiveFloat | None = _help(
-        6e-3, "peak learning rate of Muon; learning_rate if only that is given"
-    )
+    muon_learning_rate: PositiveFloat | None = _help(6e-3, "Muon's peak; learning_rate if only that is given")
     muon_momentum: BelowOne = _help(0.95, "Muon's momentum (Nesterov's)")
     weight_decay: NonNegative = _help(0.1, "decoupled weight decay, on matrices and embeddings only")
     adam_beta1: BelowOne = _help(0.9, "AdamW's beta1")
@@ -98,19 +91,15 @@ class OptimizerSettings:
     adam_epsilon: NonNegative = _help(1e-8, "AdamW's epsilon")
     max_grad_norm: PositiveFloat = _help(1.0, "gradients are scaled down to this norm")
     z_loss: NonNegative = _help(0.0, "weight of the squared log of the softmax's normalizer in the loss; 0 for none")
-    lr_scheduler_type: ScheduleName = _help(
-        "cosine", "learning rate after the warmup; wsd: stable, then a linear cooldown at the end"
-    )
+    lr_scheduler_type: ScheduleName = _help("cosine", "after the warmup; wsd: stable, then linear cooldown at the end")
     warmup_steps: Count = _help(40, "steps of linear warmup")
     warmup_tokens: Count | None = _help(None, "tokens of linear warmup, in place of warmup_steps")
-    decay_tokens: Count | None = _help(
-        None, "tokens until cosine or linear end, from the beginning; else the whole run"
-    )
+    decay_tokens: Count | None = _help(None, "tokens until cosine or linear end; else the whole run")
     cooldown_steps: Count = _help(
         0, "last steps of a wsd run, in which the learning rate falls; with a checkpoint of another run: steps to add"
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = _help(
-        0.1, "learning rate after the decay, relative to the peak"
+        0.1, "learning rate after the decay, relative to its peak"
     )
 
 
@@ -220,11 +209,6 @@ class DivergenceSettings:
     max_skipped: Count = _help(10, "batches to skip before the run halts")
 
 
-# They begin a run, or change no more than the rounding of its results.
-_HARMLESS = ("preset", "model_name_or_path", "attn_implementation", "per_device_train_batch_size")
-_MICRO_BATCH = 8  # the most, if none is given
-
-
 @dataclass(frozen=True)
 class TrainingConfig:
     """Every setting of a run, by group."""
@@ -253,7 +237,7 @@ class TrainingConfig:
 
     @property
     def run_name(self) -> str:
-        """The name of the run for trackers."""
+        """Name of the run for trackers."""
         default = "quickstart" if self.run.output_dir is None else Path(self.run.output_dir).name
         return default if self.run.run_name is None else self.run.run_name
 
@@ -265,29 +249,25 @@ class TrainingConfig:
     def report_folder(self) -> Path:
         return self.run_folder / "report"
 
-    @property
+    @cached_property
     def batch_plan(self) -> BatchPlan:
-        """The tokens of each step."""
+        """Tokens of each step."""
         settings = self.optimizer
-        return BatchPlan(
-            settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens, settings.batch_ramp_tokens
-        )
+        start = settings.batch_ramp_start or settings.batch_tokens
+        return BatchPlan(settings.batch_tokens, start, settings.batch_ramp_tokens)
 
-    @property
+    @cached_property
     def max_steps(self) -> int:
         """Optimizer steps in the whole run."""
         settings = self.optimizer
         return settings.max_steps if settings.max_tokens is None else self.batch_plan.steps(settings.max_tokens)
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
-        """The learning rate over the run, in tokens if one of its lengths is given in tokens, else in steps."""
-        settings, plan = self.optimizer, self.batch_plan
+        """Learning rate over the run, in tokens if one of its lengths is given in tokens, else in steps."""
+        settings = self.optimizer
         in_tokens = settings.warmup_tokens is not None or settings.decay_tokens is not None
-
-        def length(steps: int) -> int:
-            return plan.tokens(steps) if in_tokens else steps
-
+        length = self.batch_plan.tokens if in_tokens else int
         total = length(self.max_steps)
         return Schedule(
             settings.lr_scheduler_type,
@@ -301,19 +281,18 @@ class TrainingConfig:
 
     @property
     def least_micro_batch(self) -> int:
-        """The given micro-batch, or 1 if it is not given or to be found."""
+        """The given micro-batch; 1 if it is left to the program."""
         given = self.optimizer.per_device_train_batch_size
         return given if isinstance(given, int) else 1
 
     def micro_batches(self, num_processes: int) -> list[int]:
-        """The possible micro-batches, in ascending order: each batch is a whole number of them for each process."""
-        settings = self.optimizer
-        batch = math.gcd(settings.batch_tokens, settings.batch_ramp_start or settings.batch_tokens)
-        sequences = batch // (self.sequence_length * num_processes)
+        """Possible micro-batches, ascending: each batch is a whole number of them for each process."""
+        plan = self.batch_plan
+        sequences = math.gcd(plan.batch_tokens, plan.ramp_start) // (self.sequence_length * num_processes)
         return [size for size in range(1, sequences + 1) if sequences % size == 0]
 
     def micro_batch(self, num_processes: int) -> int:
-        """Sequences in one forward pass of one process, where they are not to be found by trying (`auto`)."""
+        """Sequences in one forward pass of one process, unless they are searched for (`auto`)."""
         given = self.optimizer.per_device_train_batch_size
         if given is not None:
             return int(given)
@@ -331,11 +310,11 @@ class TrainingConfig:
         return TrainingConfig(**groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as one flat dictionary; `config.yaml` has them without those of `START`."""
+        """All settings in one flat dictionary; `config.yaml` has them without those of `START`."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def different_sizes(self, saved: dict[str, Any]) -> list[str]:
-        """The sizes of the model that differ from the `saved` ones, one line each."""
+        """Model sizes that differ from the `saved` ones, one line each."""
         asked = {name: getattr(self.model, name) for name in MODEL_SIZES}
         return [f"{name}={saved[name]}, not {size}" for name, size in asked.items() if saved[name] != size]
 

@@ -129,7 +129,7 @@ def test_every_token_once_an_epoch_for_any_processes_and_through_a_resume(counte
             processes = processes if step == 0 else processes % 4 + 1
             loaders = [batches(counted_folder, order=order) for _ in range(processes)]
         shares = [
-            loader.micro_batches(24 * step, 2, 12 // processes, rank, processes) for rank, loader in enumerate(loaders)
+            loader.micro_batches(24 * step, 24 * step + 24, 2, rank, processes) for rank, loader in enumerate(loaders)
         ]
         assert all(len(share) == 12 // processes for share in shares)
         steps.append(torch.cat([batch["input_ids"] for share in shares for batch in share]).flatten())

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from training.engine.optimizer import describe, make_optimizer
-from training.monitoring.environment import git_revision
-from training.monitoring.log import progress
+from training.monitoring.log import git_revision, progress
 from training.monitoring.metrics import peak_flops, read_gpu
 from training.settings.schema import OptimizerSettings
 
