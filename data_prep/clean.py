@@ -4,6 +4,7 @@ python -m data_prep.clean data_prep/configs/clean.yaml
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -13,16 +14,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning.pipeline import CleanConfig, make_executor, read_config
+from data_prep.cleaning.configuration import INSTALL, CleanConfig, make_executor
 from data_prep.common.command_line import ArgumentParser, UserError, raise_all, run
 from data_prep.common.files import partial_name, write_text
 from data_prep.common.locks import LOCK_NAME, locked
-from data_prep.common.schema import read_json
+from data_prep.common.schema import find_problems, read_json, read_yaml, validate
 from data_prep.sources.corpus import files_read
 from data_prep.sources.files import CLEANING_CONFIG, CLEANING_REPORT
 from data_prep.sources.source import CleaningStep
 
 QUEUED = "queued"  # sentinel file in work/: Slurm has the tasks
+
+
+def read_config(path: Path) -> CleanConfig:
+    """Reads and checks a configuration (`UserError` with all problems)."""
+    settings = read_yaml(path)
+    if missing := [name for name in ("datatrove", "spacy", "sklearn") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"cleaning needs {', '.join(missing)}, not installed here: {INSTALL}")
+    from data_prep.cleaning.pipeline import plan
+    from data_prep.cleaning.steps import Stage
+
+    found = find_problems(settings, CleanConfig, str(path))
+    problems, wrong = [problem for _, problem in found], {name for name, _ in found}
+    config = validate({name: settings[name] for name in settings if name not in wrong}, CleanConfig, str(path))
+    if "executor" not in wrong:
+        make_executor(config, Stage("", [], 1), Path("logs"), None, problems)
+    plan(config, {}, problems)
+    raise_all(list(dict.fromkeys(problems)), "problems", f"{path}: ")
+    return config
 
 
 def clean(config: CleanConfig) -> list[CleaningStep] | None:

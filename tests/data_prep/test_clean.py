@@ -13,8 +13,7 @@ import yaml
 from conftest import ROOT
 from pyarrow import parquet
 
-from data_prep.clean import clean
-from data_prep.cleaning.pipeline import read_config
+from data_prep.clean import clean, read_config
 from data_prep.common.command_line import UserError
 from data_prep.prepare import Recipe, prepare
 from data_prep.sources.source import Source

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_models import as_in_nanogpt
 
-from data_prep.cleaning.pipeline import read_config
+from data_prep.clean import read_config
 from data_prep.common.command_line import UserError
 from data_prep.contamination import contamination, record, recorded
 from data_prep.inspect import sequences

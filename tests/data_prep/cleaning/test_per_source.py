@@ -13,8 +13,7 @@ from standin_hub import serve_dataset
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_prep.clean import clean
-from data_prep.cleaning.pipeline import read_config
+from data_prep.clean import clean, read_config
 from data_prep.common.command_line import UserError
 from data_prep.common.schema import read_json
 from data_prep.sources.source import CleaningStep

@@ -72,7 +72,7 @@ def found(strategy: str, kind: str, precision: str, compiled: bool = False) -> d
         outputs = model(**rows(batches(1)[0], accelerator.process_index)[0], use_cache=False)
         outputs.loss.backward()
         accumulated = accumulated_dtypes(model)
-    nats = model.token_losses(**rows(batches(1)[0], 0)[0])
+    nats = accelerator.unwrap_model(model).token_losses(**rows(batches(1)[0], 0)[0])
     group = torch.distributed.distributed_c10d._get_default_group()
     return {
         "losses": losses,
