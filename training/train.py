@@ -26,7 +26,7 @@ from data_prep.common.locks import locked
 from eval.report import PAGE_NAME
 from training.build import build_run
 from training.checkpointing.checkpoint import take_snapshot
-from training.checkpointing.store import checkpoint_folder, prune_checkpoints
+from training.checkpointing.store import checkpoint_folder
 from training.engine.data import DataError
 from training.engine.distributed import is_lost_process
 from training.engine.optimizer import set_learning_rate
@@ -208,9 +208,7 @@ def publish_and_prune(run: Run) -> None:
     if run.uploads is not None and wanted.get(hub.hub_strategy, True):
         run.uploads.enqueue(checkpoint_folder(run.checkpoints, step))
     uploading = pending(run.config.run_folder) if run.uploads is not None else []
-    limits = (kept.save_total_limit, kept.keep_every, run.state.best_step)
-    prune = partial(prune_checkpoints, run.checkpoints, *limits, uploading)
-    run.saver.afterwards("an older checkpoint could not be removed", prune)
+    run.saver.prune(kept.save_total_limit, kept.keep_every, run.state.best_step, uploading)
 
 
 def write_run_report(run: Run) -> None:

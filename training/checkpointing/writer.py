@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from data_prep.common.command_line import UserError, first_line
 from training.checkpointing.checkpoint import Snapshot, write_checkpoint
-from training.checkpointing.store import complete_checkpoints, mark_committed
+from training.checkpointing.store import complete_checkpoints, mark_committed, prune_checkpoints
 
 _PAUSES = (1, 5)  # seconds before another attempt
 _NICENESS = 15  # about a thirtieth of a core that training wants too
@@ -40,14 +41,14 @@ class Saver:
         self.wait()
         self.tasks.append(self.thread.submit(self._save, snapshot))
 
-    def afterwards(self, failure: str, task: Callable[[], None]) -> None:
-        """Runs a task after the checkpoint that is being written. If it fails, there is a message `failure`."""
+    def prune(self, *limits: Any) -> None:
+        """Calls `prune_checkpoints` after the checkpoint that is being written; a failure is only a message."""
 
         def attempt() -> None:
             try:
-                task()
+                prune_checkpoints(self.checkpoints, *limits)
             except (OSError, UserError, ValueError) as error:
-                self.results.put(f"{failure}: {first_line(error)}")
+                self.results.put(f"an older checkpoint could not be removed: {first_line(error)}")
 
         self.tasks.append(self.thread.submit(attempt))
 

@@ -5,6 +5,7 @@ import shlex
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,15 +148,12 @@ def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.
     """Runs a batch again; returns the innermost of the first modules whose result is not finite. Collective."""
     found: list[str] = []
 
-    def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            result = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(result, Tensor) and not result.isfinite().all():
-                found.append(name)
+    def check(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        result = output[0] if isinstance(output, tuple) else output
+        if not found and isinstance(result, Tensor) and not result.isfinite().all():
+            found.append(name)
 
-        return hook
-
-    hooks = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(check, name)) for name, module in model.named_modules() if name]
     try:
         for batch in micro_batches:  # all of them, also after a find: other ranks may wait for this one
             with torch.compiler.set_stance("force_eager"):  # hooks would make compiled blocks compile again

@@ -169,7 +169,17 @@ class _Lines:
 
     def __init__(self, path: Path, step_of: Callable[[str], int], from_step: int) -> None:
         """Opens it, without the lines from `from_step` on and without a line that is cut off."""
-        _truncate(path, step_of, from_step)
+        kept, unreadable = [], 0
+        for line in read_text(path, errors="replace").split("\n")[:-1] if path.exists() else ():
+            try:
+                if "\ufffd" in line:
+                    raise UserError("not UTF-8 text")
+                kept += [line] if line.strip() and step_of(line) < from_step else []
+            except UserError:
+                unreadable += 1
+        if unreadable:
+            print(f"{path}: {unreadable} unreadable lines are skipped")
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self.file: io.FileIO = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close
         self.waiting = b""
 
@@ -197,20 +207,6 @@ def _step_of_text(line: str) -> int:
     if not words or not re.fullmatch(r"[0-9]{1,18}", words[0]):
         raise UserError("does not begin with a step")
     return int(words[0])
-
-
-def _truncate(path: Path, step_of: Callable[[str], int], from_step: int) -> None:
-    kept, unreadable = [], 0
-    for line in read_text(path, errors="replace").split("\n")[:-1] if path.exists() else ():
-        try:
-            if "\ufffd" in line:
-                raise UserError("not UTF-8 text")
-            kept += [line] if line.strip() and step_of(line) < from_step else []
-        except UserError:
-            unreadable += 1
-    if unreadable:
-        print(f"{path}: {unreadable} unreadable lines are skipped")
-    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class Screen:

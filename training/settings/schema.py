@@ -111,8 +111,7 @@ class RunSettings:
     run_name: str | None = _help(None, "name of the run for trackers; the last part of output_dir, or quickstart")
     resume_from_checkpoint: str | None = _help(
         None,
-        "continue from the newest complete checkpoint of this run; with a PATH to a checkpoint of another run: branch "
-        "off there; settings that are not given are those of that run",
+        "continue from the newest checkpoint of this run, or branch off from PATH, with the settings of its run",
     )
     auto_resume: bool = _help(False, "continue if there is a checkpoint: the same command starts and restarts a run")
     override: list[str] = _help([], "settings that a resumed run may change, though they change its result")
@@ -128,8 +127,7 @@ class DeviceSettings:
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _help(
         "auto",
-        "auto: that of the Accelerate config if it names one, else bf16 where the hardware is fast at it, fp16 on GPUs "
-        "that are fast at that only (compute capability 7, as T4), no elsewhere",
+        "auto: that of the Accelerate config if it names one, else bf16 or fp16 if the hardware is fast at it, else no",
     )
     torch_compile: Literal["auto"] | bool = _help("auto", "torch.compile each block; auto: on CUDA")
     gradient_checkpointing: Recomputed = _help(
