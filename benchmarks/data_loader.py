@@ -39,7 +39,7 @@ def loader_rate(config: TrainingConfig, seconds: float) -> Callable[[], float]:
 
 def model_rate(steps: int) -> float:
     """Returns the tokens per second of the quickstart's steps, without the first five."""
-    from training.build import build_run
+    from training.build_run import build_run
     from training.run import stop_requests
     from training.train import start_step
 

@@ -145,7 +145,7 @@ LONGER = {
     ),
 }
 BY_ANOTHER = {"benchmarks.other_trainers"}  # by benchmarks.time_to_loss
-# They need a Hub to write to: tests/data_prep/reading/test_sources.py and tests/training/test_publish.py have one.
+# They need a Hub to write to: tests/data_prep/sources/test_sources.py and tests/training/test_publish.py have one.
 ON_THE_HUB = {"data_prep.push", "training.publish"}
 
 

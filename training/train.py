@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record as show_erro
 
 from data_prep.common.locks import locked
 from eval.report import PAGE_NAME
-from training.build import build_run
+from training.build_run import build_run
 from training.checkpointing.checkpoint import take_snapshot
 from training.checkpointing.store import checkpoint_folder
 from training.engine.data import DataError
@@ -113,8 +113,8 @@ def train_and_report(run: Run) -> None:
 def training_loop(run: Run) -> None:
     """Trains to the last step or a request to stop.
 
-    A step is saved before it is evaluated, so that an evaluation that crashes or is killed loses no steps; a new lowest
-    validation loss is saved too. No step is saved twice.
+    A step is saved before it is evaluated, so that an evaluation that crashes or is killed loses no steps. No step is
+    saved twice.
     """
     evaluate(run)
     publish_and_prune(run)
@@ -130,8 +130,7 @@ def training_loop(run: Run) -> None:
             log(run, step, results)
         if run.save_due:
             save(run)
-        if evaluate(run):
-            save(run)
+        evaluate(run)
         publish_and_prune(run)
     save(run)
 
@@ -172,9 +171,9 @@ def finish_step(run: Run, launched: LaunchedStep | None) -> None:
     handle_divergence(run, launched.step, metrics)
 
 
-def evaluate(run: Run) -> bool:
-    """Runs the evaluations that are due; returns whether the validation loss is the lowest so far. Collective."""
-    due, is_best = run.due_evaluations(), False
+def evaluate(run: Run) -> None:
+    """Runs the evaluations that are due; a new lowest validation loss is saved at once. Collective."""
+    due = run.due_evaluations()
     if due:  # they take longer than a step
         finish_last_step(run)
         run.agree_on_stopping()
@@ -182,8 +181,8 @@ def evaluate(run: Run) -> bool:
         for evaluation in () if run.stopping else due:
             metrics = evaluation.run(run)
             run.log_metrics(metrics, run.state.step)
-            is_best |= run.is_own_step and run.state.update_best(metrics.get("val_loss", math.nan))
-    return is_best
+            if run.is_own_step and run.state.update_best(metrics.get("val_loss", math.nan)):
+                save(run)
 
 
 def save(run: Run) -> None:
