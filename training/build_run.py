@@ -1,4 +1,4 @@
-"""Builds a run: data, model, optimizer, the state to resume from, and the header on screen."""
+"""Builds a run: data, model, optimizer, the state to resume from, and the printed header."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments, in 
 
 
 def build_run(config: TrainingConfig, stop: StopRequest) -> Run:
-    """Builds everything that the loop needs, the cheap checks first. Collective.
+    """Builds everything that the loop needs, cheap checks first. Collective.
 
     Raises:
         UserError: for everything that the user can correct.
@@ -101,7 +101,7 @@ def build_run(config: TrainingConfig, stop: StopRequest) -> Run:
 
 
 def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data, Path | None, RunState]:
-    """The data, the checkpoint to resume from (None for a new run), and the state at the start. Collective."""
+    """Data, the checkpoint to resume from (None for a new run), and the initial state. Collective."""
     checkpoint, messages = decide_on_main(accelerator, lambda: find_checkpoint(config))
     for line in messages if accelerator.is_main_process else ():
         print(line)
@@ -119,7 +119,7 @@ def _find_start(config: TrainingConfig, accelerator: Accelerator) -> tuple[Data,
 def _prepare_model(
     config: TrainingConfig, accelerator: Accelerator, data: Data, train_data: Batches, checkpoint: Path | None
 ) -> tuple[nn.Module, AcceleratedOptimizer, int]:
-    """Model and optimizer as Accelerate prepares them, and the micro-batch, found by trying if asked to. Collective."""
+    """Model and optimizer prepared by Accelerate, and the micro-batch, searched for if it is `auto`. Collective."""
     bare_model = make_model(config, data, checkpoint or config.model.model_name_or_path)
     optimizer = make_optimizer(bare_model, config.optimizer, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(bare_model, optimizer)
@@ -132,7 +132,7 @@ def _prepare_model(
 
 
 def header(run: Run) -> str:
-    """A few lines about the run that begins."""
+    """Describes the run in a few lines."""
     config, accelerator, data, state = run.config, run.accelerator, run.data, run.state
     settings, processes = config.model, accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision

@@ -1,4 +1,4 @@
-"""Make a base model answer: train it on conversations, with a chat template that its folder then has.
+"""Turn a base model into a chat model: fine-tune it on conversations and save a chat template with it.
 
 python -m training.chat runs/quickstart/checkpoints/step_00001000 --data builtin --num_train_epochs 20
 python -m training.chat runs/mine/checkpoints/step_00019073 --max_train_samples 100000 --output_dir runs/mine-chat
@@ -30,8 +30,8 @@ _SETTINGS = "settings.json"  # in the folder of an unfinished training
 
 
 def check_conversations(conversations: Iterable[Any], tokenizer: Any, context: int) -> tuple[list[Any], int]:
-    """Leaves out conversations without the beginning of an answer in the `context` tokens after which they are cut.
-    Returns the others, and the number of conversations that are longer.
+    """Drops conversations in which no answer starts within the first `context` tokens, where they are truncated.
+    Returns the rest, and how many are longer than that.
 
     Raises:
         UserError: for text that contains a special token of the tokenizer, and if there are no such conversations.
@@ -104,14 +104,14 @@ def _parse() -> tuple[Any, FinetuningSettings]:
 
 
 def _default_output(model: str) -> Path:
-    """`runs/NAME-chat`, with the name of the run or of the model."""
+    """`runs/NAME-chat`, named after the run or the model."""
     path = Path(model)
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     return Path("runs") / f"{name}-chat"
 
 
 def _read(args: Any) -> Iterable[Any]:
-    """The conversations of `--data` (`UserError`, which names the record, for one that is not valid)."""
+    """Reads the conversations of `--data` (`UserError` naming the record that is invalid)."""
     from data_prep.sources.builtin import docstring_conversations
     from data_prep.sources.source import BUILTIN, ConversationSource
 
@@ -130,7 +130,7 @@ def _read(args: Any) -> Iterable[Any]:
 def _prepare_data(
     args: Any, settings: FinetuningSettings, tokenizer: Any, context: int, is_first: bool
 ) -> dict[str, Any]:
-    """The conversations to learn from, `train`, and those held out, `test`; the first process describes them."""
+    """Splits the conversations into `train` and a held-out `test`; the first process describes them."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -151,7 +151,7 @@ def _prepare_data(
 
 
 def _check(settings: FinetuningSettings, output: Path, unfinished: Path, identity: dict[str, Any]) -> None:
-    """Refuses settings out of bounds, missing packages, and an output that cannot be written (`UserError`)."""
+    """Refuses settings out of bounds, missing packages, and an unwritable output (`UserError`)."""
     problems = [problem for _, problem in find_problems(vars(settings), FinetuningSettings, "")]
     if os.path.lexists(output):
         problems.append(f"output_dir={output} exists; give another, or remove it")

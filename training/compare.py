@@ -27,7 +27,7 @@ _CALIBRATION_MINUTES = 0.5
 
 
 def finished_run(variant: Variant, folder: Path) -> Record | None:
-    """The record of a run that is at its end with a finite validation loss; None for another."""
+    """Record of a run that reached its last step with a finite validation loss; None otherwise."""
     if not is_checkpoint(checkpoint_folder(folder / "checkpoints", variant.max_steps)):
         return None
     record = read_run(folder)
@@ -36,7 +36,7 @@ def finished_run(variant: Variant, folder: Path) -> Record | None:
 
 
 def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -> str | None:
-    """Trains in `folder`, or continues, with the output in a log beside it; returns the problem if it fails.
+    """Trains in `folder`, or continues, logging next to it; returns the problem if it fails.
 
     Args:
         flags: settings beside those of the variant.
@@ -64,8 +64,8 @@ def train(variant: Variant, folder: Path, flags: list[str], launch: list[str]) -
 
 
 def steps_in(minutes: float, variant: Variant, folder: Path, launch: list[str]) -> int:
-    """The steps of a variant that fit into minutes of training, by the speed of a short run in `folder` (`UserError` if
-    that fails)."""
+    """Number of steps that fit into minutes of training, from the speed of a short run in `folder` (`UserError` if that
+    fails)."""
     limit, metrics = _CALIBRATION_MINUTES, folder / "metrics.jsonl"
     while not metrics.exists() or "tokens_per_second" not in (curves := read_run(folder).curves):
         print(f"{variant.name}: measuring its speed", flush=True)
@@ -77,15 +77,15 @@ def steps_in(minutes: float, variant: Variant, folder: Path, launch: list[str]) 
 
 
 def turns(variants: list[Variant], seeds: int) -> Iterator[tuple[Variant, int]]:
-    """The runs in their order: all variants with one seed, then with the next in reverse, so that a drift of the
-    machine's speed cancels."""
+    """Order of the runs: all variants with one seed, then with the next in reverse, so that a drift in the machine's
+    speed cancels."""
     for seed in range(1, 1 + seeds):
         for variant in variants[:: 1 if seed % 2 else -1]:
             yield variant, seed
 
 
 def compare(variants: list[Variant], seeds: int, folder: Path, launch: list[str]) -> list[Runs]:
-    """Trains what is not trained yet, and returns the runs of each variant."""
+    """Trains the missing runs and returns the runs of each variant."""
     results = {variant.name: Runs(variant.name, [], []) for variant in variants}
     for number, (variant, seed) in enumerate(turns(variants, seeds), start=1):
         run_folder, problem = folder / variant.name / f"seed_{seed}", None

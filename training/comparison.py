@@ -1,4 +1,4 @@
-"""Comparisons: which settings, how long, and the statistics, table and curves of their results."""
+"""Comparisons: variants, budget, statistics, table and curves."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ _RESERVED = (
 
 
 class Budget(NamedTuple):
-    """What each run gets: minutes of training steps on this machine, tokens, or steps."""
+    """Budget of each run: minutes of training steps on this machine, tokens, or steps."""
 
     amount: float
     unit: str
@@ -49,7 +49,7 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass
 class Variant:
-    """Settings that are compared with others.
+    """Settings to compare with others.
 
     Attributes:
         arguments: of the trainer: `[CONFIG.yaml] --name value ...`.
@@ -61,13 +61,13 @@ class Variant:
     max_steps: int = 0
 
     def config(self, *more: str) -> "TrainingConfig":
-        """The settings of a run with more arguments (`UserError` with all problems)."""
+        """Settings of a run with additional arguments (`UserError` with all problems)."""
         from training.settings.reading import load_config
 
         return load_config([*self.arguments, *more], 1)
 
     def check_run(self, folder: Path) -> None:
-        """Raises `UserError` if the run of a folder has other settings than this variant."""
+        """Raises `UserError` if the run in a folder has other settings than this variant."""
         if not (folder / "config.yaml").exists():
             return
         saved = read_yaml(folder / "config.yaml")
@@ -80,7 +80,7 @@ class Variant:
 
 
 def make_variants(bases: list[str], vary: list[str], budget: Budget) -> list[Variant]:
-    """Every combination of a base with one value of each varied setting.
+    """Combines each base with one value of each varied setting.
 
     Args:
         bases: YAML files; none for the defaults.
@@ -135,7 +135,7 @@ _HEADING = ("", "seeds", "validation loss", "standard error", "difference", "p",
 
 @dataclass(frozen=True)
 class Runs:
-    """The finished runs of a variant, one for each seed, and what ended the others."""
+    """Finished runs of a variant, one per seed, and the reasons why others failed."""
 
     name: str
     records: list[Record]
@@ -143,13 +143,13 @@ class Runs:
 
     @property
     def losses(self) -> list[float]:
-        """The validation losses at the end, in nats per token."""
+        """Final validation losses, in nats per token."""
         return [record.curves["val_loss"].values[-1] for record in self.records]
 
 
 def p_values(first: list[float], others: list[list[float]]) -> list[float | None]:
-    """The p-value of each of `others` against `first` by Welch's t-test (Welch 1947, Biometrika 34), corrected for
-    their number (Benjamini and Hochberg 1995). None without two values each; 1 for equal ones."""
+    """P-value of each of `others` against `first` by Welch's t-test (Welch 1947, Biometrika 34), corrected for their
+    number (Benjamini and Hochberg 1995). None with fewer than two values; 1 for equal ones."""
     from scipy.stats import false_discovery_control, ttest_ind
 
     raw = {}
@@ -179,7 +179,7 @@ def verdict(first: Runs, other: Runs, p: float | None) -> str:
 
 
 def summary(runs: list[Runs], budget: Budget) -> str:
-    """A table of all variants, and a line for each but the first."""
+    """Table of all variants, and a verdict on each but the first."""
     first, others = runs[0], runs[1:]
     target = statistics.fmean(first.losses) if first.losses else None
     rows, lines = [[*_cells(first, None, None, target), ""]], []
@@ -221,21 +221,21 @@ def _cells(one: Runs, reference: float | None, p: float | None, target: float | 
 
 
 def _mean_curve(records: list[Record], metric: str) -> Curve:
-    """The mean of a metric over runs, at the steps that all of them have."""
+    """Mean of a metric over runs, at the steps they have in common."""
     curves = [record.curves[metric] for record in records]
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
     return Curve(steps, [statistics.fmean(curve.at(step) for curve in curves) for step in steps])
 
 
 def _mean_minutes(records: list[Record]) -> Curve:
-    """The mean minutes of training steps after each step."""
+    """Mean minutes of training steps after each step."""
     seconds = [curve for record in records if (curve := record.seconds()) is not None]
     steps = seconds[0].steps
     return Curve(steps, [statistics.fmean(curve.at(step) for curve in seconds) / 60 for step in steps])
 
 
 def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
-    """The minutes after which a loss first is at `target`, by linear interpolation; None if it never is."""
+    """Minutes until a loss first reaches `target`, linearly interpolated; None if it never does."""
     for (before, higher), (after, lower) in pairwise(zip(loss.steps, loss.values, strict=True)):
         if lower <= target < higher:
             return minutes.at(before + (after - before) * (higher - target) / (higher - lower))
@@ -243,7 +243,7 @@ def time_to(target: float, loss: Curve, minutes: Curve) -> float | None:
 
 
 def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) -> Path:
-    """Writes the report of a comparison and its picture; returns the path of the page with both."""
+    """Writes the report of a comparison and its plot; returns the path of the page with both."""
     shown, picture = [one for one in runs if one.records], folder / PICTURE_NAME
     if shown:
         save_figure(_plot(shown), picture)
@@ -259,7 +259,7 @@ def write_results(runs: list[Runs], folder: Path, command: str, budget: Budget) 
 
 
 def _plot(runs: list[Runs]) -> Any:
-    """Plots mean validation losses over tokens and minutes, each with the band from its lowest to its highest run."""
+    """Plots mean validation losses over tokens and minutes, each with a band from its lowest to its highest run."""
     figure, panels = new_figure(2, 10.4, 4.6, sharey=True)
     ends = []
     for one, color in zip(runs, cycle(COLORS), strict=False):

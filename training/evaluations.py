@@ -1,4 +1,4 @@
-"""What is evaluated during a run: validation loss, HellaSwag, the lm-evaluation-harness, samples."""
+"""Evaluations during a run: validation loss, HellaSwag, lm-evaluation-harness, samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.settings.schema import TrainingConfig
 
 
 def make_evaluations(config: TrainingConfig, data: Data, train_data: Batches, tokenizer: Any) -> list[Evaluation]:
-    """The evaluations of a run, in the order in which they run."""
+    """Creates the run's evaluations, in the order in which they run."""
     settings, val_data = config.evaluation, data.batches(config, "val")
     sequences = validation_sequences(val_data, settings.val_tokens)
     text_bytes = data.val_text_bytes(val_data, sequences, tokenizer)
@@ -35,7 +35,7 @@ def make_evaluations(config: TrainingConfig, data: Data, train_data: Batches, to
 
 @dataclass
 class Validation(Evaluation):
-    """The loss on the same first sequences of the validation split each time.
+    """Loss on the same first sequences of the validation split each time.
 
     Attributes:
         val_data, train_data: the batches of both splits.
@@ -74,7 +74,7 @@ class Validation(Evaluation):
 
 @dataclass
 class HellaSwagEvaluation(Evaluation):
-    """Accuracy by the rule of GPT-2's and GPT-3's published numbers, `completion`."""
+    """HellaSwag accuracy under `completion`, the rule of GPT-2's and GPT-3's published numbers."""
 
     at_start = True
     task: HellaSwag
@@ -88,7 +88,7 @@ class HellaSwagEvaluation(Evaluation):
 
 @dataclass
 class HarnessEvaluation(Evaluation):
-    """The harness on some of its tasks, whose full results are kept beside the checkpoints.
+    """lm-evaluation-harness on chosen tasks; full results are kept next to the checkpoints.
 
     Attributes:
         task_manager: the harness's index of its tasks.
@@ -120,12 +120,12 @@ class HarnessEvaluation(Evaluation):
 
 @dataclass
 class Samples(Evaluation):
-    """Continuations of the prompts in the settings, drawn with random numbers that training does not share."""
+    """Continuations of the prompts in the settings, with random numbers of their own."""
 
     tokenizer: Any
 
     def run(self, run: Run) -> dict[str, Any]:
-        """The texts, each with its prompt: the same ones for any number of processes. Collective.
+        """Generated texts with their prompts, the same for any number of processes. Collective.
 
         Each process generates its share. All ranks of a sharded model generate all texts, as none can without the rest.
         """

@@ -1,4 +1,4 @@
-"""Write a checkpoint as GGUF, which llama.cpp, Ollama and LM Studio run.
+"""Export a checkpoint to GGUF, which llama.cpp, Ollama and LM Studio run.
 
 python -m training.export_gguf runs/mine/checkpoints/step_00019073 mine.gguf --dtype float16
 

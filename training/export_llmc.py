@@ -1,4 +1,4 @@
-"""Write a GPT-2 as a checkpoint of llm.c (`.bin`). llm.c's own dev/eval/export_hf.py does the reverse.
+"""Export a GPT-2 to llm.c's checkpoint format (`.bin`). llm.c's own dev/eval/export_hf.py does the reverse.
 
 python -m training.export_llmc runs/mine/checkpoints/step_00019073 gpt2_124M.bin
 """
@@ -59,7 +59,7 @@ def write_llmc(model: "GPTModel", file: Path, dtype: str = "float32") -> None:
 
 
 def _order(n_layer: int) -> list[str]:
-    """The parameters in llm.c's order."""
+    """Parameters in llm.c's order."""
     blocks = [f"transformer.h.{layer}.{part}" for part in _OF_A_BLOCK for layer in range(n_layer)]
     ends = ["transformer.ln_f.weight", "transformer.ln_f.bias"]
     return ["transformer.wte.weight", "transformer.wpe.weight", *blocks, *ends]

@@ -1,4 +1,4 @@
-"""From a base model to one that answers: the chat template, and TRL's trainer with the settings of this project."""
+"""Fine-tuning a base model for chat: the chat template, and TRL's trainer with this project's settings."""
 
 import contextlib
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ _TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 
 def add_chat_template(model: Any, tokenizer: Any) -> None:
-    """Gives a base model ChatML's tokens, grown embeddings and a chat template, in place. A chat model keeps its own.
+    """Adds ChatML's tokens, embeddings for them, and a chat template to a base model, in place. A chat model keeps its
+    own.
 
     Raises:
         UserError: for a tokenizer without end of text, and a chat template that does not mark what is learned.
@@ -48,13 +49,13 @@ def add_chat_template(model: Any, tokenizer: Any) -> None:
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[tuple[int, bool]]:
-    """The tokens of a conversation, each with whether the loss includes it."""
+    """Tokens of a conversation, each with whether it counts in the loss."""
     found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     return [(token, bool(learned)) for token, learned in zip(found["input_ids"], found["assistant_masks"], strict=True)]
 
 
 def show(tokenizer: Any, rendered: list[tuple[int, bool]], color: bool) -> str:
-    """The text of each token; learned tokens are green with `color`, else in brackets."""
+    """Text of each token; learned tokens are green with `color`, otherwise in brackets."""
     marked = "\033[30;42m{}\033[0m" if color else "[{}]"
     return "".join((marked if learned else "{}").format(tokenizer.decode(token)) for token, learned in rendered)
 
@@ -67,7 +68,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True)
 class FinetuningSettings:
-    """Settings of the training, named as in `transformers.TrainingArguments`."""
+    """Fine-tuning settings, named as in `transformers.TrainingArguments`."""
 
     __pydantic_config__ = STRICT
 
@@ -87,7 +88,7 @@ class FinetuningSettings:
 def finetune(
     model: Any, tokenizer: Any, data: dict[str, Any], settings: FinetuningSettings, folder: Path
 ) -> dict[int, float]:
-    """Trains `model` in place on the assistant's tokens of packed conversations.
+    """Trains `model` in place on the assistant's tokens in packed conversations.
 
     Args:
         data: data sets `train` and `test` with a column `messages`.
@@ -133,7 +134,7 @@ def finetune(
 
 
 def _newest_complete(folder: Path) -> str | None:
-    """The newest of `Trainer`'s checkpoints in a folder that has its state, which is written last; None for none."""
+    """Newest of `Trainer`'s checkpoints whose state file, written last, is complete; None if there is none."""
     from transformers import TrainerState
 
     found = {}

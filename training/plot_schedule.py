@@ -1,4 +1,4 @@
-"""Show the batch size and the learning rate of a run, step by step.
+"""Show batch size and learning rate of a run over its steps.
 
     python -m training.plot_schedule [CONFIG.yaml] [--name value ...] [--plot FILE.png]
 
@@ -13,7 +13,7 @@ from training.settings.schedule import BatchPlan, Schedule
 
 
 def corners(plan: BatchPlan, schedule: Schedule, max_steps: int) -> list[int]:
-    """The steps at which batch or learning rate begin or end to change, the first, the middle and the last."""
+    """Steps where batch size or learning rate start or stop changing, plus the first, the middle and the last."""
     steps = [schedule.warmup]
     if schedule.name == "wsd":
         steps.append(schedule.total - schedule.cooldown)

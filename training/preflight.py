@@ -1,4 +1,4 @@
-"""Preflight: every part of a run once, before it begins, and an estimate of what the run will take."""
+"""Preflight: every part of a run once, before it starts, and an estimate of what it will take."""
 
 import contextlib
 import os
@@ -32,8 +32,8 @@ _HELLASWAG_ITEMS = 64
 
 @contextlib.contextmanager
 def preflight_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder for a preflight, empties it of what a killed one has left, and removes it at the end. Raises
-    `UserError` if another program, or a preflight that still runs, has made it."""
+    """Locks a folder for a preflight, clears what a killed one left, and removes it at the end. Raises `UserError` if
+    it is somebody else's, or in use."""
     # A preflight locks its folder before anything else.
     if folder.exists() and not (folder / LOCK_NAME).is_file() and (others := sorted(os.listdir(folder))):
         raise UserError(f"{folder}: {others[0]} is in the way of the preflight, which did not make it; move it")
@@ -59,7 +59,7 @@ def _empty(folder: Path) -> None:
 
 
 def apply_preflight_overrides(config: TrainingConfig) -> TrainingConfig:
-    """The settings of a run in a folder beside its own, on the same disk, with no tracker and small evaluations."""
+    """Settings of the preflight: a folder next to the run's on the same disk, no tracker, small evaluations."""
     checkpoint, evaluation = config.run.resume_from_checkpoint, config.evaluation
     return config.replace(
         output_dir=str(config.run_folder.parent / ".preflight" / config.run_folder.name),
@@ -85,8 +85,8 @@ class PreflightResult:
 
 
 def preflight(run: Run) -> None:
-    """Runs a few steps, each evaluation, and the writing and reading of a checkpoint; prints an estimate. Collective.
-    Raises `UserError` for a problem that would end the run later."""
+    """Runs a few steps, each evaluation, and a checkpoint round trip; prints an estimate. Collective. Raises
+    `UserError` for a problem that would end the run later."""
     if run.config.hub.push_to_hub:
         hub = Hub(str(run.config.hub.hub_model_id), "model")
         decide_on_main(run.accelerator, hub.check_access)

@@ -1,1 +1,1 @@
-"""Checkpoints, written and read."""
+"""Writing and reading checkpoints."""

@@ -1,4 +1,4 @@
-"""The content of a checkpoint: an ordinary HF GPT-2 folder with its tokenizer, and the training state.
+"""Content of a checkpoint: an ordinary HF GPT-2 folder with its tokenizer, plus the training state.
 
 step_00000500/
   model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
@@ -30,7 +30,7 @@ from training.checkpointing.store import COMPLETE, STATE, RunState, checkpoint_f
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint, in memory that training does not touch.
+    """Content of a checkpoint, in memory that training does not touch.
 
     Attributes:
         meta_model: a model without weights, which knows the format on disk.
@@ -121,7 +121,8 @@ def write_checkpoint(snapshot: Snapshot, checkpoints: Path) -> Path:
 
 
 def _check_weights(folder: Path, meta_model: GPTModel, weights: dict[str, Tensor]) -> None:
-    """Reads the weights of a checkpoint back; `ValueError` unless they are all those of such a model, and no others."""
+    """Reads the weights of a checkpoint back; raises `ValueError` unless they are exactly the model's, by name, shape
+    and value."""
     expected = {name: tensor.shape for name, tensor in meta_model.state_dict().items()}
     for tied in meta_model.all_tied_weights_keys:
         del expected[tied]
@@ -152,7 +153,7 @@ def _flush(path: Path) -> None:
 def load_training_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, folder: Path
 ) -> None:
-    """Restores optimizer, loss scale and random numbers. The weights are loaded by `GPTModel.from_pretrained`."""
+    """Restores optimizer, loss scale and random states. `GPTModel.from_pretrained` loads the weights."""
     try:
         tensors = load_file(folder / STATE / "optimizer.safetensors")
         # Before the first update it is empty. A skipped batch makes no update, nor does an overflow by which the loss
@@ -173,7 +174,7 @@ def load_training_state(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied: bool = True) -> dict[str, Tensor]:
-    """The optimizer's state as full tensors named `PARAMETER/KEY`, as in `transformer.wte.weight/exp_avg`.
+    """Optimizer state as full tensors named `PARAMETER/KEY`, such as `transformer.wte.weight/exp_avg`.
 
     Args:
         copied: onto the CPU. Ranks that do not keep the result still take part in gathering a sharded model.
@@ -188,8 +189,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copied
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restores the tensors of `optimizer_tensors`, sharded as the parameters are. Raises `ValueError` naming the
-    tensors that are missing, unknown, or of another shape than their parameter's."""
+    """Restores the tensors of `optimizer_tensors`, sharded like the parameters. Raises `ValueError` naming tensors that
+    are missing, unknown or of the wrong shape."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     wanted = {
         f"{bare_name(name)}/{key}": (parameter, key)

@@ -30,7 +30,7 @@ _NEEDED = {"config.json", "tokenizer.json", str(STATE / "state.json"), str(STATE
 
 @dataclass
 class RunState:
-    """Everything that changes during a run besides weights, optimizer and random numbers.
+    """Everything that changes during a run, apart from weights, optimizer and random states.
 
     Attributes:
         data: `Data.identity`, on which the order of data depends.
@@ -62,7 +62,7 @@ class RunState:
         self.step, self.position = step.number + 1, step.batch[1]
 
     def update_best(self, val_loss: float) -> bool:
-        """Notes the validation loss of this step if it is the lowest so far; returns whether it is."""
+        """Records the validation loss of this step if it is the lowest so far; returns whether it is."""
         if not math.isfinite(val_loss) or (self.best_val_loss is not None and val_loss >= self.best_val_loss):
             return False
         self.best_val_loss, self.best_step = val_loss, self.step
@@ -70,30 +70,30 @@ class RunState:
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """The folder of a step's checkpoint, which may not exist yet."""
+    """Folder of a step's checkpoint, which may not exist yet."""
     return checkpoints / f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Step in the name of a checkpoint folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a complete checkpoint, by its name and its sentinel."""
+    """Whether a folder is a complete checkpoint, by name and sentinel."""
     sentinel = folder / COMPLETE
     is_real = folder.is_dir() and sentinel.is_file() and not folder.is_symlink() and not sentinel.is_symlink()
     return _NAME.fullmatch(folder.name) is not None and is_real
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints, oldest first. Raises `OSError` for a folder that exists and cannot be read, which is
-    not the same as an empty one."""
+    """Complete checkpoints, oldest first. Raises `OSError` for a folder that exists but cannot be read."""
     return sorted(path for path in _entries(checkpoints) if is_checkpoint(path))
 
 
 def foreign_checkpoints(checkpoints: Path) -> list[Path]:
-    """Entries with the name of a checkpoint that this program did not make: it could not save that step there."""
+    """Entries that are named like a checkpoint but were not made by this program, which could not save that step
+    there."""
     return [path for path in _entries(checkpoints) if _NAME.fullmatch(path.name) and not is_checkpoint(path)]
 
 
@@ -120,7 +120,7 @@ def has_committed(run_folder: Path) -> bool:
 
 
 def quarantine(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is not resumed from; what can be saved of it is not lost."""
+    """Renames a damaged checkpoint, so that no run resumes from it and nothing in it is lost."""
     number = 0
     while (renamed := checkpoint.with_name(f"damaged_{checkpoint.name}{f'_{number}' if number else ''}")).exists():
         number += 1
@@ -128,7 +128,7 @@ def quarantine(checkpoint: Path) -> Path:
 
 
 def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are as they were written; newer ones are quarantined, with a message each."""
+    """Newest checkpoint with unchanged files; damaged newer ones are quarantined, with a message each."""
     messages: list[str] = []
     for folder in reversed(complete_checkpoints(checkpoints)):
         if (problem := find_corruption(folder)) is None:
@@ -138,7 +138,7 @@ def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; it is renamed first, so that a half-removed one is never taken for complete."""
+    """Removes a checkpoint, renaming it first so that a half-removed one is never taken for complete."""
     removing = folder.with_name(f".{folder.name}.removing")
     if removing.exists():
         shutil.rmtree(removing)
@@ -149,8 +149,8 @@ def remove_checkpoint(folder: Path) -> None:
 def prune_checkpoints(
     checkpoints: Path, save_total_limit: int, keep_every: int, best_step: int | None, in_use: Collection[Path] = ()
 ) -> None:
-    """Removes all checkpoints but the newest `save_total_limit`, the best, those of every `keep_every` steps (0: none)
-    and those in use; and those that a killed run was writing or removing. Nothing may be being written.
+    """Removes all checkpoints except the newest `save_total_limit`, the best, every `keep_every` steps (0: none) and
+    those in use; also leftovers of killed runs. Nothing may be being written.
 
     If the best could not be written (on a full disk, say), any other may be the best one on the disk: all stay.
     """
@@ -166,8 +166,8 @@ def prune_checkpoints(
 
 
 def find_corruption(folder: Path) -> str | None:
-    """The problem of a checkpoint's files; None if they are as they were written. Raises `OSError` if the disk cannot
-    be read at the moment, which says nothing about the checkpoint."""
+    """Describes what is wrong with a checkpoint's files; None if they are unchanged. Raises `OSError` if the disk
+    cannot be read right now, which says nothing about the checkpoint."""
     try:
         hashes = read_json(folder / COMPLETE, dict[str, Sha256])
         if outside := [name for name in hashes if Path(name).is_absolute() or ".." in Path(name).parts]:
@@ -181,7 +181,7 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def load_state(folder: Path) -> RunState:
-    """The `RunState` of a complete checkpoint. Raises `UserError` for a folder without one."""
+    """Loads the `RunState` of a complete checkpoint (`UserError` for any other folder)."""
     try:
         return read_json(folder / STATE / "state.json", RunState)
     except (FileNotFoundError, NotADirectoryError, UserError) as error:

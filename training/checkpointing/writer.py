@@ -1,4 +1,4 @@
-"""Checkpoints written in the background, one at a time, while training continues."""
+"""Background writer of checkpoints: one at a time, while training continues."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ _NICENESS = 15  # about a thirtieth of a core that training wants too
 
 
 class Saver:
-    """Writes the checkpoints of a run in a thread.
+    """Writes a run's checkpoints in a thread.
 
     Failed saves are retried, then skipped with a warning: the earlier ones are still there, and training continues to
     the next. Only the first one of a run and the last must succeed.
@@ -37,12 +37,12 @@ class Saver:
         self.ending = threading.Event()
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts to write a checkpoint, after the one before it is done."""
+        """Starts writing a checkpoint once the previous one is done."""
         self.wait()
         self.tasks.append(self.thread.submit(self._save, snapshot))
 
     def prune(self, *limits: Any) -> None:
-        """Calls `prune_checkpoints` after the checkpoint that is being written; a failure is only a message."""
+        """Calls `prune_checkpoints` after the current write; a failure is only reported."""
 
         def attempt() -> None:
             try:
@@ -53,7 +53,7 @@ class Saver:
         self.tasks.append(self.thread.submit(attempt))
 
     def messages(self) -> list[str]:
-        """The messages since the last call."""
+        """Messages since the last call."""
         return [self.results.get() for _ in range(self.results.qsize())]
 
     def wait(self) -> None:
@@ -63,7 +63,7 @@ class Saver:
         self.tasks.clear()
 
     def finish(self) -> None:
-        """Waits, and checks that the first checkpoint was written, and the last. Raises `UserError` if one was not."""
+        """Waits, then checks that the first and the last checkpoint were written (`UserError` if not)."""
         self.wait()
         if self.failure is not None:
             before = complete_checkpoints(self.checkpoints)
@@ -71,7 +71,7 @@ class Saver:
             raise UserError(f"{self.failure}; {last}. Correct this, and --resume_from_checkpoint continues from there")
 
     def close(self) -> None:
-        """Ends the thread, after the checkpoint that it is writing."""
+        """Ends the thread after the current write."""
         self.ending.set()
         self.thread.shutdown(cancel_futures=True)
 
@@ -97,6 +97,6 @@ class Saver:
 
 
 def _lower_priority() -> None:
-    """Lets training have the cores; nobody waits for this thread until the next checkpoint."""
+    """Yields the cores to training: nobody waits for this thread until the next checkpoint."""
     if sys.platform == "linux":  # elsewhere the priority of the whole process would change
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

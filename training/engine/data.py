@@ -1,4 +1,4 @@
-"""The data of a run: its folders, checked; batches by the position of their sequences; prefetching."""
+"""Data of a run: its folders, checked; batches by position; prefetching."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ Batch = dict[str, Tensor]
 
 
 class DataError(UserError):
-    """Data that cannot be read any more, or that differ from their manifest."""
+    """Data that can no longer be read, or no longer match their manifest."""
 
 
 class Batches:
-    """Inputs of the model, by the position of their sequences.
+    """Model inputs by sequence position.
 
     Args:
         document_start: id at the start of each document, to keep attention and positions within documents; None for
@@ -66,7 +66,7 @@ class Batches:
         return [self.sequences(start, micro_batch) for start in starts]
 
     def for_rank(self, count: int, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
-        """This rank's part of the first `count` sequences, in batches of `batch_size`.
+        """This rank's share of the first `count` sequences, in batches of `batch_size`.
 
         All ranks get the same number of batches of the same size, some with all labels ignored: all ranks of a sharded
         model take part in each forward pass, and a compiled model should see one shape.
@@ -82,7 +82,7 @@ class Batches:
 
 
 class Prefetcher:
-    """Prefetches the next global batch in a thread, while the step works on this one.
+    """Prefetches the next global batch in a thread during the current step.
 
     Args:
         make: returns this rank's micro-batches at a position.
@@ -121,7 +121,7 @@ class Prefetcher:
 
 @dataclass(frozen=True)
 class Data:
-    """Data folders of one tokenizer.
+    """Data folders with the same tokenizer.
 
     Attributes:
         names: as in the settings.
@@ -148,7 +148,7 @@ class Data:
         return sum(manifest.tokens(split) for manifest in self.manifests)
 
     def identity(self, config: TrainingConfig) -> dict[str, Any]:
-        """Everything that the order of training data depends on."""
+        """Everything that determines the order of training data."""
         return {
             "tokenizer": self.tokenizer.sha256,
             "shards": [[shard.sha256 for shard in manifest.shards] for manifest in self.manifests],
@@ -169,8 +169,8 @@ class Data:
         return Batches(mixture, document_start)
 
     def val_text_bytes(self, batches: Batches, sequences: int, tokenizer: Any) -> int | None:
-        """Bytes of text that the labels of the first `sequences` of validation stand for; None if neither the tokens
-        nor the manifests tell."""
+        """Bytes of text behind the labels of the first `sequences` of validation; None if neither tokens nor manifests
+        tell."""
         if (sizes := bytes_of_tokens(tokenizer)) is not None:
             return int(sizes[batches.sequences(0, sequences)["shift_labels"].numpy()].sum())
         mixture = batches.mixture
@@ -180,7 +180,7 @@ class Data:
         return sum(known) if len(known) == len(found) else None
 
     def consumed(self, batches: Batches, position: int) -> dict[str, dict[str, float]]:
-        """The part of each folder that is read up to a position: its `share`, `tokens` and `epochs`."""
+        """How much of each folder has been read at a position: its `share`, `tokens` and `epochs`."""
         mixture = batches.mixture
         return {
             name: {"share": share, "tokens": count * source.length, "epochs": count / source.per_epoch}
@@ -222,7 +222,7 @@ def _prepared(folder: Path) -> Manifest:
 
 
 def validation_sequences(batches: Batches, tokens: int) -> int:
-    """The number of sequences in a validation of about `tokens`, limited so that no source is read beyond its end."""
+    """Number of sequences in a validation of about `tokens`, limited so that no source is read past its end."""
     mixture = batches.mixture
     count = tokens // mixture.sources[0].length
     ends = [(source.stream.tokens_per_epoch - 1) // source.length for source in mixture.sources]

@@ -1,4 +1,4 @@
-"""The Accelerator of a run, and decisions that all ranks share."""
+"""The run's Accelerator, and decisions shared by all ranks."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def accelerator_for(config: TrainingConfig) -> Accelerator:
-    """Returns the Accelerator of this process for the settings of a run. Raises as `make_accelerator`."""
+    """Creates this process's Accelerator from the settings. Raises as `make_accelerator`."""
     if config.run.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -34,8 +34,8 @@ def accelerator_for(config: TrainingConfig) -> Accelerator:
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """The result of `decide` on the first rank, on all ranks. Collective. Its `UserError` or `OSError` ends all ranks,
-    and is printed once."""
+    """Calls `decide` on the first rank and returns its result on all ranks. Collective. Its `UserError` or `OSError`
+    ends all ranks and is printed once."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -51,7 +51,7 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error is that of a rank whose connection to another rank is lost."""
+    """Whether an error means that the connection to another rank was lost."""
     return any(
         sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
     )

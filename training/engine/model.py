@@ -1,4 +1,4 @@
-"""The model of a run: new or from a checkpoint, its kernels, its memory, and the micro-batch that fits."""
+"""Model of a run: new or from a checkpoint, its kernels, its memory, and the micro-batch that fits."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ _SPARE = 0.1  # of the memory: steps differ
 
 
 def make_model(config: TrainingConfig, data: Data, source: str | Path | None) -> GPTModel:
-    """A model with the data's vocabulary: the one in `source`, or a new one with weights from the run's seed."""
+    """Creates a model with the data's vocabulary: loaded from `source`, or new with weights from the run's seed."""
     settings = config.model
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
     kernel = {"attn_implementation": attention_kernel(config)}
@@ -71,7 +71,7 @@ def make_model(config: TrainingConfig, data: Data, source: str | Path | None) ->
 
 
 def attention_kernel(config: TrainingConfig) -> str:
-    """The attention kernel of the settings; for `auto` the faster one."""
+    """Attention kernel from the settings; `auto` chooses the faster one."""
     if config.model.attn_implementation != "auto":
         return config.model.attn_implementation
     return "eager" if on_cpu() and config.sequence_length <= _EAGER_TOKENS else "sdpa"
@@ -99,7 +99,7 @@ def find_micro_batch(
     optimizer: torch.optim.Optimizer,
     train_data: Batches,
 ) -> int:
-    """The largest micro-batch that fits in the memory of every rank, found by steps that change nothing. Collective.
+    """Finds the largest micro-batch that fits in every rank's memory by trying steps that change nothing. Collective.
 
     Raises `UserError` if not even one sequence fits, and if a sharded model runs out of memory: its ranks need each
     other within a step, so that the search cannot continue.
@@ -192,7 +192,7 @@ def largest_micro_batch(
 
 
 def memory_for_this_process(device: torch.device) -> int:
-    """Bytes that this process can have: of its GPU, or its own and its part of the free memory of the machine."""
+    """Bytes available to this process: its GPU's, or its own plus its share of the machine's free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

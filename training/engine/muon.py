@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices that may be sharded."""
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), also for sharded matrices."""
 
 import math
 from collections import defaultdict
@@ -51,7 +51,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Updates each matrix that has a gradient. Collective. Raises `ValueError` for a closure, and for gradients
-        that are still multiplied by a loss scale."""
+        still multiplied by a loss scale."""
         if closure is not None or self.grad_scale is not None:
             raise ValueError("Muon takes no closure, and no scaled gradients: clip them first, which unscales them")
         updated: list[tuple[nn.Parameter, dict[str, Any]]] = []
@@ -66,7 +66,7 @@ class Muon(Optimizer):
         self._update(updated)
 
     def _update(self, updated: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
-        """Updates some matrices, each given with its group."""
+        """Updates some matrices, each paired with its group."""
         parts: list[Tensor] = []
         for parameter, group in updated:
             direction = self._update_momentum(parameter, group["momentum"])
@@ -101,7 +101,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype, shared: bool = True) -> list[Tensor]:
-    """Orthogonalizes matrices of any sizes, those of one shape or its transpose in one batch.
+    """Orthogonalizes matrices of any sizes, batching those of the same shape or its transpose.
 
     Args:
         dtype: of the arithmetic and of the results.
@@ -121,7 +121,7 @@ def orthogonalize_together(matrices: list[Tensor], dtype: torch.dtype, shared: b
 
 
 def _in_shares(batch: Tensor) -> Tensor:
-    """`orthogonalize(batch)`, `[N, A, B]`, of which each process computes a share; what follows the N-th is padding."""
+    """`orthogonalize(batch)`, `[N, A, B]`, with each process computing a share; entries after the N-th are padding."""
     if not dist.is_initialized() or (processes := dist.get_world_size()) == 1:
         return orthogonalize(batch)
     share = -(-len(batch) // processes)

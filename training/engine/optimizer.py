@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW as for GPT-3, or Muon beside it."""
+"""Optimizer of a run: AdamW as in GPT-3, optionally with Muon."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from training.settings.schema import OptimizerSettings
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings, mixed_precision: str = "no") -> Optimizer:
-    """The optimizer of all parameters of `model`.
+    """Creates the optimizer for all parameters of `model`.
 
     AdamW as in GPT-3, appendix B: decoupled decay (arXiv:1711.05101) of matrices and embeddings, none of biases and
     norms. With `muon`, Muon updates the matrices of the blocks, in bf16 if that is the run's `mixed_precision`. Each
@@ -69,7 +69,7 @@ def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerSettings, mixe
 
 
 def describe(optimizer: Optimizer) -> str:
-    """The optimizers, their peak learning rates, and what has weight decay and what has not."""
+    """Describes the optimizers, their peak learning rates, and which parameters have weight decay."""
     rates = {"Muon" if "momentum" in g else "fused AdamW": g["initial_lr"] for g in optimizer.param_groups}
     counts = []
     for decayed in (True, False):
@@ -87,14 +87,14 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 
 
 def share_work(optimizer: Optimizer, shared: bool) -> None:
-    """Sets whether processes share Muon's work, for which they need each other in a step."""
+    """Sets whether processes share Muon's work, which makes a step collective."""
     for group in optimizer.param_groups:
         if "shared" in group:
             group["shared"] = shared
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers as one, with all their groups and one common state."""
+    """Combines several optimizers into one, with all their groups and a common state."""
 
     _step_supports_amp_scaling = True  # as all of them do
     grad_scale: Tensor | None = None
@@ -105,7 +105,7 @@ class CombinedOptimizer(Optimizer):
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as its own optimizer has made it."""
+        """Adds a group as its own optimizer made it."""
         self.param_groups.append(param_group)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

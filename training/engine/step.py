@@ -52,6 +52,6 @@ def training_step(
 
 
 def _nan_if_infinite(loss: Tensor) -> Tensor:
-    """The loss, with NaN gradients if it is not finite: a loss that overflows may have finite ones, which the other
-    ranks could not tell from good ones. NaN reaches all of them with the sum of the gradients."""
+    """Returns the loss, with NaN gradients if it is not finite. The gradients of an infinite loss may be finite, and
+    other ranks could not tell them from good ones; NaN reaches all ranks when gradients are summed."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

@@ -1,4 +1,4 @@
-"""Divergence: a loss or gradient that is not finite, or a spike; and the response: skip the batch, roll back, halt."""
+"""Divergence (a non-finite loss or gradient, or a spike) and the response: skip the batch, roll back, or halt."""
 
 import math
 import shlex
@@ -26,7 +26,7 @@ from training.settings.schema import DivergenceSettings
 
 
 class Diverged(Exception):
-    """A step that the run rolls back for, with its sequences as positions of the first and after the last."""
+    """A step to roll back, with its batch as the positions of the first sequence and the one after the last."""
 
     def __init__(self, problem: str, batch: tuple[int, int]) -> None:
         super().__init__(problem)
@@ -37,7 +37,7 @@ class Diverged(Exception):
 def find_divergence(
     loss: float, grad_norm: float, recent: list[tuple[float, float]], settings: DivergenceSettings
 ) -> str | None:
-    """Returns the problem of a step: a value that is not finite, or a spike; None for a good step.
+    """Describes a step's non-finite value or spike; None for a good step.
 
     A spike is a loss or a gradient norm more than `spike_zscore` standard deviations above the mean of the last
     `spike_window` steps.
@@ -61,7 +61,7 @@ def find_divergence(
 
 
 def handle_divergence(run: Run, step: Step, metrics: dict[str, Any]) -> None:
-    """Checks a step by its metrics, and responds to divergence as the settings say. Collective.
+    """Checks a step's metrics and responds to divergence as the settings say. Collective.
 
     Raises:
         Diverged: if the run has to roll back.
@@ -145,7 +145,7 @@ def _end(run: Run, diverged: Diverged, reason: str) -> UserError:
 
 @torch.no_grad()
 def _first_nonfinite(model: GPTModel, micro_batches: list[Batch], device: torch.device) -> str | None:
-    """Runs a batch again; returns the innermost of the first modules whose result is not finite. Collective."""
+    """Reruns a batch; returns the innermost of the first modules with a non-finite output. Collective."""
     found: list[str] = []
 
     def check(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,5 +1,5 @@
-"""What a run writes: `config.yaml` and `environment.json`, `log.txt` in build-nanogpt's lines, `metrics.jsonl`,
-`samples.jsonl`, and the screen, whose failure cannot end a run."""
+"""Files of a run (`config.yaml`, `environment.json`, `log.txt` in build-nanogpt's format, `metrics.jsonl`,
+`samples.jsonl`) and its screen, whose failure cannot end it."""
 
 import contextlib
 import errno
@@ -39,7 +39,7 @@ _LOG_TXT = {"loss": "train {:.6f}", "val_loss": "val {:.4f}", "hellaswag/complet
 
 
 class RunLog(GeneralTracker):
-    """Files and screen of a run, one of Accelerate's trackers; does nothing on other ranks than the first."""
+    """Log files and screen of a run, as one of Accelerate's trackers; does nothing on ranks other than the first."""
 
     name = "run_log"
     requires_logging_directory = False
@@ -85,7 +85,7 @@ class RunLog(GeneralTracker):
             sys.stdout.flush()
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Records the metrics of a training step, or of an evaluation before it; texts are left to `sample`."""
+        """Records the metrics of a training step, or of an evaluation before it; `sample` records texts."""
         for name in _LOG_TXT.keys() & values.keys():
             self.text.write(f"{step} {_LOG_TXT[name].format(values[name])}\n")
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
@@ -95,7 +95,7 @@ class RunLog(GeneralTracker):
             self._show_progress(step + 1, values)
 
     def note(self, **details: Any) -> None:
-        """Adds details that are no metrics to the next line of metrics.jsonl."""
+        """Adds details that are not metrics to the next line of metrics.jsonl."""
         if self.enabled:
             self.pending |= details
 
@@ -115,12 +115,12 @@ class RunLog(GeneralTracker):
         self.print(f"step {step:>6}  sample\n{lines}".rstrip())
 
     def flush(self) -> None:
-        """Writes everything that was recorded to the files."""
+        """Flushes everything recorded so far to the files."""
         for file in self.files if self.enabled else ():
             file.flush()
 
     def finish(self) -> None:
-        """Ends the bar and the files; an evaluation that no step followed gets a line of its own."""
+        """Closes the bar and the files; an evaluation not followed by a step gets its own line."""
         if not self.enabled:
             return
         self.enabled = False
@@ -147,7 +147,7 @@ class RunLog(GeneralTracker):
 
 
 def progress(values: dict[str, Any]) -> str:
-    """The metrics of a step in one line."""
+    """Formats the metrics of a step in one line."""
     parts = [
         f"loss {values['loss']:.4f}",
         f"lr {values['learning_rate']:.2e}",
@@ -163,7 +163,7 @@ def progress(values: dict[str, Any]) -> str:
 
 
 class _Lines:
-    """A log that is appended to. On a full disk the lines wait in memory, and training continues."""
+    """An append-only log. On a full disk, lines wait in memory and training continues."""
 
     _FLUSH_BYTES = 1 << 13
 
@@ -189,7 +189,7 @@ class _Lines:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the waiting lines, as far as the disk has room."""
+        """Writes waiting lines as far as the disk has room."""
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
@@ -241,7 +241,7 @@ class Screen:
             self._silence(str(error))
 
     def _silence(self, reason: str) -> None:
-        """Sends the rest of the output, that of libraries in C too, to the null device."""
+        """Redirects further output, including that of C libraries, to the null device."""
         before, self.stream = self.stream, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
             os.dup2(self.stream.fileno(), before.fileno())
@@ -249,7 +249,7 @@ class Screen:
 
 
 def install_screen() -> None:
-    """Replaces stdout and stderr of this process by a `Screen`, once."""
+    """Wraps stdout and stderr of this process in a `Screen`, once."""
     for number in (0, 1, 2):  # else the next file that is opened would get these numbers, and the output of libraries
         try:
             os.fstat(number)
@@ -316,7 +316,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def git_revision(file: Path) -> str | None:
-    """The commit of the repository that tracks `file`, with "+" if files differ from it; None if none does."""
+    """Commit of the repository that tracks `file`, with "+" if there are local changes; None if no repository does."""
 
     def git(*arguments: str | Path) -> str:
         return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True).stdout

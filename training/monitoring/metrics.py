@@ -45,7 +45,7 @@ class LaunchedStep:
 
 @dataclass
 class MetricsQueue:
-    """Launched steps, first in, first out: on CUDA the host reads a step while the device works on the next one.
+    """Queue of launched steps: on CUDA the host reads one while the device works on the next.
 
     Attributes:
         depth: steps that may wait in it: 1 on CUDA, else 0.
@@ -57,7 +57,7 @@ class MetricsQueue:
     steps: list[LaunchedStep] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Starts the clock of a step, unless an earlier one is still in the queue, at whose end it begins."""
+        """Starts the clock of a step, unless an earlier step is still queued: then it starts at that one's end."""
         if not self.steps:
             self.started = time.perf_counter()
 
@@ -71,7 +71,7 @@ class MetricsQueue:
         return self.steps.pop(0) if self.steps else None
 
     def read(self, launched: LaunchedStep) -> tuple[dict[str, Any], bool]:
-        """Waits for a popped step, but not for later work; returns its metrics, and whether any rank is to stop.
+        """Waits for a popped step but not for later work; returns its metrics, and whether any rank is asked to stop.
 
         Metrics without a rule of their own here are means over the ranks.
         """
@@ -122,7 +122,7 @@ def gather_metrics(
 
 
 def peak_flops(device_name: str, mixed_precision: str) -> float | None:
-    """Returns the device's peak at a precision, in FLOP/s; None for an unknown device or precision, never a guess."""
+    """Returns the device's peak FLOP/s at a precision; None for an unknown device or precision, never a guess."""
     name = next((name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)), None)
     if name is None or mixed_precision not in ("bf16", "fp16"):
         return None
@@ -130,7 +130,7 @@ def peak_flops(device_name: str, mixed_precision: str) -> float | None:
 
 
 def read_gpu(device: torch.device) -> dict[str, float]:
-    """Returns utilization in %, temperature in °C and power in W of an NVIDIA GPU, as far as the driver tells them.
+    """Returns utilization (%), temperature (°C) and power (W) of an NVIDIA GPU, as far as the driver reports them.
 
     torch needs nvidia-ml-py for that.
     """

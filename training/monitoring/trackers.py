@@ -1,4 +1,4 @@
-"""The trackers of a run: one run in each, which a resume and a rollback continue, with each step once."""
+"""Trackers: one tracker run per run, continued by resumes and rollbacks, with each step once."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _IDS = "trackers.json"  # in the run's folder: the ids of its run in wandb and i
 
 
 class _WandB(WandBTracker):
-    """wandb cannot change what its server has: a step that is there is not logged again."""
+    """wandb cannot change steps that its server already has, so they are not logged again."""
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         if step is None or step >= self.run.starting_step:
@@ -32,8 +32,8 @@ class _WandB(WandBTracker):
 
 
 def start_tracker(name: str, config: TrainingConfig, from_step: int) -> GeneralTracker:
-    """Starts the tracker of a name in `TRACKERS` for the steps from `from_step` on. It then has all earlier ones that
-    the run has recorded, each once, and no later ones, as far as it can forget them. Only for the first rank."""
+    """Starts a tracker from `TRACKERS` for the steps from `from_step` on, with all earlier recorded steps once and no
+    later ones, as far as it can forget them. First rank only."""
     file = config.run_folder / _IDS
     ids = read_json(file, dict[str, str]) if file.exists() else {}
     tracker, missing = TRACKERS[name](config, from_step, ids)
@@ -54,8 +54,8 @@ def _start_tensorboard(config: TrainingConfig, from_step: int, ids: dict[str, st
 
 
 def _start_wandb(config: TrainingConfig, from_step: int, ids: dict[str, str]) -> tuple[GeneralTracker, int]:
-    """Starts wandb with its files in the run's folder. What was recorded offline is recorded anew: a process that was
-    killed has not written all of it."""
+    """Starts wandb with its files in the run folder. Offline recordings are replaced, since a killed process may not
+    have written all of them."""
     number = ids.setdefault("wandb", os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
     folder = Path(os.environ.get("WANDB_DIR") or config.run_folder)
     for recorded in folder.glob(f"wandb/offline-run-*-{number}"):
@@ -68,7 +68,7 @@ def _start_wandb(config: TrainingConfig, from_step: int, ids: dict[str, str]) ->
 
 
 def _start_trackio(config: TrainingConfig, from_step: int, ids: dict[str, str]) -> tuple[GeneralTracker, int]:
-    """Starts trackio with its records in `RUN/trackio`, unless the user's `TRACKIO_DIR` names another folder."""
+    """Starts trackio with its records in `RUN/trackio`, unless `TRACKIO_DIR` names another folder."""
     os.environ.setdefault("TRACKIO_DIR", str(config.run_folder / "trackio"))  # read when trackio is imported
     with suppress(UserError):  # then it cannot ask, and records as without a token
         limit_waiting()  # trackio asks the Hub whose token it is
@@ -102,7 +102,7 @@ def _forget_in_trackio(from_step: int, run_id: str | None) -> tuple[str, int] | 
 
 
 def _recorded(run_folder: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What the run has recorded of its steps from `first` to before `stop`, as trackers get it."""
+    """Recorded steps from `first` to before `stop`, in the form that trackers receive."""
     steps: dict[int, dict[str, Any]] = {}
     if first < stop:
         for line in map(vars, read_json_lines(run_folder / "metrics.jsonl", MetricsLine)):
