@@ -29,12 +29,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from modeling.arguments import GENERATE_ARGUMENTS, argument_names, is_paged, refuse_unknown_arguments
 from modeling.loss import IGNORE_INDEX, LossKernel, linear_cross_entropy, token_cross_entropy
 
-# Fields of GPT2Config that GPTModel does not implement.
-_UNSUPPORTED = {
-    "add_cross_attention": "cross-attention belongs to encoder-decoder models",
-    "reorder_and_upcast_attn": "attention kernels accumulate in float32 already",
-}
-
 
 class GPTConfig(GPT2Config):
     """Configuration of `GPTModel`: `transformers.GPT2Config` with dropout 0 by default. Loads any `gpt2` configuration,
@@ -59,11 +53,10 @@ class GPTConfig(GPT2Config):
             raise ValueError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; choose an n_head that divides it"
             )
-        for field, reason in _UNSUPPORTED.items():
+        # Cross-attention is for encoder-decoder models; attention kernels accumulate in float32 anyway.
+        for field in ("add_cross_attention", "reorder_and_upcast_attn"):
             if getattr(self, field):
-                raise ValueError(
-                    f"{field}=True is not supported by GPTModel ({reason}); use transformers' GPT2LMHeadModel"
-                )
+                raise ValueError(f"{field}=True is not supported by GPTModel; use transformers' GPT2LMHeadModel")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
