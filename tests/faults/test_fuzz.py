@@ -167,7 +167,7 @@ def read_run_files(world: Path) -> None:
     sections.settings([run_record])
     model_card(run_record, 20, world / LAST, "user/x", "mit", [])
     kept = {name: (run / name).read_bytes() for name in ("log.txt", "metrics.jsonl", "samples.jsonl")}
-    RunLog(run, 10, 20, 10, enabled=True).close()
+    RunLog(run, 10, 20, 10, enabled=True).finish()
     for name, content in kept.items():
         (run / name).write_bytes(content)
 
