@@ -101,7 +101,6 @@ TINY_RUN = """\
 {n_layer: 1, n_embd: 32, n_head: 2, n_positions: 32, batch_tokens: 32, per_device_train_batch_size: 1,
  val_tokens: 32, warmup_steps: 0, sample_every: 0}
 """
-TINY_TALK = """{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n"""
 # Each command on tiny input, and what it must say; {run} is a finished run, {data} its data.
 QUICK = {
     "data_prep.register": ("shards", "training and"),
@@ -123,21 +122,14 @@ QUICK = {
         "saved",
     ),
 }
-# Those that take more than some seconds are run with the pages.
-LONGER = {
+# Those that take a minute: `-m slow`, as whoever changes what they measure runs them.
+BENCHMARKS = {
     "benchmarks.tokenization": ("--megabytes 1 --repeats 1", "| tiktoken alone, processes |"),
     "benchmarks.evaluation": ("{checkpoint} --data {swag} --items 2 --new_tokens 4 --repeats 1", "items a second"),
-    "eval.harness": ("{checkpoint} --tasks hellaswag_local --limit 2", "hellaswag_local"),
     "benchmarks.training_step": ("--sizes quickstart --steps 1 --rounds 1 --precision no", "gpt-accelerate"),
     "benchmarks.data_loader": ("--data {data} --repeats 1 --seconds 0.1 --steps 2", "256 tokens"),
     "benchmarks.checkpoint_saving": ("--size quickstart --steps 1 --rounds 1", "in the background"),
     "benchmarks.gpu_trial": ("--minutes 30 --out trial", "- **micro_batch** works"),
-    "training.chat": (
-        "{checkpoint} --data talks.jsonl --max_eval_samples 1 --max_steps 1 --output_dir c",
-        "talk to it",
-    ),
-    "training.export_gguf": ("{checkpoint} model.gguf", "model.gguf"),
-    "training.compare": ("tiny.yaml --vary data={data} optim=adamw,muon --seeds 1 --budget 2-steps", "comparison.html"),
     "benchmarks.busy_machine": ("--busy 0 1 --steps 1 --rounds 1", "| 1 | "),
     "benchmarks.time_to_loss": (
         "text.txt --vocab_size 300 --seeds 1 --recipe tiny.yaml --steps 10 --our_steps 10 --trainers build-nanogpt",
@@ -145,6 +137,7 @@ LONGER = {
     ),
 }
 BY_ANOTHER = {"benchmarks.other_trainers"}  # by benchmarks.time_to_loss
+ON_PAGES = {"eval.harness", "training.chat", "training.export_gguf", "training.compare"}
 # They need a Hub to write to: tests/data_prep/sources/test_sources.py and tests/training/test_publish.py have one.
 ON_THE_HUB = {"data_prep.push", "training.publish"}
 
@@ -159,7 +152,6 @@ def inputs(tmp_path_factory, tiny_run, data_folder, text_files, swag_file) -> di
     here = tmp_path_factory.mktemp("inputs")
     (here / "clean.yaml").write_text(TINY_CLEANING.format(texts=text_files))
     (here / "tiny.yaml").write_text(TINY_RUN)
-    (here / "talks.jsonl").write_text(2 * TINY_TALK)
     (here / "text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     shards = here / "shards"
     shards.mkdir()
@@ -191,7 +183,9 @@ def run_on_tiny_input(module: str, words: str, expected: str, inputs: dict[str, 
 
 
 def test_every_command_is_run_somewhere():
-    assert QUICK.keys() | LONGER.keys() | ON_THE_HUB | BY_ANOTHER == set(MODULES)
+    assert QUICK.keys() | BENCHMARKS.keys() | ON_THE_HUB | ON_PAGES | BY_ANOTHER == set(MODULES)
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(f"python -m {module} " in pages for module in ON_PAGES)
 
 
 @pytest.mark.parametrize("module", QUICK)
@@ -254,11 +248,11 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
         assert first_line(caught.value).endswith("; set HF_HOME to a folder that can be written to") == named
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("module", LONGER)
-def test_a_longer_command_runs_on_tiny_input(module, inputs, tmp_path):
-    run_on_tiny_input(module, *LONGER[module], inputs, tmp_path)
+@pytest.mark.parametrize("module", BENCHMARKS)
+def test_a_benchmark_runs_on_tiny_input(module, inputs, tmp_path):
+    run_on_tiny_input(module, *BENCHMARKS[module], inputs, tmp_path)
 
 
 @pytest.mark.processes
