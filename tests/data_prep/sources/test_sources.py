@@ -452,6 +452,7 @@ def test_what_needs_a_cache_names_it(tmp_path):
     program = """
 from data_prep.common.command_line import UserError
 from data_prep.common.hub import local_folder
+from data_prep.sources.opening import open_source
 from data_prep.sources.source import Source
 from data_prep.tokenization.tokenizer import hf_tokenizer
 for use, name in (
