@@ -40,18 +40,25 @@ def loader_rate(config: TrainingConfig, seconds: float) -> Callable[[], float]:
 def model_rate(steps: int) -> float:
     """Returns the tokens per second of the quickstart's steps, without the first five."""
     from training.build_run import build_run
+    from training.engine.optimizer import set_learning_rate
+    from training.engine.step import training_step
     from training.run import stop_requests
-    from training.train import start_step
+    from training.train import log
 
     with tempfile.TemporaryDirectory() as folder, stop_requests(max_minutes=None) as stop:
-        quickstart = build_run(parse_config(["--output_dir", f"{folder}/quickstart"]), stop)
-        for _ in range(5):
-            start_step(quickstart)
-        started = time.perf_counter()
-        for _ in range(steps):
-            start_step(quickstart)
-        rate = steps * quickstart.config.optimizer.batch_tokens / (time.perf_counter() - started)
-        quickstart.close()
+        config = parse_config(["--output_dir", f"{folder}/quickstart"])
+        with build_run(config, stop) as run:
+            for number in range(5 + steps):
+                if number == 5:
+                    started = time.perf_counter()
+                step = run.next_step()
+                set_learning_rate(run.optimizer, step.learning_rate_factor)
+                batches = run.micro_batches(step)
+                results = training_step(
+                    run.accelerator, run.model, run.optimizer, batches, config.optimizer.max_grad_norm
+                )
+                log(run, step, results)
+            rate = steps * config.optimizer.batch_tokens / (time.perf_counter() - started)
     return rate
 
 
